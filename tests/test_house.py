@@ -1,0 +1,56 @@
+"""The house rules of docs/architecture.md that a machine can check."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ["kernels", "data_shards", "engine", "launchers"]
+HEAVY = {
+    "deepspeed": {"engine/pretraining.py", "engine/checkpoint.py"},
+    "mlflow": {"engine/tracking.py"},
+}
+
+
+def code_files() -> list[Path]:
+    return sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            modules.add(node.module)
+    return modules
+
+
+def test_no_code_folder_is_a_regular_package():
+    assert not [path for floor in FLOORS for path in (ROOT / floor).rglob("__init__.py")]
+    assert not (ROOT / "__init__.py").exists()
+
+
+def test_every_code_folder_is_packaged():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {"quincunx." + ".".join(path.parent.relative_to(ROOT).parts) for path in code_files()}
+    assert found <= listed, f"not in pyproject's packages: {sorted(found - listed)}"
+
+
+def test_imports_go_down_only():
+    for path in code_files():
+        floor = FLOORS.index(path.relative_to(ROOT).parts[0])
+        for module in imported_modules(path):
+            if module.split(".")[0] == "quincunx":
+                target = module.split(".")[1]
+                assert FLOORS.index(target) <= floor, f"{path.relative_to(ROOT)} imports upwards: {module}"
+            assert module.split(".")[0] not in FLOORS, f"{path.relative_to(ROOT)}: write quincunx.{module}"
+
+
+def test_heavy_libraries_stay_in_their_files():
+    for path in code_files():
+        roots = {module.split(".")[0] for module in imported_modules(path)}
+        for library, allowed in HEAVY.items():
+            name = str(path.relative_to(ROOT))
+            assert library not in roots or name in allowed, f"{name} imports {library}, allowed: {sorted(allowed)}"
