@@ -1,0 +1,68 @@
+"""The one source of randomness: a 32-bit integer hash of (seed, epoch, sample id, task, position, word).
+
+No generator has state, so a mask or an order does not depend on packing, rank, worker count or restart. All
+arithmetic is uint32 and wraps; draws are compared as integers, never as floats. `kernels/hashing.py` is the same in
+torch, equal bit for bit. The functions are compiled by numba and meant to be called from compiled loops; called from
+Python they take and return integers.
+
+The mixer is Wellons' two-multiply `lowbias32` (hash-prospector); 2**30 is the scale of every threshold, so that
+draws and thresholds fit a non-negative int32 and "always" (2**30) has a value of its own.
+
+numba does not notice when a function that a cached one calls changes in another file: after editing this file, delete
+the `__pycache__` folders beside it.
+"""
+
+import numpy as np
+from numba import njit
+
+ALWAYS = 1 << 30
+"""Threshold that every draw is below; draws are in [0, ALWAYS)."""
+
+
+@njit(cache=True, nogil=True)
+def mix(x):
+    """Scrambles 32 bits: a bijection on uint32 in which every input bit flips every output bit half the time."""
+    x = np.uint32(x)
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x7FEB352D))
+    x = np.uint32(x ^ (x >> np.uint32(15)))
+    x = np.uint32(x * np.uint32(0x846CA68B))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@njit(cache=True, nogil=True)
+def fold(key, value):
+    """Folds the low 32 bits of `value` into `key`; returns uint32."""
+    return mix(np.uint32(key) ^ np.uint32(np.uint32(value) * np.uint32(0x9E3779B1)))
+
+
+@njit(cache=True, nogil=True)
+def text_key(seed, epoch, sample_id, task_code):
+    """Key (uint32) of one text in one epoch: everything drawn for that text is hashed from it.
+
+    `sample_id` is int64, folded in as two halves; `task_code` is a `code` of `tasks.TASKS` or one of those beside it.
+    """
+    key = fold(mix(seed), epoch)
+    key = fold(key, np.int64(sample_id) & np.int64(0xFFFFFFFF))
+    key = fold(key, np.int64(sample_id) >> np.int64(32))
+    return fold(key, task_code)
+
+
+@njit(cache=True, nogil=True)
+def draw30(key, row, word):
+    """Uniform draw in [0, 2**30) as int32, for a row (position in the sequence, [CLS] = 0) and a word of a text."""
+    return np.int32(fold(fold(key, row), word) >> np.uint32(2))
+
+
+@njit(cache=True, nogil=True)
+def word_hash(token_ids, start, end):
+    """Identity (uint32) of the word spelled by `token_ids[start:end]`: the fold chain of its ids, begun at 0."""
+    key = np.uint32(0)
+    for i in range(start, end):
+        key = fold(key, token_ids[i])
+    return key
+
+
+def dataset_seed(seed: int, dataset: int) -> int:
+    """Seed of one dataset of a mixture: sample ids start at 0 in each, so each needs draws of its own."""
+    return (seed + 0x632BE5AB * dataset) & 0xFFFFFFFF

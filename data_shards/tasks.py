@@ -1,0 +1,94 @@
+"""The pre-training tasks: which text each decodes, which shard field that needs, and how its hidden words are drawn.
+
+MASTER (section 4.2) has five tasks, RetroMAE one; each can be served by a masked or by an enhanced decoder
+(formulas: docs/stream.md). This file imports nothing heavy: settings are checked against it before anything starts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quincunx.data_shards.errors import SettingsError
+
+DECODERS = ("masked", "enhanced")
+CORRUPTIONS = ("80-10-10", "mask")
+NEIGHBOURS = ("next", "halves")
+
+ENCODER_CODE = 0
+"""Task code of the draw of the words that the encoder's text hides."""
+CORRUPTION_CODE = 1
+"""Task code of the 80/10/10 draws of the encoder's text."""
+DECODER_CORRUPTION_CODE = 32
+"""Added to a task's own code: the 80/10/10 draws of its masked decoder's text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskKind:
+    """What the papers fix of a task."""
+
+    code: int
+    """Task code folded into the hash key: fixed for ever, else old runs draw other masks."""
+    field: str
+    """Shard field of the task's text: passage, next (the document's next passage), queries, continuation."""
+    draw: str
+    """How hidden words are drawn: keyword (by TF-IDF), uniform, complement (of the encoder's)."""
+    title: str
+    """Full name, for tables and errors."""
+
+
+TASKS: dict[str, TaskKind] = {
+    "mkp": TaskKind(code=2, field="passage", draw="keyword", title="masked keyword prediction"),
+    "cmp": TaskKind(code=3, field="passage", draw="complement", title="complementary mask prediction"),
+    "npr": TaskKind(code=4, field="next", draw="keyword", title="neighbouring passage recovering"),
+    "dor": TaskKind(code=5, field="queries", draw="uniform", title="doc2query outputs recovering"),
+    "gor": TaskKind(code=6, field="continuation", draw="uniform", title="GPT-2 outputs recovering"),
+    "retromae": TaskKind(code=7, field="passage", draw="uniform", title="RetroMAE passage recovering"),
+}
+
+FIELD_REMEDIES = {
+    "next": "build the shards from documents with several passages each, or set --neighbour halves",
+    "queries": "run `python launchers/generate.py --task queries`, rebuild the shards with `--generations`",
+    "continuation": "run `python launchers/generate.py --task continuation`, rebuild the shards with `--generations`",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """One task of a run: its name in TASKS, its kind of decoder, the weight lambda of its loss."""
+
+    name: str
+    decoder: str
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if self.name not in TASKS:
+            raise SettingsError(f"unknown task {self.name!r}; the tasks are {', '.join(TASKS)}")
+        if self.decoder not in DECODERS:
+            raise SettingsError(f"unknown decoder {self.decoder!r}; allowed: {', '.join(DECODERS)}")
+        if not self.weight >= 0:
+            raise SettingsError(f"task {self.name} has weight {self.weight}; a weight is a number of at least 0")
+
+    @property
+    def kind(self) -> TaskKind:
+        return TASKS[self.name]
+
+
+def field_of(task_name: str, neighbour: str) -> str:
+    """Shard field that a task reads: npr reads the passage itself when its neighbour is the passage's second half."""
+    field = TASKS[task_name].field
+    return "passage" if field == "next" and neighbour == "halves" else field
+
+
+def check_tasks_against(field_counts: Sequence[Mapping[str, int]], task_names: Sequence[str], neighbour: str) -> None:
+    """Checks that every task can be served by at least one of the shard sets.
+
+    `field_counts`: for each shard set, how many samples have each field (passage, next, queries, continuation), as its
+    manifest says. Raises SettingsError naming every task that none can serve, its field, and the command that makes it.
+    """
+    problems = []
+    for name in task_names:
+        field = field_of(name, neighbour)
+        if not sum(counts.get(field, 0) for counts in field_counts):
+            remedy = FIELD_REMEDIES.get(field, "build the shards from a corpus that has passages")
+            problems.append(f"task {name} ({TASKS[name].title}) needs the field {field!r}: {remedy}")
+    if problems:
+        raise SettingsError("no shard set given serves " + "; ".join(problems) + "; or leave the task out of --tasks")
