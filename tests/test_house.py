@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = ["kernels", "data_shards", "engine", "launchers"]
 HEAVY = {
     "deepspeed": {"engine/pretraining.py", "engine/checkpoint.py"},
-    "mlflow": {"engine/tracking.py"},
+    "mlflow": {"engine/tracking_sender.py"},
 }
 
 

@@ -1,0 +1,236 @@
+"""The sender: a process of its own that carries metrics.jsonl into MLflow. The only file that imports mlflow.
+
+Its life hangs on its stdin, whose other end the training process holds. "close" means send what is left and go; end of
+file means that the training process is dead, so go at once: whoever resumes the run sends the rest. It runs at low
+priority, ignores the signals that a scheduler sends to every process of a job, and retries a store that does not
+answer for as long as the run lasts.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from quincunx.engine.metrics_file import METRICS_FILE, numbers, parse_line
+from quincunx.engine.tracking import TrackingState, is_remote, resolve_uri
+
+EXPERIMENT = "quincunx"
+RUN_TAG = "quincunx.run_id"
+MLFLOW_STATUS = {"finished": "FINISHED", "preempted": "SCHEDULED", "interrupted": "KILLED"}  # all others: FAILED
+POLL_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+LAST_TRY_SECONDS = 3.0
+SYSTEM_SECONDS = 10.0
+REQUEST_SECONDS = 10
+BYTES_A_BATCH = 256 * 1024
+METRICS_A_BATCH = 1000  # MLflow's own limits of one log_batch call
+PARAMS_A_BATCH = 100
+
+
+class Sender:
+    """The connection of one run to its MLflow store. Raises whatever MLflow raises where the store does not answer."""
+
+    def __init__(self, run_folder: Path, uri: str | None = None):
+        from mlflow import MlflowClient
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self.folder = Path(run_folder)
+        self.state = TrackingState.load(self.folder)
+        if uri is not None:
+            self.state.point_to(resolve_uri(uri, self.folder))
+        _create_database(self.state.uri)
+        self.client = MlflowClient(tracking_uri=self.state.uri)
+        if self.state.mlflow_run_id is None:
+            self.state.mlflow_run_id = self._find_or_create_run()
+            self.state.save(self.folder)
+        self.run = self.state.mlflow_run_id
+        self.client.update_run(self.run, status="RUNNING")
+        self._send_params()
+        self._system = SystemMetricsMonitor(self.run, tracking_uri=self.state.uri)  # not started: we read its samples
+        self._system_due = time.monotonic()
+
+    def _find_or_create_run(self) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+        else:  # without a server, MLflow would put the artifacts under the folder that the command was started in
+            folder = None if is_remote(self.state.uri) else (self.folder.resolve() / "mlartifacts").as_uri()
+            experiment_id = self.client.create_experiment(name, artifact_location=folder)
+        ours = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.state.run_id}'", max_results=1)
+        if ours:
+            return ours[0].info.run_id
+        tags = {RUN_TAG: self.state.run_id}
+        return self.client.create_run(experiment_id, run_name=self.state.run_name, tags=tags).info.run_id
+
+    def _send_params(self) -> None:
+        """MLflow's params are written once; a setting that a restart changed becomes a tag `resumed_with.NAME`."""
+        from mlflow.entities import Param, RunTag
+
+        known = self.client.get_run(self.run).data.params
+        new = [Param(name, value) for name, value in self.state.params.items() if name not in known]
+        for start in range(0, len(new), PARAMS_A_BATCH):
+            self.client.log_batch(self.run, params=new[start : start + PARAMS_A_BATCH])
+        changed = [
+            RunTag(f"resumed_with.{name}", value)
+            for name, value in self.state.params.items()
+            if name in known and known[name] != value
+        ]
+        if changed:
+            self.client.log_batch(self.run, tags=changed)
+
+    def send_new_lines(self) -> None:
+        """Sends every whole line after the last one sent, and keeps the place in tracking.json after each batch."""
+        with open(self.folder / METRICS_FILE, "rb") as file:
+            while True:
+                file.seek(self.state.sent_bytes)
+                lines = [line for line in file.readlines(BYTES_A_BATCH) if line.endswith(b"\n")]
+                if not lines:
+                    return
+                self._send_records([record for record in map(parse_line, lines) if record is not None])
+                self.state.sent_bytes += sum(map(len, lines))
+                self.state.save(self.folder)
+
+    def _send_records(self, records: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics, reached = [], dict(self.state.sent_steps)
+        for record in records:
+            # MLflow cannot take a metric back; the steps that a resumed run repeats give the same losses, so skip them.
+            if record["kind"] != "event" and record["step"] > reached.get(record["kind"], -1):
+                reached[record["kind"]] = record["step"]
+                milliseconds = int(record["time"] * 1000)
+                metrics += [
+                    Metric(mlflow_name(name), value, milliseconds, record["step"])
+                    for name, value in numbers(record).items()
+                ]
+        for start in range(0, len(metrics), METRICS_A_BATCH):
+            self.client.log_batch(self.run, metrics=metrics[start : start + METRICS_A_BATCH])
+        self.state.sent_steps = reached
+        for record in records:
+            if record.get("event") == "artifact":
+                self._send_artifact(Path(record["path"]))
+            elif record.get("event") == "closed":
+                self._send_artifact(self.folder / METRICS_FILE)
+                self.client.set_terminated(self.run, MLFLOW_STATUS.get(record["status"], "FAILED"))
+
+    def _send_artifact(self, path: Path) -> None:
+        if path.is_dir():
+            self.client.log_artifacts(self.run, str(path), artifact_path=path.name)
+        elif path.exists():
+            self.client.log_artifact(self.run, str(path))
+        else:
+            say(f"{path} is gone, so MLflow does not get it")
+
+    def send_system_metrics(self) -> None:
+        """Each 10 s a sample of MLflow's system metrics: processor, memory, disk, network, GPUs of this node."""
+        from mlflow.entities import Metric
+
+        if time.monotonic() < self._system_due:
+            return
+        self._system_due = time.monotonic() + SYSTEM_SECONDS
+        self._system.collect_metrics()
+        now, step = int(time.time() * 1000), self.state.sent_steps.get("train", 0)
+        samples = self._system.aggregate_metrics()
+        for monitor in self._system.monitors:
+            monitor.clear_metrics()
+        self.client.log_batch(self.run, metrics=[Metric(f"system/{name}", v, now, step) for name, v in samples.items()])
+
+
+def mlflow_name(name: str) -> str:
+    """MLflow refuses "@": probe/mrr@10 is shown as probe/mrr_at_10."""
+    return name.replace("@", "_at_")
+
+
+def _create_database(uri: str) -> None:
+    """Makes a new sqlite store under another name and renames it when it is whole.
+
+    Making one takes about 3 s, a run may be killed at any moment, and a half-made store is refused for ever.
+    """
+    from mlflow import MlflowClient
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        MlflowClient(tracking_uri=f"sqlite:///{staging}").search_experiments(max_results=1)
+        os.replace(staging, path)
+
+
+def say(sentence: str) -> None:
+    print(f"tracking: {sentence}", flush=True)
+
+
+def follow(run_folder: Path, closing: threading.Event, failing: threading.Event) -> int:
+    """Sends new lines each second until `closing` is set and all is sent; 0 if so, 1 if the last try failed."""
+    sender, pause = None, POLL_SECONDS
+    while True:
+        last = closing.is_set()
+        try:
+            sender = sender or Sender(run_folder)
+            sender.send_new_lines()
+            sender.send_system_metrics()
+            if failing.is_set():
+                failing.clear()
+                say(f"MLflow at {sender.state.uri} answers again")
+            pause = POLL_SECONDS
+        except Exception as error:  # whatever a server or its client raises, the run goes on and so does the sender
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            if not failing.is_set():
+                failing.set()
+                uri = TrackingState.load(run_folder).uri
+                say(f"MLflow at {uri} takes no metrics ({type(error).__name__}); {METRICS_FILE} keeps them meanwhile")
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        if last:
+            return int(failing.is_set())
+        closing.wait(pause)
+
+
+def send_all(run_folder: Path, uri: str | None = None) -> TrackingState:
+    """Sends whatever of the run has not been sent, to another store if `uri` is given; returns how far it came.
+
+    Raises what MLflow raises. Sending twice is harmless.
+    """
+    _fail_fast()
+    sender = Sender(run_folder, uri)
+    sender.send_new_lines()
+    return sender.state
+
+
+def _fail_fast() -> None:
+    """One request, 10 s: MLflow's own 7 retries of 120 s would hold the sender for minutes. A user's setting stands."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def _watch_parent(closing: threading.Event, failing: threading.Event) -> None:
+    """Sets `closing` when the training process says "close"; ends this process when that one is dead."""
+    parent = os.getppid()
+    while os.getppid() == parent:  # a forked worker of the parent may keep the pipe open after its death
+        if not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
+            continue
+        if closing.is_set() or os.read(0, 16) != b"close\n":
+            break
+        if failing.is_set():  # a store that has not answered lately gets one short last try
+            threading.Timer(LAST_TRY_SECONDS, os._exit, (1,)).start()
+        closing.set()
+    os._exit(1)
+
+
+def main() -> None:
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    os.nice(10)
+    _fail_fast()
+    closing, failing = threading.Event(), threading.Event()
+    threading.Thread(target=_watch_parent, args=(closing, failing), daemon=True).start()
+    os._exit(follow(Path(sys.argv[1]), closing, failing))  # no thread of a library may hold it
+
+
+if __name__ == "__main__":
+    main()
