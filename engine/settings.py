@@ -23,8 +23,8 @@ MODEL_FIELDS = (
 """Settings that shape the model: a checkpoint made with others does not fit."""
 MACHINE_FIELDS = (
     "output", "deepspeed", "micro_batch", "device", "num_workers", "compile", "gradient_checkpointing", "fresh",
-    "tracking", "run_name", "log_every", "checkpoint_every", "keep_checkpoints", "probe", "probe_every", "held_out_every",
-    "held_out_passages", "hang_minutes", "cache", "cache_gb", "export",
+    "tracking", "run_name", "log_every", "checkpoint_every", "keep_checkpoints", "probe", "probe_every",
+    "held_out_every", "held_out_passages", "hang_minutes", "cache", "cache_gb", "export",
 )  # fmt: skip
 """Settings that change nothing that is learned; a resumed run may change them without a word."""
 

@@ -1,0 +1,169 @@
+"""The DeepSpeed JSON of a run: read, checked against the recipe, its "auto" values filled in.
+
+The recipe says what is learned, the JSON how it is run. So a value that the recipe owns must be "auto" or absent in the
+JSON; a number there would be a second truth. The micro-batch may stand in either.
+"""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.settings import PretrainSettings
+
+BUNDLED = Path(__file__).parent.parent / "ds_configs"
+LARGEST_DEFAULT_MICRO_BATCH = 32
+
+OWNED_BY_RECIPE = {
+    "train_batch_size": "global_batch",
+    "gradient_accumulation_steps": "global_batch and micro_batch",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.betas": "adam_betas",
+    "optimizer.params.eps": "adam_eps",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler": "warmup_share and steps",
+}
+"""Key of the JSON -> the settings that decide it."""
+
+
+def load_deepspeed_json(name: str) -> dict[str, Any]:
+    """The JSON that `--deepspeed` names: a file, or one of ours by name (`zero2`, also `ds_configs/zero2.json`)."""
+    path = Path(name)
+    if not path.is_file():
+        path = BUNDLED / f"{Path(name).name.removesuffix('.json')}.json"
+    if not path.is_file():
+        ours = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.json")))
+        raise SettingsError(f"--deepspeed {name}: no such file, and none of ours ({ours})")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise SettingsError(f"--deepspeed {name} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise SettingsError(f"--deepspeed {name} must hold one JSON object")
+    return config
+
+
+def find_conflicts(config: dict[str, Any], settings: PretrainSettings) -> list[str]:
+    """Every value of the JSON that contradicts the recipe or that training here cannot honour, each as one clause."""
+    clauses = []
+    for key, owner in OWNED_BY_RECIPE.items():
+        value = lookup(config, key)
+        if value is not None and value != "auto":
+            clauses.append(f'the DeepSpeed JSON sets {key} to {json.dumps(value)}, which {owner} decides; write "auto"')
+    micro_batch = config.get("train_micro_batch_size_per_gpu")
+    if isinstance(micro_batch, int) and settings.micro_batch is not None:
+        clauses.append(
+            f"the DeepSpeed JSON sets train_micro_batch_size_per_gpu to {micro_batch} and the recipe micro_batch to "
+            f'{settings.micro_batch}; write "auto" in the JSON or leave micro_batch out'
+        )
+    stage = lookup(config, "zero_optimization.stage")
+    if stage not in (1, 2, 3):
+        clauses.append(f"the DeepSpeed JSON has zero_optimization.stage {stage}; allowed: 1, 2, 3")
+    kind = lookup(config, "optimizer.type")
+    if kind not in (None, "auto", "AdamW"):
+        clauses.append(f"the DeepSpeed JSON has optimizer.type {kind}; allowed: AdamW")
+    if lookup(config, "fp16.enabled") is True and lookup(config, "bf16.enabled") is True:
+        clauses.append("the DeepSpeed JSON enables fp16 and bf16; choose one")
+    if lookup(config, "checkpoint.load_universal") is not None:
+        clauses.append("the DeepSpeed JSON sets checkpoint.load_universal, which resuming decides; leave it out")
+    return clauses
+
+
+def choose_micro_batch(config: dict[str, Any], settings: PretrainSettings, world_size: int) -> tuple[int, list[str]]:
+    """(passages of one forward pass of one rank, what is wrong with the batch sizes).
+
+    From the recipe, else from the JSON, else the largest divisor of the rank's share that is at most 32.
+    """
+    if settings.global_batch % world_size:
+        return 1, [
+            f"global_batch {settings.global_batch} is not divisible by the {world_size} ranks; "
+            f"nearest: {nearest_multiples(settings.global_batch, world_size)}"
+        ]
+    share = settings.global_batch // world_size
+    given = settings.micro_batch or config.get("train_micro_batch_size_per_gpu", "auto")
+    if given == "auto":
+        return max(n for n in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if share % n == 0), []
+    if not isinstance(given, int) or given < 1 or share % given:
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        allowed = ", ".join(map(str, divisors[-8:]))
+        return 1, [
+            f"micro_batch {given} does not divide the {share} passages of a rank; the largest that do: {allowed}"
+        ]
+    return given, []
+
+
+def nearest_multiples(number: int, divisor: int) -> str:
+    below = number // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)
+
+
+def fill_config(
+    config: dict[str, Any],
+    settings: PretrainSettings,
+    micro_batch: int,
+    world_size: int,
+    cuda: bool,
+    load_universal: bool,
+) -> dict[str, Any]:
+    """The JSON as DeepSpeed gets it: every "auto" replaced, what the recipe owns set.
+
+    cuda: bfloat16 where the card has it, else float32. load_universal: the checkpoint to load is a universal one.
+    """
+    filled = deepcopy(config)
+    offload = lookup(filled, "zero_optimization.offload_optimizer.device") == "cpu"
+    filled["train_micro_batch_size_per_gpu"] = micro_batch
+    filled["gradient_accumulation_steps"] = settings.global_batch // (micro_batch * world_size)
+    filled["train_batch_size"] = settings.global_batch
+    filled["gradient_clipping"] = settings.max_grad_norm
+    filled.pop("scheduler", None)
+    optimizer = {
+        "lr": settings.learning_rate,
+        "betas": list(settings.adam_betas),
+        "eps": settings.adam_eps,
+        "weight_decay": settings.weight_decay,
+    }
+    given = lookup(config, "optimizer.params") or {}
+    optimizer |= {key: value for key, value in given.items() if key not in optimizer and value != "auto"}
+    # torch's AdamW needs no compiler; an offloaded optimizer runs on the CPU, where only DeepSpeed's own is fast.
+    optimizer.setdefault("torch_adam", not offload)
+    filled["optimizer"] = {"type": "AdamW", "params": optimizer}
+    if lookup(filled, "bf16.enabled") == "auto":
+        filled["bf16"]["enabled"] = cuda and bfloat16_supported() and lookup(filled, "fp16.enabled") is not True
+    for section in ("offload_optimizer", "offload_param"):
+        if lookup(filled, f"zero_optimization.{section}.pin_memory") == "auto":
+            filled["zero_optimization"][section]["pin_memory"] = cuda
+    if load_universal:
+        filled["checkpoint"] = {**filled.get("checkpoint", {}), "load_universal": True}
+    left = sorted(auto_keys(filled))
+    if left:
+        raise SettingsError(f'the DeepSpeed JSON has "auto" where nothing fills it: {", ".join(left)}')
+    return filled
+
+
+def bfloat16_supported() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def lookup(config: dict[str, Any], dotted: str) -> Any:
+    """The value under `a.b.c`, None where any part is missing."""
+    value: Any = config
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def auto_keys(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all values that are still "auto"."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += auto_keys(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found
