@@ -104,8 +104,8 @@ class Watchdog:
             silent = time.monotonic() - self._last
             if silent > self._seconds:
                 print(
-                    f"hung: no step has finished for {silent / 60:.1f} minutes (hang_minutes); the stacks of all threads"
-                    " follow; the same command resumes from the last checkpoint",
+                    f"hung: no step has finished for {silent / 60:.1f} minutes (hang_minutes); the stacks of all"
+                    " threads follow; the same command resumes from the last checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
