@@ -6,6 +6,7 @@ priority, ignores the signals that a scheduler sends to every process of a job, 
 answer for as long as the run lasts.
 """
 
+import fcntl
 import os
 import select
 import signal
@@ -15,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.metrics_file import METRICS_FILE, numbers, parse_line
-from quincunx.engine.tracking import TrackingState, is_remote, resolve_uri
+from quincunx.engine.tracking import LOG_FILE, TrackingState, is_remote, resolve_uri
 
 EXPERIMENT = "quincunx"
 RUN_TAG = "quincunx.run_id"
@@ -193,12 +195,17 @@ def follow(run_folder: Path, closing: threading.Event, failing: threading.Event)
 def send_all(run_folder: Path, uri: str | None = None) -> TrackingState:
     """Sends whatever of the run has not been sent, to another store if `uri` is given; returns how far it came.
 
-    Raises what MLflow raises. Sending twice is harmless.
+    Sending twice is harmless. Raises SettingsError where the run is still going, else what MLflow raises.
     """
     _fail_fast()
-    sender = Sender(run_folder, uri)
-    sender.send_new_lines()
-    return sender.state
+    with open(Path(run_folder) / LOG_FILE, "ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"{run_folder} is being sent by the run itself: wait until it has ended") from None
+        sender = Sender(run_folder, uri)
+        sender.send_new_lines()
+        return sender.state
 
 
 def _fail_fast() -> None:
@@ -229,6 +236,7 @@ def main() -> None:
     _fail_fast()
     closing, failing = threading.Event(), threading.Event()
     threading.Thread(target=_watch_parent, args=(closing, failing), daemon=True).start()
+    fcntl.flock(sys.stderr, fcntl.LOCK_EX)  # tracking.log: one sender at a time keeps its place in tracking.json
     os._exit(follow(Path(sys.argv[1]), closing, failing))  # no thread of a library may hold it
 
 

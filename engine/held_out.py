@@ -1,0 +1,124 @@
+"""Held-out loss: every task on passages that are never trained on, with masks that never change.
+
+The first passages of the shards' held-out split are packed once, with the masks of epoch 0. A task's loss is a mean
+over its labelled tokens, in nats, and stands beside the unigram cross-entropy of the very same tokens: what a model
+that ignores the text reaches by knowing how often each token is a label in training. Tasks label different words, so
+only the distance to a task's own unigram can be compared.
+
+Every rank must call run_held_out: the ranks share the batches, and under ZeRO-3 each forward gathers weights from all
+of them, so all run the same number of forwards.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quincunx.data_shards.batches import PackedBatch
+from quincunx.engine.ranks import rank_and_world, sum_over_ranks
+
+if TYPE_CHECKING:
+    import torch
+
+    from quincunx.data_shards.packer import Packer
+
+UNIGRAM_PASSAGES = 4096  # training passages that label frequencies are counted on
+PASSAGES_A_PACK = 256
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Packed held-out passages, the same on every rank."""
+
+    batches: list[PackedBatch]
+    unigram: dict[str, float]
+    """nats per labelled token of each task ("mlm" first) under its label frequencies in training; tasks with labels"""
+
+
+def load_held_out(held_out: "Packer", train: "Packer", num_passages: int, micro_batch: int) -> HeldOut | None:
+    """Packs the first `num_passages` held-out passages, shared equally by the shard sets that have any.
+
+    held_out, train: packers of the two splits, alike otherwise. micro_batch: passages of one forward pass.
+    Returns None where no shard set holds any passage out. A pure function: ranks need not talk.
+    """
+    datasets, samples = first_samples(held_out, num_passages)
+    if not len(samples):
+        return None
+    batches = pack_all(held_out, datasets, samples, micro_batch)
+    trained = pack_all(train, *first_samples(train, UNIGRAM_PASSAGES), PASSAGES_A_PACK)
+    return HeldOut(batches, unigram_cross_entropy(batches, trained, held_out.vocab_size))
+
+
+def first_samples(packer: "Packer", num_passages: int) -> tuple[np.ndarray, np.ndarray]:
+    """(datasets int16 [n], sample_ids int64 [n]) of the first passages of each shard set; n <= num_passages."""
+    counts = [shard_set.num_samples(packer.split) for shard_set in packer.shard_sets]
+    filled = [index for index, count in enumerate(counts) if count]
+    shares = np.array_split(np.arange(num_passages), len(filled)) if filled else []
+    taken = [min(len(share), counts[index]) for index, share in zip(filled, shares, strict=True)]
+    datasets = np.repeat(np.array(filled, np.int16), taken)
+    return datasets, np.concatenate([np.arange(count) for count in taken]) if taken else np.empty(0, np.int64)
+
+
+def pack_all(packer: "Packer", datasets: np.ndarray, samples: np.ndarray, micro_batch: int) -> list[PackedBatch]:
+    """The samples in their order, `micro_batch` a batch, as epoch 0 masks them."""
+    return [
+        packer.pack(datasets[cut], np.zeros(len(samples[cut]), np.int32), samples[cut])
+        for start in range(0, len(samples), micro_batch)
+        for cut in [slice(start, start + micro_batch)]
+    ]
+
+
+def unigram_cross_entropy(batches: list[PackedBatch], trained: list[PackedBatch], vocab_size: int) -> dict[str, float]:
+    """Nats per labelled token of `batches` under the label frequencies of `trained`, task by task."""
+    from quincunx.data_shards.unigram import count_labels, log_probabilities
+
+    counts = count_labels(trained, vocab_size)
+    unigram = {}
+    for task, labels in labels_by_task(batches).items():
+        if len(labels):
+            unigram[task] = -float(log_probabilities(counts[task])[labels].mean())
+    return unigram
+
+
+def labels_by_task(batches: list[PackedBatch]) -> dict[str, np.ndarray]:
+    """int32 labels of all batches, the encoder's ("mlm") first."""
+    labels = {"mlm": np.concatenate([batch.encoder_labels for batch in batches])}
+    for task in batches[0].tasks:
+        labels[task] = np.concatenate([batch.tasks[task].labels for batch in batches])
+    return labels
+
+
+def run_held_out(model: Any, held_out: HeldOut, device: "torch.device") -> dict[str, float]:
+    """held_out/loss/TASK and held_out/unigram/TASK in nats, held_out/accuracy/TASK (share right) on every rank.
+
+    Every rank must call it. model: the PretrainModel, left in the mode it was in. Rank r runs batches r, r + ranks, and
+    so on; one that has a batch fewer runs the last once more and does not count it. A task without labels is left out.
+    """
+    import torch
+
+    from quincunx.engine.tensors import to_tensors
+
+    rank, world = rank_and_world()
+    own = held_out.batches[rank::world]
+    names = ["mlm", *held_out.batches[0].tasks]
+    totals = torch.zeros(3, len(names), dtype=torch.float64, device=device)
+    unweighted = torch.ones(len(names), device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for turn in range(-(-len(held_out.batches) // world)):
+                batch = own[turn] if turn < len(own) else held_out.batches[-1]
+                output = model(to_tensors(batch, device), unweighted)
+                if turn < len(own):
+                    totals += torch.stack([output.nll_sums, output.correct, output.counts]).to(totals)
+    finally:
+        model.train(was_training)
+    nll_sums, correct, counts = sum_over_ranks(totals).tolist()
+    metrics = {}
+    for task, nll, right, count in zip(names, nll_sums, correct, counts, strict=True):
+        if count:
+            metrics[f"held_out/loss/{task}"] = nll / count
+            metrics[f"held_out/accuracy/{task}"] = right / count
+            metrics[f"held_out/unigram/{task}"] = held_out.unigram[task]
+    return metrics

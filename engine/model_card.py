@@ -1,0 +1,91 @@
+"""The model card of an export: what the model is, what it was trained on, what was measured, how to use it."""
+
+from pathlib import Path
+from typing import Any
+
+from quincunx.engine.metrics_file import numbers, read_metrics
+from quincunx.engine.settings import MACHINE_FIELDS
+
+PLOT_FILE = "loss.png"
+
+
+def first_and_last(run_folder: Path, kind: str) -> tuple[dict[str, float], dict[str, float]] | None:
+    """The first and the last record of `kind` ("held_out", "probe"), numbers and "step" only; None if there is none."""
+    records = [
+        {"step": record["step"], **numbers(record)} for record in read_metrics(run_folder) if record["kind"] == kind
+    ]
+    return (records[0], records[-1]) if records else None
+
+
+def held_out_table(run_folder: Path) -> str:
+    """Markdown: each task's held-out loss and accuracy before and after, beside its unigram; "" if none was taken."""
+    ends = first_and_last(run_folder, "held_out")
+    if ends is None:
+        return ""
+    first, last = ends
+    rows = [
+        f"| task | loss at step {first['step']} | loss at step {last['step']} | unigram | accuracy before | after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for task in (name.removeprefix("held_out/loss/") for name in last if name.startswith("held_out/loss/")):
+        before, after = first.get(f"held_out/loss/{task}", float("nan")), last[f"held_out/loss/{task}"]
+        right = [ends[at].get(f"held_out/accuracy/{task}", float("nan")) for at in (0, 1)]
+        unigram = last[f"held_out/unigram/{task}"]
+        rows.append(f"| {task} | {before:.3f} | {after:.3f} | {unigram:.3f} | {right[0]:.1%} | {right[1]:.1%} |")
+    return "\n".join(rows)
+
+
+def probe_table(run_folder: Path) -> str:
+    """Markdown: the retrieval probe's measures before and after; "" where none was taken."""
+    ends = first_and_last(run_folder, "probe")
+    if ends is None:
+        return ""
+    first, last = ends
+    rows = [f"| measure | step {first['step']} | step {last['step']} |", "|---|---|---|"]
+    for name, title in (("probe/mrr@10", "MRR@10"), ("probe/ndcg@10", "nDCG@10")):
+        rows.append(f"| {title} | {first[name]:.3f} | {last[name]:.3f} |")
+    return "\n".join(rows)
+
+
+def model_card(
+    run_folder: Path, title: str, usage: str, step: int, dataset_ids: list[str], settings: dict[str, Any], plot: bool
+) -> str:
+    """README.md in the Hugging Face hub's format.
+
+    title: the model's name. usage: a Markdown section with the code that loads this folder. step: optimizer steps done.
+    dataset_ids: of the shard sets' manifests. settings: the run's, as settings.yaml has them; those that name this
+    machine's folders stay out of the card. plot: whether loss.png stands beside the card.
+    """
+    import yaml
+
+    metadata = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["dense-retrieval", "pre-training", "quincunx", *settings["tasks"]],
+    }
+    scratch = " with random weights" if settings["from_scratch"] else ""
+    learned = {name: value for name, value in settings.items() if name not in {*MACHINE_FIELDS, "shards"}}
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {title}",
+        f"A dense-retrieval encoder, pre-trained with quincunx for {step} steps of {settings['global_batch']} "
+        f"passages, starting from `{settings['encoder']}`{scratch}. Tasks: masked language modelling and "
+        f"{', '.join(settings['tasks'])}, with {settings['decoder']} decoders. It is pre-trained, not fine-tuned: "
+        "train it on queries and passages before you judge its retrieval.",
+        usage,
+        "## Training data\n\nShard sets, by the digest of their manifest:\n\n"
+        + "\n".join(f"- `{dataset_id}`" for dataset_id in dataset_ids),
+    ]
+    if table := held_out_table(run_folder):
+        parts.append(
+            "## Held-out losses\n\nNats per labelled token, on passages never trained on. A task's unigram is the "
+            "cross-entropy of the same tokens under their frequencies in training; tasks label different words, so "
+            f"compare a loss with its own unigram only.\n\n{table}"
+        )
+    if table := probe_table(run_folder):
+        parts.append(
+            f"## Retrieval probe\n\nExact search with [CLS] vectors by cosine, without fine-tuning.\n\n{table}"
+        )
+    if plot:
+        parts.append(f"## Loss\n\n![Losses of every task over the run]({PLOT_FILE})")
+    parts.append(f"## Settings\n\n```yaml\n{yaml.safe_dump(learned, sort_keys=False)}```")
+    return "\n\n".join(parts) + "\n"
