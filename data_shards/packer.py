@@ -1,0 +1,230 @@
+"""Packs samples into a batch: gathers their texts from blocks and has every task's packed text written.
+
+A batch is a pure function of the rows (dataset, epoch, sample id) and the settings: which other rows stand beside a
+row, on which rank or worker, changes nothing. The compiled loops here and in packed_texts.py release the GIL.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from numba import njit
+
+from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.hashing import dataset_seed
+from quincunx.data_shards.masks import DRAWS, UNIFORM
+from quincunx.data_shards.packed_texts import (
+    NEXT,
+    PASSAGE,
+    TEXT_INDEX,
+    Texts,
+    Vocabulary,
+    pack_enhanced,
+    pack_masked,
+)
+from quincunx.data_shards.shards import ShardSet
+from quincunx.data_shards.tasks import (
+    CORRUPTION_CODE,
+    CORRUPTIONS,
+    DECODER_CORRUPTION_CODE,
+    ENCODER_CODE,
+    NEIGHBOURS,
+    TaskSpec,
+)
+
+
+class Packer:
+    """Makes packed batches from the samples of shard sets.
+
+    shard_sets: one per dataset of the mixture, all of one tokenizer. tasks: in the order of the recipe.
+    encoder_mask_rate, decoder_mask_rate: shares of a text's ordinary tokens, in (0, 1). corruption: how hidden tokens
+    are written, in the encoder's and in masked decoders' texts: "80-10-10" or "mask". neighbour: npr decodes the
+    document's "next" passage, or with "halves" the second half of the passage, the encoder and all other passage tasks
+    working on the first. max_tokens: longest sequence with [CLS] and [SEP]; a longer text is cut before the word that
+    does not fit. split: "train" or "heldout".
+
+    Raises:
+        SettingsError: a value out of range, a task twice, or shard sets of different tokenizers.
+    """
+
+    def __init__(
+        self,
+        shard_sets: Sequence[ShardSet],
+        tasks: Sequence[TaskSpec],
+        *,
+        encoder_mask_rate: float,
+        decoder_mask_rate: float,
+        corruption: str,
+        neighbour: str,
+        max_tokens: int,
+        seed: int,
+        split: str = "train",
+    ):
+        for name, rate in (("encoder_mask_rate", encoder_mask_rate), ("decoder_mask_rate", decoder_mask_rate)):
+            if not 0 < rate < 1:
+                raise SettingsError(f"{name} is {rate}; allowed are shares between 0 and 1")
+        if corruption not in CORRUPTIONS:
+            raise SettingsError(f"corruption is {corruption!r}; allowed: {', '.join(CORRUPTIONS)}")
+        if neighbour not in NEIGHBOURS:
+            raise SettingsError(f"neighbour is {neighbour!r}; allowed: {', '.join(NEIGHBOURS)}")
+        if max_tokens < 3:
+            raise SettingsError(f"max_tokens is {max_tokens}; a sequence is [CLS], at least one token, and [SEP]")
+        names = [task.name for task in tasks]
+        if len(set(names)) < len(names):
+            raise SettingsError(f"tasks {', '.join(names)}: name each task once")
+        manifests = [shard_set.manifest for shard_set in shard_sets]
+        for shard_set, manifest in zip(shard_sets, manifests):
+            if manifest.tokenizer_digest != manifests[0].tokenizer_digest:
+                raise SettingsError(
+                    f"{shard_set.path} was built with another tokenizer than {shard_sets[0].path}; build them with one"
+                )
+        self.shard_sets, self.tasks, self.split = list(shard_sets), list(tasks), split
+        self.encoder_mask_rate, self.decoder_mask_rate = encoder_mask_rate, decoder_mask_rate
+        self.only_mask, self.halves = corruption == "mask", neighbour == "halves"
+        self.limit = max_tokens - 2
+        self.vocabulary = _vocabulary(self.shard_sets)
+        self.seeds = np.array([dataset_seed(seed, dataset) for dataset in range(len(shard_sets))], np.int64)
+        self.block_starts = [np.cumsum([0, *shard_set.block_samples(split)]) for shard_set in shard_sets]
+        self.texts_wanted = np.zeros(len(TEXT_INDEX), bool)
+        self.texts_wanted[[PASSAGE, *(TEXT_INDEX[task.kind.field] for task in tasks)]] = True
+
+    def pack(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> PackedBatch:
+        """The batch of R rows: datasets int16 [R], epochs int32 [R], sample ids int64 [R] of the split.
+
+        Raises:
+            DataError: a block that cannot be read.
+        """
+        texts, num_cut = self.gather(datasets, epochs, sample_ids)
+        hidden = np.zeros((len(sample_ids), self.limit), bool)
+        encoder = pack_masked(
+            texts,
+            self.vocabulary,
+            PASSAGE,
+            ENCODER_CODE,
+            CORRUPTION_CODE,
+            UNIFORM,
+            self.encoder_mask_rate,
+            self.only_mask,
+            True,
+            hidden,
+        )
+        return PackedBatch(
+            encoder=PackedText(*encoder[:2]),
+            encoder_label_positions=encoder[3],
+            encoder_labels=encoder[4],
+            tasks={task.name: self._pack_task(task, texts, hidden) for task in self.tasks},
+            sample_ids=sample_ids,
+            datasets=datasets,
+            epochs=epochs,
+            num_cut_texts=num_cut,
+        )
+
+    def _pack_task(self, task: TaskSpec, texts: Texts, hidden: np.ndarray) -> PackedTask:
+        text, code, draw = TEXT_INDEX[task.kind.field], task.kind.code, DRAWS[task.kind.draw]
+        rate = self.decoder_mask_rate
+        if task.decoder == "enhanced":
+            columns = pack_enhanced(texts, self.vocabulary, text, code, draw, rate, hidden)
+        else:
+            corruption_code = DECODER_CORRUPTION_CODE + code
+            columns = pack_masked(
+                texts, self.vocabulary, text, code, corruption_code, draw, rate, self.only_mask, False, hidden
+            )
+        return PackedTask(PackedText(*columns[:2]), *columns[2:])
+
+    def gather(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> tuple[Texts, int]:
+        """The texts of the rows, and how many of them were cut at max_tokens."""
+        shape = (len(TEXT_INDEX), len(sample_ids), self.limit)
+        tokens, starts, lengths = np.empty(shape, np.int32), np.empty(shape, bool), np.zeros(shape[:2], np.int32)
+        num_cut = 0
+        for dataset in np.unique(datasets):
+            shard_set, block_starts = self.shard_sets[dataset], self.block_starts[dataset]
+            rows = np.flatnonzero(datasets == dataset)
+            blocks = np.searchsorted(block_starts, sample_ids[rows], side="right") - 1
+            by_block = np.argsort(blocks, kind="stable")
+            rows, blocks = rows[by_block], blocks[by_block]
+            indices = sample_ids[rows] - block_starts[blocks]
+            for low, high in pairwise([*np.flatnonzero(np.diff(blocks, prepend=-1)), len(rows)]):
+                block = shard_set.read_block(self.split, int(blocks[low]))
+                num_cut += _gather_block(
+                    block.token_ids,
+                    block.word_starts,
+                    block.offsets,
+                    block.has_next,
+                    indices[low:high],
+                    rows[low:high],
+                    self.texts_wanted,
+                    tokens,
+                    starts,
+                    lengths,
+                )
+        if self.halves:
+            _split_halves(tokens, starts, lengths)
+        return Texts(tokens, starts, lengths, datasets, self.seeds[datasets], epochs, sample_ids), num_cut
+
+
+def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:
+    """One tokenizer's special ids and every dataset's idf.
+
+    [UNK] stands for a word of the text, so it is hidden and recovered as one; but it replaces no hidden token.
+    """
+    manifest = shard_sets[0].manifest
+    special = manifest.special_ids
+    is_special = np.zeros(manifest.vocab_size, bool)
+    is_special[[token_id for token_id in special["all"] if token_id != special["unk"]]] = True
+    tables = [shard_set.statistics.idf for shard_set in shard_sets]
+    return Vocabulary(
+        size=manifest.vocab_size,
+        cls_id=special["cls"],
+        sep_id=special["sep"],
+        mask_id=special["mask"],
+        is_special=is_special,
+        ordinary_ids=np.setdiff1d(np.arange(manifest.vocab_size), special["all"]).astype(np.int32),
+        idf=np.concatenate(tables),
+        idf_starts=np.cumsum([0, *(len(table) for table in tables)]),
+    )
+
+
+@njit(cache=True, nogil=True)
+def _gather_block(token_ids, word_starts, offsets, has_next, indices, rows, wanted, tokens, starts, lengths):
+    """Copies the wanted texts of samples `indices` of one block to `rows` of the tables; returns the texts cut."""
+    limit = tokens.shape[2]
+    num_cut = 0
+    for n in range(len(indices)):
+        for text in range(len(wanted)):
+            sample, field = indices[n], max(text - 1, 0)
+            if not wanted[text] or (text == NEXT and not has_next[sample]):
+                continue
+            sample += text == NEXT
+            low = offsets[field, sample]
+            length = offsets[field, sample + 1] - low
+            if length > limit:
+                num_cut += 1
+                length = limit
+                while length and not word_starts[low + length]:
+                    length -= 1
+                if not length:  # one word fills the sequence
+                    length = limit
+            for i in range(length):
+                tokens[text, rows[n], i] = token_ids[low + i]
+                starts[text, rows[n], i] = word_starts[low + i]
+            lengths[text, rows[n]] = length
+    return num_cut
+
+
+@njit(cache=True, nogil=True)
+def _split_halves(tokens, starts, lengths):
+    """Cuts each passage at the word start nearest to its middle and makes the second half the next passage's text."""
+    for row in range(lengths.shape[1]):
+        length = lengths[PASSAGE, row]
+        cut = 0
+        for i in range(1, length):
+            if starts[PASSAGE, row, i] and abs(2 * i - length) < abs(2 * cut - length):
+                cut = i
+        lengths[NEXT, row] = 0
+        if cut:
+            lengths[NEXT, row] = length - cut
+            lengths[PASSAGE, row] = cut
+            for i in range(length - cut):
+                tokens[NEXT, row, i] = tokens[PASSAGE, row, cut + i]
+                starts[NEXT, row, i] = starts[PASSAGE, row, cut + i]
