@@ -1,0 +1,187 @@
+"""Documents to passages: sentences packed greedily, nothing thrown away.
+
+The text of a document is its title and its paragraphs, joined by one space; it is tokenised as a whole and then only
+cut, so that the passages' tokens in order are exactly the tokens of the text. A passage takes whole sentences while
+they fit; a sentence longer than a passage starts a passage of its own and is cut at word starts; a single word longer
+than a passage (a base64 blob) is cut inside.
+
+A ready-made collection (passage_ids given) keeps its passages: each is title and paragraph, never joined with the next,
+cut by the same rule where it is too long.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quincunx.data_shards.documents import Document, ReadReport
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.readers import read_documents
+from quincunx.data_shards.sentences import sentence_starts
+from quincunx.data_shards.tokenizer import Tokens, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+NUM_SPECIAL = 2
+BATCH_DOCUMENTS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """One passage, n tokens, n at most max_tokens - 2 ([CLS] and [SEP] are not stored but counted).
+
+    token_ids    int32 [n]
+    word_starts  bool [n], the first always True
+    text         its characters
+    query        its natural query (a docstring's summary line), or ""
+    """
+
+    passage_id: str
+    token_ids: np.ndarray
+    word_starts: np.ndarray
+    text: str
+    query: str = ""
+
+
+def document_texts(document: Document, with_titles: bool = True) -> list[str]:
+    """The texts that are tokenised: one for running text, one per passage of a ready-made collection."""
+    title = [document.title] if with_titles and document.title else []
+    if document.passage_ids:
+        return [" ".join([*title, paragraph]) for paragraph in document.paragraphs]
+    return [" ".join([*title, *document.paragraphs])]
+
+
+def paragraph_starts(document: Document, with_titles: bool = True) -> list[int]:
+    """Index of the first character of every paragraph (and of the title) in the text of a running document."""
+    parts = [document.title] if with_titles and document.title else []
+    starts, position = [], 0
+    for part in [*parts, *document.paragraphs]:
+        starts.append(position)
+        position += len(part) + 1
+    return starts
+
+
+def cut_tokens(tokens: Tokens, boundaries: list[int], limit: int) -> list[tuple[int, int]]:
+    """Token ranges [start, end) of the passages of one text; together they are [0, n).
+
+    boundaries: characters at which a sentence starts. limit: most tokens a range may have, 1 or more.
+    """
+    num_tokens = len(tokens.token_ids)
+    # A token belongs to the sentence of its last character (a leading space is part of some tokens); a sentence that
+    # starts inside a word, or between a lone space token and its letters, starts with that word.
+    first_tokens = np.searchsorted(tokens.ends, np.asarray(boundaries), side="right")
+    words = np.flatnonzero(tokens.word_starts)
+    sentences = words[np.searchsorted(words, first_tokens, side="right") - 1]
+    sentences[0] = 0
+    ranges, start = [], 0
+    while num_tokens - start > limit:
+        end = _last_at_most(sentences, start + limit)
+        if end <= start:
+            end = _last_at_most(words, start + limit)
+        if end <= start:
+            end = start + limit
+        ranges.append((start, end))
+        start = end
+    return [*ranges, (start, num_tokens)] if start < num_tokens else ranges
+
+
+def _last_at_most(increasing: np.ndarray, limit: int) -> int:
+    """The largest of the numbers that is at most `limit`; the first is 0."""
+    return int(increasing[np.searchsorted(increasing, limit, side="right") - 1])
+
+
+def split_document(
+    document: Document, tokenizer: "PreTrainedTokenizerFast", max_tokens: int, with_titles: bool = True
+) -> list[Passage]:
+    """The passages of one document in reading order; see `split_documents`."""
+    return next(split_documents([document], tokenizer, max_tokens, with_titles))[1]
+
+
+def split_documents(
+    documents: Iterable[Document],
+    tokenizer: "PreTrainedTokenizerFast",
+    max_tokens: int,
+    with_titles: bool = True,
+    report: ReadReport | None = None,
+) -> Iterator[tuple[Document, list[Passage]]]:
+    """Every document with its passages, in order; a document without a token is given with none.
+
+    Passage ids: the collection's own where there are (with #0, #1... where a passage had to be cut), else the
+    document's id with #0, #1... A query goes to the first piece of its paragraph.
+
+    Args:
+        max_tokens: most tokens of a passage, [CLS] and [SEP] counted, 3 or more.
+        report: counts `empty_passages` (no token), `cut_passages` (of a collection, too long) and `cut_words`.
+
+    Raises:
+        SettingsError: max_tokens below 3.
+    """
+    if max_tokens < NUM_SPECIAL + 1:
+        raise SettingsError(f"max_tokens is {max_tokens}, with [CLS] and [SEP] counted: give 3 or more (144 is usual)")
+    report = report if report is not None else ReadReport()
+    remaining = iter(documents)
+    while batch := list(islice(remaining, BATCH_DOCUMENTS)):
+        texts = [document_texts(document, with_titles) for document in batch]
+        tokenized = iter(tokenize(tokenizer, [text for of_document in texts for text in of_document]))
+        for document, of_document in zip(batch, texts):
+            passages: list[Passage] = []
+            for k, text in enumerate(of_document):
+                tokens = next(tokenized)
+                starts = [0] if document.passage_ids else paragraph_starts(document, with_titles)
+                passages += _cut_text(document, k, text, tokens, starts, max_tokens - NUM_SPECIAL, report)
+            yield document, passages
+
+
+def _cut_text(
+    document: Document, k: int, text: str, tokens: Tokens, starts: list[int], limit: int, report: ReadReport
+) -> list[Passage]:
+    """The passages of the k-th text of a document; starts: where its paragraphs start."""
+    if not len(tokens.token_ids):
+        report.counts["empty_passages"] += 1
+        return []
+    bounds = [*starts, len(text)]
+    sentences = [start + i for start, end in pairwise(bounds) for i in sentence_starts(text[start:end])]
+    ranges = cut_tokens(tokens, sentences, limit)
+    collection = bool(document.passage_ids)
+    stem = document.passage_ids[k] if collection else document.doc_id
+    report.counts["cut_passages"] += collection and len(ranges) > 1
+    passages = []
+    for number, (first, end) in enumerate(ranges):
+        word_starts = tokens.word_starts[first:end].copy()
+        report.counts["cut_words"] += not word_starts[0]
+        word_starts[0] = True
+        begin = int(tokens.ends[first - 1]) if first else 0
+        stop = int(tokens.ends[end - 1]) if end < len(tokens.ends) else len(text)
+        passages.append(
+            Passage(
+                passage_id=stem if collection and len(ranges) == 1 else f"{stem}#{number}",
+                token_ids=tokens.token_ids[first:end],
+                word_starts=word_starts,
+                text=text[begin:stop].strip(),
+                query=document.queries[k] if collection and document.queries and number == 0 else "",
+            )
+        )
+    return passages
+
+
+def read_passages(
+    format: str,
+    path: str,
+    tokenizer: "PreTrainedTokenizerFast",
+    max_tokens: int,
+    task: int = 0,
+    num_tasks: int = 1,
+    on_bad_record: str = "stop",
+    with_titles: bool = True,
+    report: ReadReport | None = None,
+) -> Iterator[tuple[Document, list[Passage]]]:
+    """The documents of part `task` of `num_tasks` of a corpus, each with its passages: what shards are made of.
+
+    The parts are disjoint and together the corpus, whatever their number. Arguments as in `readers.read_documents`
+    and `split_documents`; so are the errors.
+    """
+    documents = read_documents(format, path, task, num_tasks, on_bad_record, report)
+    return split_documents(documents, tokenizer, max_tokens, with_titles, report)

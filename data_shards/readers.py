@@ -1,0 +1,264 @@
+"""Corpora in the formats of the field to documents; any part of a corpus without reading the rest.
+
+The formats, one example line each, stand in docs/corpora.md. A corpus of B bytes is cut into n parts at byte k*B/n; a
+record belongs to the part that holds its first byte, a document of several records to the part of its first record, so
+that the parts together give the same documents for every n. Parquet is cut at row groups, a compressed file is one
+piece, and python_docs is cut between packages.
+"""
+
+import difflib
+import glob
+import gzip
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from quincunx.data_shards.documents import Document, Input, ReadReport
+from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.python_docs import list_packages, read_package
+from quincunx.data_shards.records import PARSERS, BadRecordError, Row, parse_parquet_row
+
+PATTERNS = {
+    "beir": ("corpus.jsonl", "corpus.jsonl.gz"),
+    "msmarco": ("*.tsv", "*.tsv.gz"),
+    "dpr": ("*.tsv", "*.tsv.gz"),
+    "documents": ("*.jsonl", "*.jsonl.gz"),
+    "parquet": ("*.parquet",),
+}
+FORMATS = (*PATTERNS, "python_docs")
+ON_BAD_RECORD = ("stop", "skip")
+LOOK_BACK_BYTES = 1 << 16
+
+
+def list_inputs(format: str, path: str) -> list[Input]:
+    """The files of a corpus (or packages, for python_docs), sorted by name.
+
+    Args:
+        format: one of FORMATS.
+        path: a file, a folder, or a pattern like "part-*.jsonl.gz"; for python_docs see `python_docs.list_packages`.
+
+    Raises:
+        SettingsError: an unknown format.
+        DataError: no such file, or nothing in it.
+    """
+    if format not in FORMATS:
+        near = difflib.get_close_matches(str(format), FORMATS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise SettingsError(f"the corpus format {format!r} is not known{hint}: give one of {', '.join(FORMATS)}")
+    if format == "python_docs":
+        return list_packages(path)
+    given = Path(path).expanduser()
+    if given.is_dir():
+        files = sorted(file for pattern in PATTERNS[format] for file in given.glob(pattern))
+    else:
+        files = sorted(Path(name) for name in glob.glob(str(given), recursive=True) if os.path.isfile(name))
+    if not files:
+        wanted = " or ".join(PATTERNS[format])
+        raise DataError(f"no {format} corpus at {path}: give a file, a pattern, or a folder with {wanted}")
+    folder = os.path.commonpath([file.parent.absolute() for file in files])
+    inputs = [Input(os.path.relpath(file, folder), (file,), file.stat().st_size) for file in files]
+    if not sum(source.bytes for source in inputs):
+        raise DataError(f"the corpus {path} is empty: give {format} files with at least one record")
+    return inputs
+
+
+def part_range(total: int, task: int, num_tasks: int) -> tuple[int, int]:
+    """The half-open range of [0, total) that is part `task` of `num_tasks`."""
+    assert 0 <= task < num_tasks
+    return task * total // num_tasks, (task + 1) * total // num_tasks
+
+
+def read_documents(
+    format: str,
+    path: str,
+    task: int = 0,
+    num_tasks: int = 1,
+    on_bad_record: str = "stop",
+    report: ReadReport | None = None,
+) -> Iterator[Document]:
+    """The documents of part `task` of `num_tasks` of a corpus, in order.
+
+    Args:
+        on_bad_record: "stop" raises at the first record that cannot be read, "skip" leaves it out and counts it.
+            Empty records are always left out and counted.
+        report: is filled with counts and the first bad records.
+
+    Raises:
+        SettingsError: an unknown format or on_bad_record.
+        DataError: no corpus there, or a bad record, named by file and line.
+    """
+    if on_bad_record not in ON_BAD_RECORD:
+        raise SettingsError(f"on_bad_record is {on_bad_record!r}: give stop or skip")
+    report = report if report is not None else ReadReport()
+    inputs = list_inputs(format, path)
+    if format == "parquet":
+        documents = _read_parquet(inputs, task, num_tasks, on_bad_record, report)
+    else:
+        documents = _read_inputs(format, inputs, task, num_tasks, on_bad_record, report)
+    for document in documents:
+        report.counts["documents"] += 1
+        yield document
+
+
+def _read_inputs(
+    format: str, inputs: list[Input], task: int, num_tasks: int, on_bad_record: str, report: ReadReport
+) -> Iterator[Document]:
+    first, end = part_range(sum(source.bytes for source in inputs), task, num_tasks)
+    position = 0
+    for source in inputs:
+        owned = range(max(first - position, 0), min(end - position, source.bytes))
+        position += source.bytes
+        if not owned:
+            continue
+        if format == "python_docs":
+            if owned.start == 0:
+                yield from read_package(source, report)
+        elif source.name.endswith(".gz"):
+            if owned.start == 0:
+                try:
+                    with gzip.open(source.files[0], "rb") as file:
+                        yield from _read_rows(source, file, range(1 << 62), PARSERS[format], on_bad_record, report)
+                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                    raise DataError(f"{source.name} is a damaged gzip file ({error}): fetch it again") from None
+        else:
+            with open(source.files[0], "rb") as file:
+                yield from _read_rows(source, file, owned, PARSERS[format], on_bad_record, report)
+
+
+def _read_rows(
+    source: Input,
+    file: BinaryIO,
+    owned: range,
+    parse: Callable[[str], Row | None],
+    on_bad_record: str,
+    report: ReadReport,
+) -> Iterator[Document]:
+    """The documents whose first line begins at an owned byte. A blank, empty or bad line ends a document."""
+    offset = _line_start_before(file, owned.start)
+    file.seek(offset)
+    earlier: Row | None = None  # the last row of a document that began before the owned bytes
+    rows: list[Row] = []
+    for line in file:
+        mine = offset in owned
+        row = None
+        try:
+            row = parse(_decode(line, offset))
+        except BadRecordError as error:
+            if mine:
+                number = 1 + _count_lines(source, offset)
+                _handle_bad_record(f"{source.name}:{number}", str(error), on_bad_record, report)
+        if offset >= owned.stop and not (rows and row and rows[-1].is_followed_by(row)):
+            break
+        is_before = offset < owned.start
+        offset += len(line)
+        if mine and row:
+            report.counts["records"] += 1
+        if mine and row and not row.document.paragraphs:
+            report.counts["empty_passages"] += 1
+        if row and not row.document.paragraphs:
+            row = None
+        if is_before or (earlier and row and earlier.is_followed_by(row)):
+            earlier = row
+            continue
+        earlier = None
+        if rows and not (row and rows[-1].is_followed_by(row)):
+            yield _join_rows(rows)
+            rows = []
+        if row:
+            rows.append(row)
+    if rows:
+        yield _join_rows(rows)
+
+
+def _handle_bad_record(where: str, reason: str, on_bad_record: str, report: ReadReport) -> None:
+    if on_bad_record == "stop":
+        raise DataError(f"{where}: {reason}; mend the record, or leave such records out with --on_bad_record skip")
+    report.add_bad_record(where, reason)
+
+
+def _line_start_before(file: BinaryIO, position: int) -> int:
+    """Where the line that holds the byte before `position` begins; 0 for 0."""
+    end = max(position - 1, 0)
+    while end > 0:
+        start = max(end - LOOK_BACK_BYTES, 0)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _count_lines(source: Input, offset: int) -> int:
+    """Lines before byte `offset` of the (unpacked) file; read only to name a bad record."""
+    count = 0
+    with (gzip.open if source.name.endswith(".gz") else open)(source.files[0], "rb") as file:
+        while offset > 0 and (chunk := file.read(min(1 << 22, offset))):
+            count += chunk.count(b"\n")
+            offset -= len(chunk)
+    return count
+
+
+def _decode(line: bytes, offset: int) -> str:
+    if offset == 0:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise BadRecordError(f"not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
+
+
+def _join_rows(rows: list[Row]) -> Document:
+    first = rows[0].document
+    if len(rows) == 1:
+        return first
+    documents = [row.document for row in rows]
+    return replace(
+        first,
+        paragraphs=tuple(paragraph for document in documents for paragraph in document.paragraphs),
+        passage_ids=tuple(passage_id for document in documents for passage_id in document.passage_ids),
+    )
+
+
+def _read_parquet(
+    inputs: list[Input], task: int, num_tasks: int, on_bad_record: str, report: ReadReport
+) -> Iterator[Document]:
+    """Row groups whose first row is in the part; columns doc_id, title, paragraphs or id, title, text."""
+    import pyarrow.parquet as parquet
+    from pyarrow import ArrowException
+
+    try:
+        files = [parquet.ParquetFile(source.files[0]) for source in inputs]
+    except ArrowException as error:
+        raise DataError(f"a file of the corpus is not Parquet ({error}): check {inputs[0].files[0].parent}") from None
+    first, end = part_range(sum(file.metadata.num_rows for file in files), task, num_tasks)
+    position = 0
+    for source, file in zip(inputs, files):
+        names = file.schema_arrow.names
+        columns = next((c for c in (["doc_id", "paragraphs"], ["id", "text"]) if set(c) <= set(names)), None)
+        if columns is None:
+            raise DataError(
+                f"{source.name} has the columns {names}: doc_id, title, paragraphs or id, title, text are needed"
+            )
+        columns += ["title"] * ("title" in names)
+        file_start = position
+        for group in range(file.num_row_groups):
+            group_start, position = position, position + file.metadata.row_group(group).num_rows
+            if not first <= group_start < end:
+                continue
+            for number, record in enumerate(
+                file.read_row_group(group, columns).to_pylist(), group_start - file_start + 1
+            ):
+                report.counts["records"] += 1
+                try:
+                    document = parse_parquet_row(record)
+                except BadRecordError as error:
+                    _handle_bad_record(f"{source.name}: row {number}", str(error), on_bad_record, report)
+                    continue
+                if document.paragraphs:
+                    yield document
+                else:
+                    report.counts["empty_passages"] += 1

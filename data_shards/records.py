@@ -1,0 +1,150 @@
+"""One record of a corpus file to one document: the line formats of the field, and rows of Parquet tables.
+
+A parser takes a line and gives a Row, or None for a blank line or a header; a record without text gives a document
+without paragraphs. docs/corpora.md shows a line of each format.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from quincunx.data_shards.documents import Document
+
+DPR_HEADER = ["id", "text", "title"]
+
+
+class BadRecordError(Exception):
+    """Why a record cannot be read; the reader adds file and line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record. Rows that follow each other in a file and share a group are one document.
+
+    group  what they share (an article's name), or None: a document by itself
+    order  the row's number in its group, or None where the file's order counts; a gap starts a new document
+    """
+
+    document: Document
+    group: str | None = None
+    order: int | None = None
+
+    def is_followed_by(self, other: "Row") -> bool:
+        in_order = self.order is None or other.order is None or other.order == self.order + 1
+        same = self.group is not None and self.group == other.group and self.document.title == other.document.title
+        return same and in_order
+
+
+def _check_text(value: Any, name: str) -> str:
+    """A stripped text, or BadRecordError: not a string, or one that UTF-8 cannot hold (a lone surrogate)."""
+    if not isinstance(value, str):
+        raise BadRecordError(f"{name} is {type(value).__name__}, a string is needed")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRecordError(f"{name} holds half a surrogate pair, which no encoding can store") from None
+    return value.strip()
+
+
+def _check_id(value: Any, name: str) -> str:
+    text = _check_text(str(value) if isinstance(value, int) else value, name)
+    if not text or not text.isprintable():
+        raise BadRecordError(f"{name} is {value!r}, a printable string is needed")
+    return text
+
+
+def _passage(passage_id: str, title: str, text: str) -> Document:
+    """A one-passage document; where there is a title only, it is the text. Without either: no paragraphs."""
+    if title and not text:
+        title, text = "", title
+    return Document(passage_id, title, (text,) if text else (), (passage_id,) if text else ())
+
+
+def _load_json(line: str) -> dict | None:
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise BadRecordError(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise BadRecordError(f"a JSON {type(record).__name__}, an object is needed")
+    return record
+
+
+def _field(record: dict, name: str) -> Any:
+    if name not in record:
+        raise BadRecordError(f"no field {name!r} among {sorted(record)}")
+    return record[name]
+
+
+def parse_beir(line: str) -> Row | None:
+    """{"_id", "title" (optional), "text"}; rows of one metadata.article in order are neighbours."""
+    record = _load_json(line)
+    if record is None:
+        return None
+    passage_id = _check_id(_field(record, "_id"), "_id")
+    title, text = _check_text(record.get("title") or "", "title"), _check_text(_field(record, "text"), "text")
+    metadata = record.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
+    article, order = metadata.get("article"), metadata.get("paragraph")
+    return Row(
+        _passage(passage_id, title, text),
+        None if article is None else str(article),
+        order if isinstance(order, int) else None,
+    )
+
+
+def parse_msmarco(line: str) -> Row | None:
+    """pid, text or pid, title, text, separated by tabs, without quoting."""
+    if not line.strip():
+        return None
+    columns = line.rstrip("\r\n").split("\t")
+    if len(columns) not in (2, 3):
+        raise BadRecordError(f"{len(columns)} tab-separated columns, 2 (pid, text) or 3 (pid, title, text) are needed")
+    title = columns[1] if len(columns) == 3 else ""
+    return Row(_passage(_check_id(columns[0], "pid"), title.strip(), columns[-1].strip()))
+
+
+def parse_dpr(line: str) -> Row | None:
+    """id, text, title, separated by tabs, quoted as CSV, with a header; rows of one title in order are neighbours."""
+    if not line.strip():
+        return None
+    try:
+        columns = next(csv.reader([line.rstrip("\r\n")], delimiter="\t"))
+    except csv.Error as error:
+        raise BadRecordError(f"not tab-separated CSV ({error})") from None
+    if columns == DPR_HEADER:
+        return None
+    if len(columns) != 3:
+        raise BadRecordError(f"{len(columns)} tab-separated columns, 3 (id, text, title) are needed")
+    title = columns[2].strip()
+    return Row(_passage(_check_id(columns[0], "id"), title, columns[1].strip()), title or None)
+
+
+def parse_document(line: str) -> Row | None:
+    """{"doc_id", "title" (optional), "paragraphs": [...] in reading order}."""
+    record = _load_json(line)
+    return None if record is None else Row(_document(record))
+
+
+def _document(record: dict) -> Document:
+    doc_id = _check_id(_field(record, "doc_id"), "doc_id")
+    title, paragraphs = _check_text(record.get("title") or "", "title"), _field(record, "paragraphs")
+    if not isinstance(paragraphs, list):
+        raise BadRecordError(f"paragraphs is {type(paragraphs).__name__}, a list of strings is needed")
+    texts = tuple(text for text in (_check_text(paragraph, "a paragraph") for paragraph in paragraphs) if text)
+    return Document(doc_id, "", (title,)) if title and not texts else Document(doc_id, title, texts)
+
+
+PARSERS = {"beir": parse_beir, "msmarco": parse_msmarco, "dpr": parse_dpr, "documents": parse_document}
+
+
+def parse_parquet_row(record: dict) -> Document:
+    """Columns doc_id, title (optional), paragraphs, or id, title (optional), text."""
+    if "paragraphs" in record:
+        return _document(record)
+    title, text = _check_text(record.get("title") or "", "title"), _check_text(record["text"], "text")
+    return _passage(_check_id(record["id"], "id"), title, text)
