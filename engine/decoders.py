@@ -1,0 +1,181 @@
+"""The shallow decoders: masked (MASTER, section 4.2) and enhanced (RetroMAE, section 3.3), on packed text.
+
+Both are BERT's post-LayerNorm layers, and both finish only the rows that carry a label: queries, output projection and
+feed-forward of a last layer are never computed where no loss reads them.
+
+Letters: T tokens, S sequences, M labelled rows, R rows that ask, D channels, H heads, C channels of a head, P rows of
+the position table.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.tensors import TensorTask
+from quincunx.kernels.enhanced_attention import enhanced_attention, visible_attention
+from quincunx.kernels.packed_attention import packed_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Sizes of a decoder layer."""
+
+    hidden: int
+    heads: int
+    intermediate: int
+    activation: str
+    eps: float
+    dropout: float
+    init_std: float
+
+
+class DecoderLayer(nn.Module):
+    """One Transformer layer whose queries, keys and residual may come from different rows."""
+
+    def __init__(self, shape: LayerShape):
+        super().__init__()
+        self.heads = shape.heads
+        self.query = nn.Linear(shape.hidden, shape.hidden, bias=False)
+        # Apart from the matrix: an enhanced decoder projects h and positions separately and adds the bias once.
+        self.query_bias = nn.Parameter(torch.zeros(shape.hidden))
+        self.key_value = nn.Linear(shape.hidden, 2 * shape.hidden)
+        self.attention_output = nn.Linear(shape.hidden, shape.hidden)
+        self.attention_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
+        self.intermediate = nn.Linear(shape.hidden, shape.intermediate)
+        self.activation = ACT2FN[shape.activation]
+        self.output = nn.Linear(shape.intermediate, shape.hidden)
+        self.output_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
+        self.dropout = nn.Dropout(shape.dropout)
+        for module in (self.query, self.key_value, self.attention_output, self.intermediate, self.output):
+            nn.init.normal_(module.weight, std=shape.init_std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def split_heads(self, rows_RD: torch.Tensor) -> torch.Tensor:
+        """[R, D] -> [R, H, C]"""
+        return rows_RD.unflatten(-1, (self.heads, -1))
+
+    def keys_and_values(self, context_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the context in one product: [T, H, C] each."""
+        k_TD, v_TD = self.key_value(context_TD).chunk(2, dim=-1)
+        return self.split_heads(k_TD), self.split_heads(v_TD)
+
+    def finish(self, attended_RHC: torch.Tensor, residual_RD: torch.Tensor) -> torch.Tensor:
+        """Everything after the attention, [R, D]."""
+        attended_RD = self.dropout(self.attention_output(attended_RHC.flatten(-2)))
+        attended_RD = self.attention_norm(attended_RD + residual_RD)
+        output_RD = self.dropout(self.output(self.activation(self.intermediate(attended_RD))))
+        return self.output_norm(output_RD + attended_RD)
+
+
+class MaskedDecoder(nn.Module):
+    """n bidirectional layers over the embedded, masked text whose position 0 is h; the last at labelled rows only."""
+
+    def __init__(self, shape: LayerShape, num_layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(num_layers))
+
+    def forward(self, context_TD: torch.Tensor, task: TensorTask) -> torch.Tensor:
+        """Hidden states [M, D] of the task's labelled rows."""
+        text, labels = task.text, task.labels
+        for layer in self.layers[:-1]:
+            q_THC = layer.split_heads(layer.query(context_TD) + layer.query_bias)
+            k_THC, v_THC = layer.keys_and_values(context_TD)
+            attended = packed_attention(q_THC, k_THC, v_THC, text.cu_seqlens, text.max_length)
+            context_TD = layer.finish(attended, context_TD)
+        layer = self.layers[-1]
+        rows_MD = context_TD.index_select(0, labels.positions)
+        q_MHC = layer.split_heads(layer.query(rows_MD) + layer.query_bias)
+        k_THC, v_THC = layer.keys_and_values(context_TD)
+        attended = packed_attention(
+            q_MHC, k_THC, v_THC, text.cu_seqlens, text.max_length, labels.cu_seqlens, labels.max_labels
+        )
+        return layer.finish(attended, rows_MD)
+
+
+class EnhancedDecoder(nn.Module):
+    """One layer with two streams (RetroMAE, Eq. 4 to 7): each row recovers its token from h and its own random context.
+
+    The query stream, h + position, is also the residual; it has no LayerNorm and no dropout, so its projection is
+    h W_q + p W_q: S + P rows pass the product instead of T.
+    """
+
+    def __init__(self, shape: LayerShape):
+        super().__init__()
+        self.layers = nn.ModuleList([DecoderLayer(shape)])
+
+    def forward(
+        self,
+        context_TD: torch.Tensor,
+        h_SD: torch.Tensor,
+        positions_PD: torch.Tensor | None,
+        task: TensorTask,
+        query_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [M, D] of the task's labelled rows.
+
+        `context_TD` is the embedded, unmasked text with h at position 0; `positions_PD` the raw position table. With
+        `query_TD` (the embedded query stream of RetroMAE's FlagEmbedding fork) that is the query stream instead of
+        h + position, and `positions_PD` is not read.
+        """
+        layer, text, rows_M = self.layers[0], task.text, task.labels.positions
+        k_THC, v_THC = layer.keys_and_values(context_TD)
+        rule = (text.cu_seqlens, task.keys, task.word_ids, task.keep_thresholds, task.visibility)
+        if query_TD is None:
+            h_query, position_query = layer.query(torch.cat([h_SD, positions_PD])).split([len(h_SD), len(positions_PD)])
+            attended_THC = enhanced_attention(
+                layer.split_heads(h_query), layer.split_heads(position_query + layer.query_bias), k_THC, v_THC, *rule
+            )
+            residual_MD = h_SD.index_select(0, text.sequences.index_select(0, rows_M))
+            residual_MD = residual_MD + positions_PD.index_select(0, text.positions.index_select(0, rows_M))
+        else:
+            q_THC = layer.split_heads(layer.query(query_TD) + layer.query_bias)
+            attended_THC = visible_attention(q_THC, k_THC, v_THC, *rule)
+            residual_MD = query_TD.index_select(0, rows_M)
+        return layer.finish(attended_THC.index_select(0, rows_M), residual_MD)
+
+
+# Our name of a parameter of a layer -> the names of a Hugging Face BertLayer (RoBERTa, ELECTRA, XLM-R alike).
+BERT_LAYER_NAMES = {
+    "query.weight": ("attention.self.query.weight",),
+    "query_bias": ("attention.self.query.bias",),
+    "key_value.weight": ("attention.self.key.weight", "attention.self.value.weight"),
+    "key_value.bias": ("attention.self.key.bias", "attention.self.value.bias"),
+    "attention_output.weight": ("attention.output.dense.weight",),
+    "attention_output.bias": ("attention.output.dense.bias",),
+    "attention_norm.weight": ("attention.output.LayerNorm.weight",),
+    "attention_norm.bias": ("attention.output.LayerNorm.bias",),
+    "intermediate.weight": ("intermediate.dense.weight",),
+    "intermediate.bias": ("intermediate.dense.bias",),
+    "output.weight": ("output.dense.weight",),
+    "output.bias": ("output.dense.bias",),
+    "output_norm.weight": ("output.LayerNorm.weight",),
+    "output_norm.bias": ("output.LayerNorm.bias",),
+}
+
+
+def layer_weights(bert_layer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state of a Hugging Face BertLayer as a DecoderLayer's state (K above V in one matrix)."""
+    return {ours: torch.cat([bert_layer[name] for name in theirs]) for ours, theirs in BERT_LAYER_NAMES.items()}
+
+
+def copy_last_layers(decoder: MaskedDecoder | EnhancedDecoder, encoder_layers: list[nn.Module]) -> None:
+    """Starts a decoder's layers as copies of the encoder's last ones, in their order (as SimLM does).
+
+    Raises SettingsError where the encoder's layers are not BERT's or are fewer.
+    """
+    if len(encoder_layers) < len(decoder.layers):
+        raise SettingsError(
+            f"decoder_init encoder needs {len(decoder.layers)} encoder layers, there are {len(encoder_layers)}; "
+            "set decoder_layers lower or decoder_init to random"
+        )
+    for ours, theirs in zip(decoder.layers, encoder_layers[-len(decoder.layers) :], strict=True):
+        state = theirs.state_dict()
+        if any(name not in state for names in BERT_LAYER_NAMES.values() for name in names):
+            raise SettingsError(
+                "decoder_init encoder copies BERT-like layers, this encoder's are built otherwise; set it to random"
+            )
+        ours.load_state_dict(layer_weights(state))

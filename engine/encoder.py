@@ -1,0 +1,239 @@
+"""Any bidirectional Hugging Face encoder on packed passages: one row of T tokens, no padding.
+
+transformers models look their attention up by name; ours is registered under PACKED, reads `cu_seqlens` from the
+model's keyword arguments, and asks for no mask. Checked against the padded models for BERT, RoBERTa, ELECTRA, XLM-R and
+ModernBERT (tests/engine/test_encoder.py). Attention-probability dropout is not applied: the variable-length kernels
+have none, and hidden dropout remains.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, PretrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.tokenizer import resolve_model
+from quincunx.kernels.packed_attention import packed_attention
+
+PACKED = "quincunx_packed"
+
+
+def _attention_of_transformers(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, *, cu_seqlens, max_length, **_
+):
+    """The signature transformers calls; tensors [1, H, T, C]; a `sliding_window` of w + 1 reaches w positions far."""
+    window = None if sliding_window is None else sliding_window - 1
+    q_THC, k_THC, v_THC = (x[0].transpose(0, 1) for x in (query, key, value))
+    attended = packed_attention(q_THC, k_THC, v_THC, cu_seqlens, max_length, window=window, scale=scaling)
+    return attended[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED, _attention_of_transformers)
+ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, lambda *_, **__: None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScratchShape:
+    """Sizes of an encoder that starts from random weights; None: as in the architecture that is named."""
+
+    hidden: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    intermediate: int | None = None
+    """Feed-forward width; None: 4 x hidden where that is given."""
+    max_positions: int | None = None
+    """Longest passage in tokens (RoBERTa-like encoders get their two more)."""
+
+
+class PackedEncoder(nn.Module):
+    """A Hugging Face encoder without its pooler, on packed rows. Letters: T tokens, S sequences, D channels."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.config: PretrainedConfig = model.config
+
+    @property
+    def embeddings(self) -> nn.Module:
+        """The embedding layer: word (and position, type) embeddings, LayerNorm, dropout."""
+        return self.model.embeddings
+
+    @property
+    def word_embeddings(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()
+
+    @property
+    def position_embeddings(self) -> nn.Embedding | None:
+        """The table of absolute positions, None where the encoder has none (ModernBERT)."""
+        return getattr(self.embeddings, "position_embeddings", None)
+
+    @property
+    def position_offset(self) -> int:
+        """What position 0 is called: pad_token_id + 1 in RoBERTa-like encoders, else 0."""
+        table = self.position_embeddings
+        return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+    @property
+    def max_length(self) -> int:
+        """Longest passage in tokens, [CLS] and [SEP] counted."""
+        return self.config.max_position_embeddings - self.position_offset
+
+    def embed(self, word_vectors_TE: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
+        """The embedding layer over word vectors: [T, D], projected where the embeddings are narrower (ELECTRA)."""
+        arguments = {"inputs_embeds": word_vectors_TE[None]}
+        if self.position_embeddings is not None:
+            arguments["position_ids"] = positions_T[None] + self.position_offset
+        embedded = self.embeddings(**arguments)[0]
+        project = getattr(self.model, "embeddings_project", None)
+        return embedded if project is None else project(embedded)
+
+    def forward(
+        self, word_vectors_TE: torch.Tensor, positions_T: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int
+    ) -> torch.Tensor:
+        """Final hidden states [T, D] of packed word vectors (rows of `word_embeddings`)."""
+        output = self.model(
+            inputs_embeds=word_vectors_TE[None],
+            position_ids=positions_T[None] + self.position_offset,
+            cu_seqlens=cu_seqlens,
+            max_length=max_length,
+        )
+        return output.last_hidden_state[0]
+
+
+def load_encoder(
+    name: str,
+    *,
+    from_scratch: ScratchShape | None = None,
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+    max_tokens: int | None = None,
+    dropout: float | None = None,
+    gradient_checkpointing: bool = False,
+) -> tuple[PackedEncoder, dict[str, torch.Tensor] | None]:
+    """Loads an encoder, or makes one with random weights in the architecture of `name`.
+
+    `name` is a Hugging Face name or folder, or `package:NAME/FOLDER` for one that an installed package carries. With
+    `from_scratch` only its architecture is taken (`name` may then also be a model type, such as "bert"), at those sizes
+    and with `vocab_size` words of which `pad_token_id` is padding (both of the shards' tokenizer). `max_tokens` is the
+    longest passage of the run. `dropout` replaces the checkpoint's hidden dropout.
+
+    Returns the encoder and the weights of its masked-LM head as `lm_head.LMHead` names them, None where the checkpoint
+    has none. Raises SettingsError where the encoder has too few positions or too few words.
+    """
+    if from_scratch is not None:
+        masked_lm, has_head = _random_masked_lm(name, from_scratch, vocab_size, pad_token_id), False
+    else:
+        masked_lm, has_head = _pretrained_masked_lm(name)
+    encoder = PackedEncoder(masked_lm.base_model)
+    if max_tokens is not None and max_tokens > encoder.max_length:
+        raise SettingsError(
+            f"max_tokens is {max_tokens}, encoder {name} has {encoder.max_length} positions; "
+            "set max_tokens to at most that, or take an encoder with more positions"
+        )
+    if vocab_size is not None and encoder.word_embeddings.num_embeddings < vocab_size:
+        raise SettingsError(
+            f"the shards' tokenizer has {vocab_size} words, encoder {name} embeds "
+            f"{encoder.word_embeddings.num_embeddings}; build the shards with the encoder's own tokenizer"
+        )
+    if dropout is not None:
+        for module in encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = dropout
+    if gradient_checkpointing:
+        encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return encoder, head_weights(masked_lm, encoder) if has_head else None
+
+
+def _random_masked_lm(name: str, shape: ScratchShape, vocab_size: int | None, pad_token_id: int | None) -> nn.Module:
+    config = AutoConfig.for_model(name) if name in CONFIG_MAPPING else _fetch(AutoConfig.from_pretrained, name)
+    _check_type(name, config)
+    sizes = {
+        "vocab_size": vocab_size,
+        "pad_token_id": pad_token_id,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.intermediate or (shape.hidden and 4 * shape.hidden),
+        "max_position_embeddings": shape.max_positions,
+    }
+    if "embedding_size" in config.to_dict():
+        sizes["embedding_size"] = shape.hidden
+    sizes = {key: value for key, value in sizes.items() if value is not None}
+    # Built anew rather than changed in place: some configurations derive other fields from these (layer_types).
+    fields = {**config.to_dict(), **sizes}
+    if shape.layers is not None:
+        fields.pop("layer_types", None)
+    # Special ids of the architecture's own tokenizer mean nothing where another one has fewer words.
+    for key, value in fields.items():
+        if key.endswith("_token_id") and isinstance(value, int) and value >= fields["vocab_size"]:
+            fields[key] = 0 if key == "pad_token_id" else None
+    config = type(config)(**fields)
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation=PACKED)
+    offset = PackedEncoder(model.base_model).position_offset
+    if shape.max_positions is not None and offset:
+        config.max_position_embeddings = shape.max_positions + offset
+        model = AutoModelForMaskedLM.from_config(config, attn_implementation=PACKED)
+    return model
+
+
+def _pretrained_masked_lm(name: str) -> tuple[nn.Module, bool]:
+    _check_type(name, _fetch(AutoConfig.from_pretrained, name))
+    model, report = _fetch(
+        AutoModelForMaskedLM.from_pretrained,
+        name,
+        output_loading_info=True,
+        attn_implementation=PACKED,
+        dtype=torch.float32,
+    )
+    base = model.base_model_prefix + "."
+    lost = [key for key in report["missing_keys"] if key.startswith(base) and "position_ids" not in key]
+    if lost:
+        raise SettingsError(f"{name} lacks weights of its encoder ({', '.join(lost[:3])}); give a complete checkpoint")
+    return model, all(key.startswith(base) for key in report["missing_keys"])
+
+
+def _fetch(load: Callable, name: str, **arguments):
+    """What `load` gives for `name`; what the hub or the disk cannot give becomes a SettingsError of one sentence."""
+    try:
+        return load(resolve_model(name), **arguments)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SettingsError(
+            f"encoder {name!r} could not be loaded ({reason}); give a folder, a package:NAME/FOLDER, or a model of the "
+            "Hugging Face hub that this machine reaches or has cached"
+        ) from error
+
+
+def _check_type(name: str, config: PretrainedConfig) -> None:
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING or getattr(config, "is_decoder", False):
+        raise SettingsError(
+            f"encoder {name!r} is of type {config.model_type}, for which transformers has no masked language model; "
+            "give a bidirectional encoder (BERT, RoBERTa, ELECTRA, XLM-R, ModernBERT)"
+        )
+
+
+def head_weights(masked_lm: nn.Module, encoder: PackedEncoder) -> dict[str, torch.Tensor] | None:
+    """Weights of a masked language model's head: dense, LayerNorm, output bias; None where it is built otherwise.
+
+    The families name them differently, but outside the encoder every head has one dense layer and one LayerNorm.
+    """
+    output = masked_lm.get_output_embeddings()
+    inside = set(encoder.model.modules()) | {output}
+    outside = [module for module in masked_lm.modules() if module not in inside]
+    dense = [module for module in outside if isinstance(module, nn.Linear)]
+    norms = [module for module in outside if isinstance(module, nn.LayerNorm)]
+    if len(dense) != 1 or len(norms) != 1:
+        return None
+    weights = {
+        "dense.weight": dense[0].weight,
+        "dense.bias": dense[0].bias,
+        "norm.weight": norms[0].weight,
+        "norm.bias": norms[0].bias,
+        "bias": output.bias,
+    }
+    return {name: weight.detach().clone() for name, weight in weights.items() if weight is not None}

@@ -1,0 +1,219 @@
+"""One encoder, its shallow decoders, the LM head they share, and the loss of a micro-batch.
+
+Letters: B passages, S sequences of a task, T tokens of a text, M labelled rows of a task, N labelled rows of all, D
+channels, P longest text of the decoders.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.tasks import TaskSpec
+from quincunx.engine.decoders import EnhancedDecoder, LayerShape, MaskedDecoder, copy_last_layers
+from quincunx.engine.encoder import PackedEncoder, ScratchShape, load_encoder
+from quincunx.engine.lm_head import LMHead, make_lm_head, norm_eps
+from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, empty_task
+
+
+class StepOutput(NamedTuple):
+    """What a micro-batch gives; vectors hold the encoder's task first, then the others in the recipe's order."""
+
+    loss: torch.Tensor
+    """Scalar: sum over tasks of lambda_t * (sum of nll over this micro-batch's rows) / label_counts[t]."""
+    nll_sums: torch.Tensor
+    """[1 + tasks], sum of the negative log-likelihoods in nats, detached."""
+    correct: torch.Tensor
+    """int64 [1 + tasks], labelled tokens whose word got the highest score."""
+    counts: torch.Tensor
+    """int64 [1 + tasks], labelled tokens."""
+
+
+class PretrainModel(nn.Module):
+    """The model that trains. The LM head's output weight is the encoder's word embedding."""
+
+    def __init__(
+        self,
+        encoder: PackedEncoder,
+        lm_head: LMHead,
+        tasks: Sequence[TaskSpec],
+        *,
+        decoder_layers: int,
+        query_stream: Literal["raw", "embedded"],
+        dropout: float,
+        max_tokens: int,
+    ):
+        """`max_tokens` sizes a position table of the decoders' own where the encoder has none of width D."""
+        super().__init__()
+        config = encoder.config
+        self.encoder = encoder
+        self.lm_head = lm_head
+        self.tasks = tuple(tasks)
+        self.query_stream = query_stream
+        self.task_names = ("mlm", *(task.name for task in tasks))
+        shape = LayerShape(
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            # Gated feed-forwards (no hidden_act in the configuration) count their width differently: take BERT's.
+            intermediate=config.intermediate_size if hasattr(config, "hidden_act") else 4 * config.hidden_size,
+            activation=getattr(config, "hidden_act", "gelu"),
+            eps=norm_eps(config),
+            dropout=dropout,
+            init_std=getattr(config, "initializer_range", 0.02),
+        )
+        self.decoders = nn.ModuleDict()
+        for task in tasks:
+            masked = task.decoder == "masked"
+            self.decoders[task.name] = MaskedDecoder(shape, decoder_layers) if masked else EnhancedDecoder(shape)
+        any_enhanced = any(task.decoder == "enhanced" for task in tasks)
+        table = encoder.position_embeddings
+        if any_enhanced and query_stream == "embedded" and encoder.word_embeddings.embedding_dim != shape.hidden:
+            raise SettingsError(
+                "query_stream embedded passes h through the embedding layer, which in this encoder is "
+                f"{encoder.word_embeddings.embedding_dim} wide and h {shape.hidden}; set query_stream to raw"
+            )
+        self.position_table = None
+        needs_table = any_enhanced and query_stream == "raw" and table is not None
+        if (table is None and tasks) or (needs_table and table.embedding_dim != shape.hidden):
+            self.position_table = nn.Embedding(max_tokens, shape.hidden)
+            nn.init.normal_(self.position_table.weight, std=shape.init_std)
+        lambdas = torch.tensor([1.0, *(task.weight for task in tasks)])
+        self.register_buffer("lambdas", lambdas, persistent=False)
+
+    def encode(self, text: TensorText) -> torch.Tensor:
+        """Sentence vectors [S, D]: final hidden states of [CLS], no pooler."""
+        word_vectors = self.encoder.word_embeddings(text.input_ids)
+        hidden = self.encoder(word_vectors, text.positions, text.cu_seqlens, text.max_length)
+        return hidden.index_select(0, text.starts)
+
+    def forward(self, batch: TensorBatch, label_counts: torch.Tensor) -> StepOutput:
+        """Loss of one micro-batch.
+
+        `label_counts` [1 + tasks] holds each task's labelled tokens in the whole global batch (all ranks, all
+        micro-batches), so that the losses of the micro-batches sum to the global batch's. A task without rows here adds
+        0 and zero gradients (every parameter takes part in every forward, which ZeRO and all-reduce rely on).
+        """
+        tasks = [batch.tasks.get(task.name) or empty_task(batch.encoder.input_ids.device) for task in self.tasks]
+        texts = list({id(task.text): task.text for task in tasks}.values())
+        ids = [batch.encoder.input_ids, *(text.input_ids for text in texts)]
+        # One gather for all texts: its gradient is one [V, D] tensor instead of one for each.
+        encoder_words, *text_words = self.encoder.word_embeddings(torch.cat(ids)).split([len(x) for x in ids])
+        encoder_text = batch.encoder
+        hidden_TD = self.encoder(
+            encoder_words, encoder_text.positions, encoder_text.cu_seqlens, encoder_text.max_length
+        )
+        h_BD = hidden_TD.index_select(0, encoder_text.starts)
+        contexts = self._embed(texts, text_words) if tasks else {}
+        positions_PD = self._positions(max((task.text.max_length for task in tasks), default=0))
+        rows = [hidden_TD.index_select(0, batch.encoder_labels.positions)]
+        streams: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        for spec, task in zip(self.tasks, tasks, strict=True):
+            key = (id(task.text), id(task.passage_index))
+            if key not in streams:
+                h_SD = h_BD.index_select(0, task.passage_index)
+                streams[key] = (h_SD, contexts[id(task.text)].index_copy(0, task.text.starts, h_SD))
+            rows.append(self._decode(spec, task, *streams[key], positions_PD))
+
+        counts = [len(part) for part in rows]
+        bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
+        labels_N = torch.cat([batch.encoder_labels.labels, *(task.labels.labels for task in tasks)])
+        per_row = self.lambdas.float() / label_counts.to(self.lambdas.device, torch.float32).clamp(min=1)
+        row_weights_N = torch.cat([per_row[t].expand(count) for t, count in enumerate(counts)])
+        loss, nll_sums, correct = self.lm_head(
+            torch.cat(rows),
+            self.encoder.word_embeddings,
+            labels_N,
+            row_weights_N,
+            list(itertools.pairwise(bounds)),
+        )
+        return StepOutput(loss, nll_sums, correct, torch.tensor(counts))
+
+    def _embed(self, texts: list[TensorText], word_vectors: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """The embedding layer over all decoder texts at once, by the text's identity: [T, D] each."""
+        positions = torch.cat([text.positions for text in texts])
+        embedded = self.encoder.embed(torch.cat(word_vectors), positions)
+        if self.encoder.position_embeddings is None:
+            embedded = embedded + self.position_table(positions)
+        parts = embedded.split([len(text.input_ids) for text in texts])
+        return {id(text): part for text, part in zip(texts, parts, strict=True)}
+
+    def _positions(self, length: int) -> torch.Tensor | None:
+        """Raw position vectors [P, D] of the enhanced decoders' query stream; None where nothing reads them."""
+        if self.query_stream != "raw" or all(task.decoder == "masked" for task in self.tasks):
+            return None
+        table, offset = self.position_table, 0
+        if table is None:
+            table, offset = self.encoder.position_embeddings, self.encoder.position_offset
+        return table(torch.arange(offset, offset + length, device=self.lambdas.device))
+
+    def _decode(
+        self,
+        spec: TaskSpec,
+        task: TensorTask,
+        h_SD: torch.Tensor,
+        context_TD: torch.Tensor,
+        positions_PD: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Hidden states [M, D] of a task's labelled rows."""
+        decoder = self.decoders[spec.name]
+        if spec.decoder == "masked":
+            return decoder(context_TD, task)
+        query_TD = None
+        if self.query_stream == "embedded":
+            query_TD = self.encoder.embed(h_SD.index_select(0, task.text.sequences), task.text.positions)
+        return decoder(context_TD, h_SD, positions_PD, task, query_TD)
+
+    def compile_parts(self) -> None:
+        """torch.compile for the encoder and every decoder, in place; names of parameters stay."""
+        for module in (self.encoder.model, *self.decoders.values()):
+            module.compile(dynamic=True)
+
+
+def build_model(
+    encoder: str,
+    tasks: Sequence[TaskSpec],
+    *,
+    max_tokens: int,
+    decoder_layers: int = 2,
+    decoder_init: Literal["random", "encoder"] = "random",
+    query_stream: Literal["raw", "embedded"] = "raw",
+    dropout: float | None = None,
+    from_scratch: ScratchShape | None = None,
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> PretrainModel:
+    """The model of a run: `encoder` as `encoder.load_encoder` takes it, the rest as in engine/settings.py.
+
+    Random weights come from torch's global generator. Raises SettingsError where the encoder cannot serve the run.
+    """
+    packed, head_weights = load_encoder(
+        encoder,
+        from_scratch=from_scratch,
+        vocab_size=vocab_size,
+        pad_token_id=pad_token_id,
+        max_tokens=max_tokens,
+        dropout=dropout,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    words = packed.word_embeddings
+    if dropout is None:
+        dropout = getattr(packed.config, "hidden_dropout_prob", 0.0)
+    model = PretrainModel(
+        packed,
+        make_lm_head(packed.config, words.num_embeddings, words.embedding_dim, head_weights),
+        tasks,
+        decoder_layers=decoder_layers,
+        query_stream=query_stream,
+        dropout=dropout,
+        max_tokens=max_tokens,
+    )
+    if decoder_init == "encoder":
+        stack = getattr(packed.model, "encoder", packed.model)
+        layers = list(getattr(stack, "layer", getattr(stack, "layers", [])))
+        for decoder in model.decoders.values():
+            copy_last_layers(decoder, layers)
+    return model
