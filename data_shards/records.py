@@ -36,7 +36,7 @@ class Row:
         return same and in_order
 
 
-def _check_text(value: Any, name: str) -> str:
+def check_text(value: Any, name: str) -> str:
     """A stripped text, or BadRecordError: not a string, or one that UTF-8 cannot hold (a lone surrogate)."""
     if not isinstance(value, str):
         raise BadRecordError(f"{name} is {type(value).__name__}, a string is needed")
@@ -48,8 +48,8 @@ def _check_text(value: Any, name: str) -> str:
     return value.strip()
 
 
-def _check_id(value: Any, name: str) -> str:
-    text = _check_text(str(value) if isinstance(value, int) else value, name)
+def check_id(value: Any, name: str) -> str:
+    text = check_text(str(value) if isinstance(value, int) else value, name)
     if not text or not text.isprintable():
         raise BadRecordError(f"{name} is {value!r}, a printable string is needed")
     return text
@@ -62,7 +62,7 @@ def _passage(passage_id: str, title: str, text: str) -> Document:
     return Document(passage_id, title, (text,) if text else (), (passage_id,) if text else ())
 
 
-def _load_json(line: str) -> dict | None:
+def load_json(line: str) -> dict | None:
     if not line.strip():
         return None
     try:
@@ -82,11 +82,11 @@ def _field(record: dict, name: str) -> Any:
 
 def parse_beir(line: str) -> Row | None:
     """{"_id", "title" (optional), "text"}; rows of one metadata.article in order are neighbours."""
-    record = _load_json(line)
+    record = load_json(line)
     if record is None:
         return None
-    passage_id = _check_id(_field(record, "_id"), "_id")
-    title, text = _check_text(record.get("title") or "", "title"), _check_text(_field(record, "text"), "text")
+    passage_id = check_id(_field(record, "_id"), "_id")
+    title, text = check_text(record.get("title") or "", "title"), check_text(_field(record, "text"), "text")
     metadata = record.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     article, order = metadata.get("article"), metadata.get("paragraph")
@@ -105,7 +105,7 @@ def parse_msmarco(line: str) -> Row | None:
     if len(columns) not in (2, 3):
         raise BadRecordError(f"{len(columns)} tab-separated columns, 2 (pid, text) or 3 (pid, title, text) are needed")
     title = columns[1] if len(columns) == 3 else ""
-    return Row(_passage(_check_id(columns[0], "pid"), title.strip(), columns[-1].strip()))
+    return Row(_passage(check_id(columns[0], "pid"), title.strip(), columns[-1].strip()))
 
 
 def parse_dpr(line: str) -> Row | None:
@@ -121,21 +121,21 @@ def parse_dpr(line: str) -> Row | None:
     if len(columns) != 3:
         raise BadRecordError(f"{len(columns)} tab-separated columns, 3 (id, text, title) are needed")
     title = columns[2].strip()
-    return Row(_passage(_check_id(columns[0], "id"), title, columns[1].strip()), title or None)
+    return Row(_passage(check_id(columns[0], "id"), title, columns[1].strip()), title or None)
 
 
 def parse_document(line: str) -> Row | None:
     """{"doc_id", "title" (optional), "paragraphs": [...] in reading order}."""
-    record = _load_json(line)
+    record = load_json(line)
     return None if record is None else Row(_document(record))
 
 
 def _document(record: dict) -> Document:
-    doc_id = _check_id(_field(record, "doc_id"), "doc_id")
-    title, paragraphs = _check_text(record.get("title") or "", "title"), _field(record, "paragraphs")
+    doc_id = check_id(_field(record, "doc_id"), "doc_id")
+    title, paragraphs = check_text(record.get("title") or "", "title"), _field(record, "paragraphs")
     if not isinstance(paragraphs, list):
         raise BadRecordError(f"paragraphs is {type(paragraphs).__name__}, a list of strings is needed")
-    texts = tuple(text for text in (_check_text(paragraph, "a paragraph") for paragraph in paragraphs) if text)
+    texts = tuple(text for text in (check_text(paragraph, "a paragraph") for paragraph in paragraphs) if text)
     return Document(doc_id, "", (title,)) if title and not texts else Document(doc_id, title, texts)
 
 
@@ -146,5 +146,5 @@ def parse_parquet_row(record: dict) -> Document:
     """Columns doc_id, title (optional), paragraphs, or id, title (optional), text."""
     if "paragraphs" in record:
         return _document(record)
-    title, text = _check_text(record.get("title") or "", "title"), _check_text(record["text"], "text")
-    return _passage(_check_id(record["id"], "id"), title, text)
+    title, text = check_text(record.get("title") or "", "title"), check_text(record["text"], "text")
+    return _passage(check_id(record["id"], "id"), title, text)
