@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quincunx.data_shards.batches import PackedText
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.ranks import gather_rows, rank_and_world
 
@@ -126,12 +127,20 @@ def batches_by_length(texts: list[np.ndarray], batch_tokens: int = BATCH_TOKENS)
     return [*batches, np.array(batch)]
 
 
+def pack(texts: list[np.ndarray]) -> PackedText:
+    """The texts laid end to end."""
+    cu_seqlens = np.cumsum([0, *map(len, texts)]).astype(np.int32)
+    return PackedText(input_ids=np.concatenate(texts), cu_seqlens=cu_seqlens)
+
+
 def encode_texts(model: Any, probe: Probe, device: "torch.device") -> "torch.Tensor":
     """float32 [texts, D] on `device`, the [CLS] vectors of all texts, the same on every rank.
 
     Rank r encodes batches r, r + ranks, ...; one that has a batch fewer encodes the last (shortest) batch once more.
     """
     import torch
+
+    from quincunx.engine.tensors import text_to_tensors
 
     rank, world = rank_and_world()
     own = probe.batches[rank::world]
@@ -140,11 +149,7 @@ def encode_texts(model: Any, probe: Probe, device: "torch.device") -> "torch.Ten
     with torch.no_grad():  # not inference_mode, whose tensors ZeRO-3 cannot gather into
         for turn in range(rounds):
             batch = own[turn] if turn < len(own) else probe.batches[-1]
-            texts = [probe.texts[index] for index in batch]
-            cu_seqlens = np.concatenate([[0], np.cumsum([len(text) for text in texts])]).astype(np.int32)
-            encoded = model.encode(
-                torch.from_numpy(np.concatenate(texts)).to(device), torch.from_numpy(cu_seqlens).to(device)
-            )
+            encoded = model.encode(text_to_tensors(pack([probe.texts[index] for index in batch]), device))
             if turn < len(own):
                 vectors.append(encoded.float())
     width = encoded.shape[1]
@@ -186,7 +191,7 @@ def measure(probe: Probe, scores: np.ndarray, indices: np.ndarray) -> dict[str, 
 def run_probe(model: Any, probe: Probe, device: "torch.device") -> dict[str, float]:
     """{"probe/mrr@10", "probe/ndcg@10"} of the model as it stands, on every rank. Every rank must call it.
 
-    model: has encode(input_ids int32 [T], cu_seqlens int32 [S + 1]) -> [S, D], and is left in the mode it was in.
+    model: the PretrainModel, left in the mode it was in.
     """
     was_training = model.training
     model.eval()
