@@ -12,7 +12,7 @@ import math
 import numpy as np
 from numba import njit
 
-from quincunx.data_shards.hashing import ALWAYS, draw30
+from quincunx.data_shards.hashing import ALWAYS, draw30, mix
 from quincunx.data_shards.statistics import word_slot
 
 UNIFORM, KEYWORD, COMPLEMENT = 0, 1, 2
@@ -54,20 +54,25 @@ def mask_budget(rate, num_ordinary):
 
 
 @njit(cache=True, nogil=True)
-def keyword_weights(token_ids, begins, num_words, idf, vocab_size, slots, weights):
+def keyword_weights(token_ids, begins, num_words, idf, vocab_size, slots, table, weights):
     """Writes TF-IDF to weights[0..W): how often the word stands in this text, times its idf in the corpus.
 
-    idf: float32 [vocab_size + num_buckets], `Statistics.idf`. slots: int32 scratch. Both weights of a word that stands
-    twice count both, as every one of its places may be drawn.
+    idf: float32 [vocab_size + num_buckets], `Statistics.idf`. slots: int64 scratch [W]. table: int64 scratch [2, H], H
+    a power of two above W. A word that stands twice has its full weight at both places.
     """
-    num_buckets = len(idf) - vocab_size
+    num_buckets, last = len(idf) - vocab_size, table.shape[1] - 1
+    table[0] = -1
     for w in range(num_words):
-        slots[w] = word_slot(token_ids, begins[w], begins[w + 1], vocab_size, num_buckets)
+        slot = word_slot(token_ids, begins[w], begins[w + 1], vocab_size, num_buckets)
+        at = np.int64(mix(slot)) & last
+        while table[0, at] != slot and table[0, at] != -1:
+            at = (at + 1) & last
+        if table[0, at] == -1:
+            table[0, at], table[1, at] = slot, 0
+        table[1, at] += 1
+        slots[w] = at
     for w in range(num_words):
-        count = 0
-        for other in range(num_words):  # texts are short: comparing all pairs is faster than a table
-            count += slots[other] == slots[w]
-        weights[w] = count * np.float64(idf[slots[w]])
+        weights[w] = table[1, slots[w]] * np.float64(idf[table[0, slots[w]]])
 
 
 @njit(cache=True, nogil=True)

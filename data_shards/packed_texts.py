@@ -73,7 +73,8 @@ def pack_masked(texts, vocabulary, text, code, corruption_code, draw, rate, only
     num_sequences, limit = len(sample_of), texts.tokens.shape[2]
     input_ids = np.empty(cu_seqlens[num_sequences], np.int32)
     label_positions, labels = np.empty_like(input_ids), np.empty_like(input_ids)
-    begins, slots, weights = np.empty(limit + 1, np.int32), np.empty(limit, np.int32), np.empty(limit)
+    begins, weights = np.empty(limit + 1, np.int32), np.empty(limit)
+    slots, table = _keyword_scratch(limit)
     priorities, own_hidden = np.empty(limit, np.int64), np.empty(limit, np.bool_)
     num_labels = 0
     for s in range(num_sequences):
@@ -86,7 +87,7 @@ def pack_masked(texts, vocabulary, text, code, corruption_code, draw, rate, only
             num_words = find_words(token_ids, texts.starts[text, r], length, vocabulary.is_special, begins)
             if draw == KEYWORD:
                 idf = _idf_of(vocabulary, texts.datasets[r])
-                keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, slots, weights)
+                keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, slots, table, weights)
             key = text_key(texts.seeds[r], texts.epochs[r], texts.sample_ids[r], code)
             hide_words(
                 token_ids, begins, num_words, vocabulary.is_special, rate, draw, key, weights, priorities, own_hidden
@@ -121,7 +122,8 @@ def pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden):
     label_positions, labels = np.empty_like(input_ids), np.empty_like(input_ids)
     word_ids, thresholds = np.zeros_like(input_ids), np.full_like(input_ids, ALWAYS)
     keys = np.empty(num_sequences, np.uint32)
-    begins, slots, weights = np.empty(limit + 1, np.int32), np.empty(limit, np.int32), np.empty(limit)
+    begins, weights = np.empty(limit + 1, np.int32), np.empty(limit)
+    slots, table = _keyword_scratch(limit)
     uniform_threshold = np.int32((1.0 - rate) * ALWAYS + 0.5)
     num_labels = 0
     for s in range(num_sequences):
@@ -132,7 +134,7 @@ def pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden):
         num_words = find_words(token_ids, texts.starts[text, r], length, vocabulary.is_special, begins)
         if draw == KEYWORD:
             idf = _idf_of(vocabulary, texts.datasets[r])
-            keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, slots, weights)
+            keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, slots, table, weights)
             keyword_thresholds(token_ids, begins, num_words, vocabulary.is_special, rate, weights, own_thresholds)
         input_ids[first - 1] = vocabulary.cls_id
         for w in range(num_words):
@@ -177,3 +179,12 @@ def _sequence_starts(lengths, keep_empty):
 @njit(cache=True, nogil=True)
 def _idf_of(vocabulary, dataset):
     return vocabulary.idf[vocabulary.idf_starts[dataset] : vocabulary.idf_starts[dataset + 1]]
+
+
+@njit(cache=True, nogil=True)
+def _keyword_scratch(limit):
+    """`slots` and `table` of `keyword_weights` for texts of at most `limit` words; the table stays half empty."""
+    size = 1
+    while size < 2 * limit:
+        size *= 2
+    return np.empty(limit, np.int64), np.empty((2, size), np.int64)

@@ -89,6 +89,10 @@ class Packer:
         self.texts_wanted = np.zeros(len(TEXT_INDEX), bool)
         self.texts_wanted[[PASSAGE, *(TEXT_INDEX[task.kind.field] for task in tasks)]] = True
 
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.size
+
     def pack(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> PackedBatch:
         """The batch of R rows: datasets int16 [R], epochs int32 [R], sample ids int64 [R] of the split.
 

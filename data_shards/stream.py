@@ -81,8 +81,7 @@ class Stream:
         if not self.num_workers:
             for step in count(start_step):
                 started = time.perf_counter()
-                batches = self.step(step)
-                yield self._received(batches, started)
+                yield self._received(self.step(step), started)
         tasks: SimpleQueue = SimpleQueue()
         ahead: deque[Future] = deque()
         steps = count(start_step)
