@@ -53,7 +53,7 @@ def list_generation_files(paths: Sequence[str]) -> list[Path]:
                 )
                 if missing:
                     raise DataError(
-                        f"{path} misses {missing} of its {num_parts} parts: run its generate.py command again to finish it"
+                        f"{path} misses {missing} of its {num_parts} parts: run its generate.py command again"
                     )
         else:
             found = [path] if path.is_file() and path.name.endswith(ENDINGS) else []
