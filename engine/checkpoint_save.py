@@ -15,7 +15,6 @@ disk) ends in step 2: the staging folder is removed and training goes on. Severa
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,11 +27,12 @@ DELETING = ".deleting-"
 STATE_KEY = "quincunx"
 
 
-def save_checkpoint(engine, folder: Path, step: int, state: dict[str, Any], keep: int, report: Callable[[str], None]):
-    """Commits the engine's state as `folder`/step-N; all ranks call it. Returns whether it was committed.
+def save_checkpoint(engine, group, folder: Path, step: int, state: dict[str, Any], keep: int) -> str | None:
+    """Commits the engine's state as `folder`/step-N; all ranks call it and all get the same answer.
 
-    engine: the DeepSpeed engine. state: JSON-able run state, the same on every rank. keep: checkpoints kept afterwards.
-    report: told (on rank 0) why a checkpoint could not be committed.
+    engine: the DeepSpeed engine. group: the process group that the ranks report over. state: JSON-able run state, the
+    same on every rank. keep: checkpoints kept afterwards.
+    Returns None, or why the checkpoint could not be written; then nothing of it is left and the earlier ones stand.
     """
     import torch.distributed as dist
 
@@ -43,7 +43,6 @@ def save_checkpoint(engine, folder: Path, step: int, state: dict[str, Any], keep
         writer.makedirs(str(staging))
     engine.checkpoint_engine = writer
     engine._copy_recovery_script = lambda save_path: None  # would raise on rank 0 alone where the disk is full
-    made = writer.failure
     engine.save_checkpoint(
         str(folder),
         tag=staging.name,
@@ -51,24 +50,22 @@ def save_checkpoint(engine, folder: Path, step: int, state: dict[str, Any], keep
         save_latest=False,
     )
     reports = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, (made or writer.failure, writer.files))
+    dist.all_gather_object(reports, (writer.failure, writer.files), group=group)
     failures = [f"rank {source}: {failure}" for source, (failure, _) in enumerate(reports) if failure]
     if rank == 0 and not failures:
         files = {name: entry for _, written in reports for name, entry in written.items()}
         try:
             commit(staging, folder / step_name(step), manifest_of(engine, step, state, files))
-            drop_oldest(folder, keep)
         except OSError as error:
             failures.append(f"rank 0: {error}")
     outcome = [failures]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] and rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        report(
-            f"CHECKPOINT OF STEP {step} COULD NOT BE SAVED ({'; '.join(outcome[0])}); "
-            "training goes on, the last checkpoint is kept"
-        )
-    return not outcome[0]
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if rank == 0:
+        if failures:
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            drop_oldest(folder, keep)
+    return "; ".join(outcome[0]) or None
 
 
 class CheckpointWriter:
@@ -107,7 +104,7 @@ class CheckpointWriter:
             self.failure = self.failure or f"{path}: {error.strerror}"
 
     def create(self, info) -> None:
-        self.files, self.failure = {}, None
+        pass
 
     def commit(self, info) -> bool:
         return True

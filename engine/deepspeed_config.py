@@ -100,16 +100,11 @@ def nearest_multiples(number: int, divisor: int) -> str:
 
 
 def fill_config(
-    config: dict[str, Any],
-    settings: PretrainSettings,
-    micro_batch: int,
-    world_size: int,
-    cuda: bool,
-    load_universal: bool,
+    config: dict[str, Any], settings: PretrainSettings, micro_batch: int, world_size: int, cuda: bool
 ) -> dict[str, Any]:
     """The JSON as DeepSpeed gets it: every "auto" replaced, what the recipe owns set.
 
-    cuda: bfloat16 where the card has it, else float32. load_universal: the checkpoint to load is a universal one.
+    cuda: training runs on GPUs, in bfloat16 where they have it; else in float32.
     """
     filled = deepcopy(config)
     offload = lookup(filled, "zero_optimization.offload_optimizer.device") == "cpu"
@@ -134,12 +129,17 @@ def fill_config(
     for section in ("offload_optimizer", "offload_param"):
         if lookup(filled, f"zero_optimization.{section}.pin_memory") == "auto":
             filled["zero_optimization"][section]["pin_memory"] = cuda
-    if load_universal:
-        filled["checkpoint"] = {**filled.get("checkpoint", {}), "load_universal": True}
     left = sorted(auto_keys(filled))
     if left:
         raise SettingsError(f'the DeepSpeed JSON has "auto" where nothing fills it: {", ".join(left)}')
     return filled
+
+
+def precision_of(filled: dict[str, Any]) -> str:
+    """float32, bfloat16 or float16: what a filled JSON trains the model in."""
+    if lookup(filled, "bf16.enabled"):
+        return "bfloat16"
+    return "float16" if lookup(filled, "fp16.enabled") else "float32"
 
 
 def bfloat16_supported() -> bool:

@@ -30,6 +30,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
+        self.settings_file = self.path / SETTINGS_FILE
         self._lock: IO[str] | None = None
         if is_main:
             self._hold()
@@ -76,13 +77,11 @@ class RunFolder:
             entry.rename(aside / entry.name)
         return aside
 
-    def write_settings(self, settings: dict[str, Any]) -> Path:
-        """Writes the resolved settings; returns the file."""
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """Writes the resolved settings of this start."""
         import yaml
 
-        path = self.path / SETTINGS_FILE
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        return path
+        self.settings_file.write_text(yaml.safe_dump(settings, sort_keys=False))
 
     def note_skipped_step(self, record: dict[str, Any]) -> None:
         """Appends one skipped step to skipped_steps.jsonl."""

@@ -47,17 +47,17 @@ class PretrainSettings:
     """Encoder to start from: a Hugging Face name or folder, package:MODULE/FOLDER, or one of our bundles (then with its
     decoders and LM head)."""
     from_scratch: bool = False
-    """Start from random weights of the encoder's architecture instead of its weights."""
+    """Start from random weights: the encoder's architecture (or a model type such as bert) at the sizes below."""
     hidden_size: int | None = None
-    """Width of an encoder from scratch (default: the named encoder's)."""
+    """Width of an encoder from scratch."""
     num_layers: int | None = None
-    """Layers of an encoder from scratch (default: the named encoder's)."""
+    """Layers of an encoder from scratch."""
     num_heads: int | None = None
-    """Attention heads of an encoder from scratch (default: the named encoder's)."""
+    """Attention heads of an encoder from scratch."""
     intermediate_size: int | None = None
-    """Feed-forward width of an encoder from scratch (default: 4 x hidden_size where that is given)."""
+    """Feed-forward width of an encoder from scratch (default: 4 x hidden_size)."""
     max_positions: int | None = None
-    """Positions of an encoder from scratch, in tokens (default: the named encoder's)."""
+    """Longest text that an encoder from scratch can read, in tokens (default: max_tokens)."""
     dropout: float | None = None
     """Dropout of encoder and decoders, 0 to 1 (default: the named encoder's)."""
 
@@ -211,6 +211,8 @@ def find_problems(settings: PretrainSettings) -> list[str]:
     dimensions = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
     given = [name for name in dimensions if getattr(s, name) is not None]
     need(s.from_scratch or not given, f"{', '.join(given)} can only be set together with from_scratch")
+    missing = [name for name in dimensions[:3] if getattr(s, name) is None]
+    need(not s.from_scratch or not missing, f"from_scratch needs {', '.join(missing)}")
     need(all(getattr(s, name) > 0 for name in given), f"{', '.join(given)} must be above 0")
     if s.hidden_size is not None and s.num_heads:
         need(

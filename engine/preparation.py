@@ -1,0 +1,176 @@
+"""Everything a run needs before its ranks talk to each other, and every error that can be found that early.
+
+What a user got wrong in the settings and the DeepSpeed JSON comes as one SettingsError with all of it; then shards,
+then the model. Each rank does this alone; order and random weights are functions of the seed.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.order import Order
+from quincunx.data_shards.packer import Packer
+from quincunx.data_shards.shards import ShardSet, open_shards
+from quincunx.data_shards.stream import Stream
+from quincunx.data_shards.tasks import check_tasks_against
+from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
+from quincunx.engine.deepspeed_config import choose_micro_batch, find_conflicts, load_deepspeed_json
+from quincunx.engine.environment import Environment
+from quincunx.engine.held_out import HeldOut, load_held_out
+from quincunx.engine.model import PretrainModel, build_model
+from quincunx.engine.probe import Probe, load_probe
+from quincunx.engine.settings import PretrainSettings, find_problems, total_steps
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The parts of a run, on one rank, before the process group starts."""
+
+    config: dict[str, Any]
+    """The DeepSpeed JSON as given."""
+    micro_batch: int
+    total_steps: int
+    cuda: bool
+    shard_sets: list[ShardSet]
+    stream: Stream
+    held_out: HeldOut | None
+    probe: Probe | None
+    model: PretrainModel
+    dataset_ids: list[str]
+    model_digest: str
+
+
+def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
+    """Checks settings, JSON, shards and model, and opens them. Raises SettingsError or DataError."""
+    config = load_deepspeed_json(settings.deepspeed)
+    micro_batch, batch_problems = choose_micro_batch(config, settings, environment.world_size)
+    cuda, device_problems = choose_device(settings, environment)
+    problems = find_problems(settings) + find_conflicts(config, settings) + batch_problems + device_problems
+    if problems:
+        raise SettingsError("; ".join(problems))
+
+    pairs = settings.shard_weights()
+    shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path, _ in pairs]
+    fields = [shard_set.manifest.fields["train"] for shard_set in shard_sets]
+    check_tasks_against(fields, settings.tasks, settings.neighbour)
+    check_tokenizer(settings, shard_sets)
+    packers = {split: make_packer(settings, shard_sets, split) for split in ("train", "heldout")}
+    order = Order(
+        settings.seed,
+        [shard_set.block_samples("train") for shard_set in shard_sets],
+        [weight for _, weight in pairs],
+    )
+    stream = Stream(
+        packers["train"],
+        order,
+        global_batch=settings.global_batch,
+        micro_batch=micro_batch,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        num_workers=settings.num_workers,
+    )
+    model = make_model(settings, shard_sets[0])
+    held_out = None
+    if settings.held_out_every:
+        held_out = load_held_out(packers["heldout"], packers["train"], settings.held_out_passages, micro_batch)
+    return Prepared(
+        config=config,
+        micro_batch=micro_batch,
+        total_steps=total_steps(settings, sum(order.num_samples)),
+        cuda=cuda,
+        shard_sets=shard_sets,
+        stream=stream,
+        held_out=held_out,
+        probe=make_probe(settings, shard_sets[0]),
+        model=model,
+        dataset_ids=[shard_set.manifest.dataset_id for shard_set in shard_sets],
+        model_digest=digest_of(model),
+    )
+
+
+def choose_device(settings: PretrainSettings, environment: Environment) -> tuple[bool, list[str]]:
+    """(whether to train on a GPU, what is wrong with the devices of this machine)."""
+    import torch
+
+    if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
+        return False, []
+    if not torch.cuda.is_available():
+        return False, [
+            "device is cuda and this machine has no GPU that torch can use; take --device cpu or another machine"
+        ]
+    if environment.local_rank >= torch.cuda.device_count():
+        return True, [
+            f"rank {environment.rank} is number {environment.local_rank + 1} on its machine, which has "
+            f"{torch.cuda.device_count()} GPUs; start at most one rank per GPU, or take --device cpu"
+        ]
+    return True, []
+
+
+def check_tokenizer(settings: PretrainSettings, shard_sets: list[ShardSet]) -> None:
+    """Raises SettingsError where a pre-trained encoder does not read the tokens that the shards hold."""
+    if settings.from_scratch:
+        return
+    ours = tokenizer_digest(load_tokenizer(settings.encoder))
+    for shard_set in shard_sets:
+        if shard_set.manifest.tokenizer_digest != ours:
+            raise SettingsError(
+                f"{shard_set.path} was built with another tokenizer than encoder {settings.encoder} has; "
+                f"build the shards with --tokenizer {settings.encoder}, or take --from_scratch"
+            )
+
+
+def make_packer(settings: PretrainSettings, shard_sets: list[ShardSet], split: str) -> Packer:
+    return Packer(
+        shard_sets,
+        settings.task_specs(),
+        encoder_mask_rate=settings.encoder_mask_rate,
+        decoder_mask_rate=settings.decoder_mask_rate,
+        corruption=settings.corruption,
+        neighbour=settings.neighbour,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        split=split,
+    )
+
+
+def make_model(settings: PretrainSettings, shard_set: ShardSet) -> PretrainModel:
+    """The run's model, its random weights drawn from the seed, so that they are the same on every rank."""
+    import torch
+
+    from quincunx.engine.encoder import ScratchShape
+
+    shape = None
+    if settings.from_scratch:
+        shape = ScratchShape(
+            hidden=settings.hidden_size,
+            layers=settings.num_layers,
+            heads=settings.num_heads,
+            intermediate=settings.intermediate_size or 4 * settings.hidden_size,
+            max_positions=settings.max_positions or settings.max_tokens,
+        )
+    torch.manual_seed(settings.seed)
+    return build_model(
+        settings.encoder,
+        settings.task_specs(),
+        max_tokens=settings.max_tokens,
+        decoder_layers=settings.decoder_layers,
+        decoder_init=settings.decoder_init,
+        query_stream=settings.query_stream,
+        dropout=settings.dropout,
+        from_scratch=shape,
+        vocab_size=shard_set.manifest.vocab_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
+def make_probe(settings: PretrainSettings, shard_set: ShardSet) -> Probe | None:
+    if settings.probe is None or not settings.probe_every:
+        return None
+    return load_probe(settings.probe, load_tokenizer(shard_set.tokenizer_folder), settings.max_tokens)
+
+
+def digest_of(model: PretrainModel) -> str:
+    """16 hex digits of the names and shapes of a model's parameters, before DeepSpeed partitions them."""
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]

@@ -1,0 +1,164 @@
+"""What a training run says about itself: mean losses between two log lines, rates, model FLOPs, the progress line."""
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from quincunx.data_shards.batches import PackedBatch
+from quincunx.engine.model import PretrainModel, StepOutput
+from quincunx.engine.ranks import sum_over_ranks
+
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIE": 756e12, "GH200": 989e12, "H100": 989e12, "A100": 312e12,
+    "A40": 150e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "MI250X": 383e12,
+}  # fmt: skip
+"""Dense 16-bit matrix FLOP/s by the makers' data sheets; the first name that the card's name contains counts."""
+
+
+class Window:
+    """Sums over the steps since the last log line; tensors stay on the device until `metrics` is called."""
+
+    def __init__(self, model: PretrainModel, stream, device: torch.device, peak_flops: float | None):
+        """peak_flops: of all ranks' cards together, None where it is not known (a CPU): no mfu then."""
+        self._model, self._stream, self._device, self._peak = model, stream, device, peak_flops
+        self._weights = [1.0, *(task.weight for task in model.tasks)]
+        self._start()
+
+    def _start(self) -> None:
+        num_tasks = len(self._model.task_names)
+        self._sums = torch.zeros(2, num_tasks, dtype=torch.float64, device=self._device)
+        self._counts = np.zeros(num_tasks)
+        self._passages = self._tokens = self._flops = 0.0
+        self._began, self._waited = time.monotonic(), self._stream.wait_seconds
+
+    def add(self, batches: list[PackedBatch], outputs: list[StepOutput]) -> None:
+        """One applied optimizer step of this rank."""
+        for batch, output in zip(batches, outputs, strict=True):
+            self._sums += torch.stack([output.nll_sums, output.correct]).to(self._sums)
+            self._counts += batch.num_labels()
+            self._passages += len(batch.sample_ids)
+            self._tokens += len(batch.encoder.input_ids)
+            self._flops += training_flops(self._model, batch) if self._peak else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """Means over all ranks since the last call, and starts anew; every rank must call it.
+
+        loss/TASK in nats per labelled token, accuracy/TASK, loss/total (weighted), passages_per_second,
+        tokens_per_second (the encoder's), data_wait_share of this rank's time, memory_gb of this rank, mfu.
+        """
+        rest = [*self._counts, self._passages, self._tokens, self._flops]
+        mine = torch.cat([self._sums.flatten(), torch.tensor(rest, dtype=torch.float64, device=self._device)])
+        totals = sum_over_ranks(mine).cpu().numpy()
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        names, n = self._model.task_names, len(self._counts)
+        nll_sums, correct, counts = totals[:n], totals[n : 2 * n], totals[2 * n : 3 * n]
+        passages, tokens, flops = totals[3 * n :]
+        metrics = {f"loss/{name}": nll_sums[i] / counts[i] for i, name in enumerate(names) if counts[i]}
+        metrics |= {f"accuracy/{name}": correct[i] / counts[i] for i, name in enumerate(names) if counts[i]}
+        if metrics:
+            losses = (
+                weight * metrics.get(f"loss/{name}", 0.0) for weight, name in zip(self._weights, names, strict=True)
+            )
+            metrics["loss/total"] = sum(losses)
+        metrics["passages_per_second"] = passages / seconds
+        metrics["tokens_per_second"] = tokens / seconds
+        metrics["data_wait_share"] = (self._stream.wait_seconds - self._waited) / seconds
+        metrics["memory_gb"] = peak_memory_gb(self._device)
+        if self._peak:
+            metrics["mfu"] = flops / seconds / self._peak
+        self._start()
+        return {name: float(value) for name, value in metrics.items()}
+
+
+def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
+    """FLOPs of forward and backward (three times the forward) of one micro-batch, matrix products only.
+
+    Recomputation (gradient checkpointing) does not count, as usual for MFU. benchmarks/flops.py counts what is run.
+    """
+    config = model.encoder.config
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", 4 * width)
+    lengths = np.diff(batch.encoder.cu_seqlens).astype(np.float64)
+    multiply_adds = layers * ((4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum())
+    rows = float(sum(batch.num_labels()))
+    words = model.encoder.word_embeddings
+    multiply_adds += rows * (words.num_embeddings + width) * words.embedding_dim
+    for spec in model.tasks:
+        task = batch.tasks[spec.name]
+        tokens, labels = float(len(task.text.input_ids)), float(len(task.labels))
+        lengths = np.diff(task.text.cu_seqlens).astype(np.float64)
+        squares = (lengths**2).sum()
+        if spec.decoder == "masked":
+            whole_layers = len(model.decoders[spec.name].layers) - 1
+            multiply_adds += whole_layers * ((4 * width**2 + 2 * width * inner) * tokens + 2 * width * squares)
+        # The last (or only) layer: keys and values of all tokens, the rest at labelled rows.
+        multiply_adds += 2 * width**2 * tokens + (2 * width**2 + 2 * width * inner) * labels
+        multiply_adds += 2 * width * squares * (labels / tokens if tokens else 0.0)
+    return 3 * 2 * multiply_adds
+
+
+def peak_flops_of(device: torch.device, world_size: int, precision: str) -> float | None:
+    """Peak FLOP/s of all ranks' cards; None on a CPU, for an unknown card, and in float32."""
+    if device.type != "cuda" or precision == "float32":
+        return None
+    name = torch.cuda.get_device_name(device).upper()
+    return next((peak * world_size for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far in gigabytes: the GPU's where there is one, else this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Progress:
+    """Rank 0's progress: a bar with ETA on a terminal, a line per log interval elsewhere."""
+
+    def __init__(self, first_step: int, total_steps: int, is_main: bool):
+        self._first, self._total, self._is_main = first_step, total_steps, is_main
+        self._began, self._bar = time.monotonic(), None
+        if is_main and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Shows the losses after `step` optimizer steps."""
+        losses = {name.removeprefix("loss/"): value for name, value in metrics.items() if name.startswith("loss/")}
+        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items() if name != "total")
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown)
+        else:
+            done = step - self._first
+            left = (time.monotonic() - self._began) / max(done, 1) * (self._total - step)
+            rate = f"{metrics['passages_per_second']:.1f} passages/s"
+            self.say(f"step {step}/{self._total}  {shown}  {rate}  {duration(left)} left")
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar, on rank 0."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        elif self._is_main:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """3723 -> `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

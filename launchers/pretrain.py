@@ -1,0 +1,68 @@
+"""Pre-trains an encoder with up to five shallow decoders on shards; the same command resumes.
+
+    deepspeed launchers/pretrain.py --deepspeed ds_configs/zero2.json --recipe quincunx --shards SHARDS --output RUN
+    torchrun --nproc-per-node 8 launchers/pretrain.py --recipe master ...
+    srun python launchers/pretrain.py --recipe retromae ...
+    python launchers/pretrain.py                     (one process; without --recipe the demo recipe)
+
+Exit codes: 0 done, 2 settings, 3 data, 4 checkpoint, 75 stopped on request after a checkpoint, 76 hung, 77 diverged.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, exit_with_one_sentence
+from quincunx.engine.environment import Environment, discover_environment
+from quincunx.engine.settings import PretrainSettings
+from quincunx.launchers.command_line import parse_settings
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+DEFAULT_RECIPE = "demo"
+RANK_0_SPEAKS_FIRST_SECONDS = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs this rank; returns its exit code."""
+    arguments = [word for word in (sys.argv[1:] if argv is None else argv) if not is_local_rank(word)]
+    environment = discover_environment()
+    try:
+        settings = parse_settings(
+            PretrainSettings,
+            __doc__,
+            arguments,
+            config_flag="--recipe",
+            config_folder=RECIPES,
+            default_config=DEFAULT_RECIPE,
+        )
+        if environment.is_main and not any(word.split("=")[0] == "--recipe" for word in arguments):
+            print(
+                f"no --recipe given: running the {DEFAULT_RECIPE} recipe ({RECIPES / DEFAULT_RECIPE}.yaml)", flush=True
+            )
+
+        from quincunx.engine.pretraining import pretrain
+
+        return pretrain(settings, environment)
+    except (SettingsError, DataError, CheckpointError) as error:
+        raise say_once(error, environment) from None
+
+
+def is_local_rank(word: str) -> bool:
+    """`--local_rank=N`, which the deepspeed launcher adds and which stands in the environment too."""
+    return word.split("=")[0] in ("--local_rank", "--local-rank")
+
+
+def say_once(error: Exception, environment: Environment) -> Exception:
+    """The error as this rank should say it: rank 0 at once; others later and by name, should rank 0 not have it.
+
+    All ranks find the same error in the same files, and the launcher ends them as soon as the first one leaves.
+    """
+    if environment.is_main:
+        return error
+    time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
+    return type(error)(f"rank {environment.rank}: {error}")
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)
