@@ -7,7 +7,7 @@ and models carry it. Where and how the set was built stands beside it in build.j
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import xxhash
@@ -21,6 +21,9 @@ BUILD_NAME = "build.json"
 STATISTICS_NAME = "statistics.npz"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "heldout")
+DEFAULT_BLOCK_SAMPLES = 1024
+DEFAULT_SHARD_BYTES = 256 * 2**20
+DEFAULT_NUM_BUCKETS = 2**20
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,9 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json: one line per shard, the rest indented, the dataset id first."""
         content = asdict(self)
-        shards = content.pop("shards")
-        for shard in shards:
-            shard["blocks"] = [list(block.values()) for block in shard["blocks"]]
+        del content["shards"]
         head = {"format": FORMAT, "dataset_id": self.dataset_id, **content}
-        lines = ",\n".join("  " + json.dumps(shard) for shard in shards)
+        lines = ",\n".join("  " + json.dumps(shard_to_json(shard)) for shard in self.shards)
         return json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{lines}\n ]\n}}\n'
 
     @staticmethod
@@ -123,9 +124,7 @@ class Manifest:
             )
         try:
             stated_id = content.pop("dataset_id")
-            for shard in content["shards"]:
-                shard["blocks"] = tuple(BlockEntry(*block) for block in shard["blocks"])
-            content["shards"] = tuple(ShardEntry(**shard) for shard in content["shards"])
+            content["shards"] = tuple(map(shard_from_json, content["shards"]))
             for name in ("tokenizer_files", "sources"):
                 content[name] = tuple(FileEntry(**entry) for entry in content[name])
             content["statistics"] = FileEntry(**content["statistics"])
@@ -138,6 +137,16 @@ class Manifest:
                 "shard set again"
             )
         return manifest
+
+
+def shard_to_json(shard: ShardEntry) -> dict[str, Any]:
+    """A shard's entry with each block as a list, in the order of BlockEntry's fields."""
+    return asdict(shard) | {"blocks": [list(astuple(block)) for block in shard.blocks]}
+
+
+def shard_from_json(content: dict[str, Any]) -> ShardEntry:
+    """Inverse of shard_to_json; raises TypeError or KeyError for anything else."""
+    return ShardEntry(**content | {"blocks": tuple(BlockEntry(*block) for block in content["blocks"])})
 
 
 def _canonical(content: dict[str, Any]) -> str:

@@ -55,10 +55,10 @@ class LocalFiles:
             raise DataError("does not match its digest")
         return data
 
-    def read_text(self, name: str) -> str | None:
-        """A small file as text; None where it does not exist."""
+    def read_all(self, name: str) -> bytes | None:
+        """A whole file as it lies there now, unchecked; None where it does not exist."""
         try:
-            return Path(self.root, name).read_text("utf-8")
+            return Path(self.root, name).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -113,9 +113,10 @@ class RemoteFiles:
         self._store(cached, data)
         return data
 
-    def read_text(self, name: str) -> str | None:
+    def read_all(self, name: str) -> bytes | None:
+        """As LocalFiles.read_all; never from the cache."""
         try:
-            return self._retry(lambda: self.file_system.cat_file(f"{self.prefix}/{name}")).decode("utf-8")
+            return self._retry(lambda: self.file_system.cat_file(f"{self.prefix}/{name}"))
         except FileNotFoundError:
             return None
 

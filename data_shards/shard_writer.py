@@ -18,6 +18,9 @@ import xxhash
 from quincunx.data_shards.block import FIELDS, Block, Sample, decode_block, encode_block
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.manifest import (
+    DEFAULT_BLOCK_SAMPLES,
+    DEFAULT_NUM_BUCKETS,
+    DEFAULT_SHARD_BYTES,
     MANIFEST_NAME,
     SPLITS,
     STATISTICS_NAME,
@@ -28,10 +31,8 @@ from quincunx.data_shards.manifest import (
     ShardEntry,
 )
 from quincunx.data_shards.shards import TAR_HEADER_BYTES, member_digest
-from quincunx.data_shards.statistics import DEFAULT_NUM_BUCKETS, StatisticsCounter
+from quincunx.data_shards.statistics import StatisticsCounter
 
-DEFAULT_BLOCK_SAMPLES = 1024
-DEFAULT_SHARD_BYTES = 256 * 2**20
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -53,17 +53,22 @@ def open_shards(
     """
     path = os.fspath(path)
     files = open_files(path, cache_dir, cache_bytes)
-    text = files.read_text(MANIFEST_NAME)
-    if text is None:
-        raise DataError(
-            f"{path} has no {MANIFEST_NAME}: it is not a finished shard set; run launchers/build_shards.py (an "
-            "interrupted build continues with the same command)"
-        )
-    manifest = Manifest.from_json(text, f"{path}/{MANIFEST_NAME}")
+    manifest = read_manifest(files)
     shard_set = ShardSet(path, files, manifest, cache_dir, cache_bytes, block_cache_bytes)
     if isinstance(files, LocalFiles):
         check_shard_sizes(path, manifest)
     return shard_set
+
+
+def read_manifest(files: LocalFiles | RemoteFiles) -> Manifest:
+    """The manifest of a shard set; raises DataError where there is none, or one that cannot be used."""
+    data = files.read_all(MANIFEST_NAME)
+    if data is None:
+        raise DataError(
+            f"{files.root} has no {MANIFEST_NAME}: it is not a finished shard set; run launchers/build_shards.py (an "
+            "interrupted build continues with the same command)"
+        )
+    return Manifest.from_json(data.decode("utf-8", "replace"), f"{files.root}/{MANIFEST_NAME}")
 
 
 def check_shard_sizes(path: str, manifest: Manifest) -> None:

@@ -16,8 +16,8 @@ from numba import njit
 from quincunx.data_shards.block import Block
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.hashing import word_hash
+from quincunx.data_shards.manifest import DEFAULT_NUM_BUCKETS
 
-DEFAULT_NUM_BUCKETS = 2**20
 IDF_FLOOR = 0.01  # a word in every passage stays drawable, after all others
 
 

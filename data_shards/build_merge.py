@@ -1,0 +1,174 @@
+"""Stage 2 of a build: the tasks' results become one shard set.
+
+Passage ids are checked over the whole corpus, statistics are added up, shards move into the output folder, and the
+manifest, written last, turns the folder into a shard set. Every step can be repeated after a kill.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quincunx.data_shards.build_task import TaskPlan, id_hash
+from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.generations import Generations
+from quincunx.data_shards.manifest import (
+    BUILD_NAME,
+    MANIFEST_NAME,
+    SPLITS,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    shard_from_json,
+)
+from quincunx.data_shards.shard_writer import finish_shard_set, full_disk_is_named, sync_folder, write_file
+from quincunx.data_shards.statistics import Statistics, StatisticsCounter
+from quincunx.data_shards.tokenizer import load_tokenizer
+
+PROBE_FOLDER = "probe"
+HASHES_AT_ONCE = 2**24
+
+
+def merge_tasks(plan: TaskPlan, output: Path, sources: tuple[FileEntry, ...], record: dict[str, Any]) -> Manifest:
+    """Publishes the finished tasks of `plan` as the shard set `output`; `record` becomes build.json.
+
+    Raises:
+        DataError: a corpus without passages, duplicate passage ids, a full disk.
+    """
+    results = [read_result(plan, task) for task in range(plan.content["tasks"])]
+    counts: Counter[str] = Counter()
+    fields = {split: Counter() for split in SPLITS}
+    for result in results:
+        counts.update(result["counts"])
+        for split in SPLITS:
+            fields[split].update(result["fields"][split])
+    if plan.generations:
+        counts["unknown_generations"] = (
+            Generations(Path(plan.generations)).counts.passages - counts["joined_generations"]
+        )
+    shards = [shard for split in SPLITS for result in results for shard in result["shards"] if shard.split == split]
+    if not shards:
+        raise DataError(
+            f"the corpus {plan.path} holds no passage ({counts['bad_records']} bad records, {counts['empty_passages']} "
+            "empty passages): check the path and the format"
+        )
+    check_duplicates(plan, shards, output)
+    tokenizer = load_tokenizer(plan.tokenizer)
+    counter = StatisticsCounter(len(tokenizer), plan.content["num_buckets"])
+    for task in range(plan.content["tasks"]):
+        counter.add_statistics(Statistics.from_bytes(plan.task_file(task, "statistics.npz").read_bytes()))
+    examples = [example for result in results for example in result["examples"]]
+    with full_disk_is_named(output):
+        (output / MANIFEST_NAME).unlink(missing_ok=True)  # from here on, the set that was here is no more
+        move_shards(plan, output, shards)
+        write_probe(plan, output)
+        record = record | {"bad_record_examples": examples}
+        write_file(output / BUILD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+        return finish_shard_set(
+            output,
+            tokenizer,
+            counter,
+            shards=shards,
+            fields={split: dict(fields[split]) for split in SPLITS},
+            max_tokens=plan.content["max_tokens"],
+            settings=plan.content,
+            counts=dict(sorted(counts.items())),
+            sources=sources,
+        )
+
+
+def read_result(plan: TaskPlan, task: int) -> dict[str, Any]:
+    """What a task left: its shards' entries, fields, counts and examples of bad records."""
+    result = json.loads(plan.task_file(task, "result.json").read_text())
+    return result | {"shards": [shard_from_json(shard) for shard in result["shards"]]}
+
+
+def check_duplicates(plan: TaskPlan, shards: list[ShardEntry], output: Path) -> None:
+    """Raises DataError naming passage ids that occur more than once in the corpus.
+
+    Works on the tasks' sorted 64-bit hashes, a range of values at a time, so memory stays bounded (128 MB); ids are
+    compared only where two hashes agree.
+    """
+    files = [plan.task_file(task, "hashes.bin") for task in range(plan.content["tasks"])]
+    hashes = [np.memmap(path, "<u8", "r") for path in files if path.stat().st_size]
+    num_ranges = 1 + sum(map(len, hashes)) // HASHES_AT_ONCE
+    suspects: set[int] = set()
+    for k in range(num_ranges):
+        low, high = (np.uint64(min(2**64 - 1, edge * 2**64 // num_ranges)) for edge in (k, k + 1))
+        side = "right" if k + 1 == num_ranges else "left"
+        part = np.concatenate([h[np.searchsorted(h, low) : np.searchsorted(h, high, side)] for h in hashes])
+        part.sort()
+        suspects.update(part[1:][part[1:] == part[:-1]].tolist())
+    if not suspects:
+        return
+    found = Counter(
+        passage_id for passage_id in read_passage_ids(plan, shards, output) if id_hash(passage_id) in suspects
+    )
+    duplicates = {passage_id: count for passage_id, count in found.items() if count > 1}
+    if duplicates:
+        listed = ", ".join(f"{passage_id!r} ({count} times)" for passage_id, count in islice(duplicates.items(), 5))
+        raise DataError(
+            f"{len(duplicates)} passage ids of {plan.path} occur more than once: {listed}; ids must be unique, because "
+            "generations and held-out passages are found by them"
+        )
+
+
+def read_passage_ids(plan: TaskPlan, shards: list[ShardEntry], output: Path) -> Iterator[str]:
+    """Every passage id of the shards, which may have moved to `output` already."""
+    for shard in shards:
+        path = plan.shards_folder / shard.name
+        with open(path if path.exists() else output / shard.name, "rb") as file:
+            for block in shard.blocks:
+                file.seek(block.ids_offset)
+                yield from file.read(block.ids_size).decode().split("\n")
+
+
+def move_shards(plan: TaskPlan, output: Path, shards: list[ShardEntry]) -> None:
+    """Moves the shards beside the manifest to come; shards of a set that was there before are deleted."""
+    names = {shard.name for shard in shards}
+    for old in output.glob("*.tar"):
+        if old.name.split("-")[0] in SPLITS and old.name not in names:
+            old.unlink()
+    for name in sorted(names):
+        if (plan.shards_folder / name).exists():  # else an interrupted merge has moved it
+            os.replace(plan.shards_folder / name, output / name)
+    sync_folder(output)
+
+
+def write_probe(plan: TaskPlan, output: Path) -> None:
+    """Writes held-out passages with natural queries as a BEIR folder: the retrieval probe's queries, corpus and qrels.
+
+    All held-out passages are the corpus; at most `probe_queries` of those with a query, those of the smallest id
+    hashes, are asked for.
+    """
+    folder = output / PROBE_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    limit = plan.content["probe_queries"]
+    if not limit:
+        return
+    passages = []
+    for task in range(plan.content["tasks"]):
+        with open(plan.task_file(task, "probe.jsonl")) as lines:
+            passages += map(json.loads, lines)
+    asked = sorted(
+        (passage for passage in passages if passage["query"]),
+        key=lambda passage: id_hash(passage["passage_id"]),
+    )[:limit]
+    if not asked:
+        raise DataError(
+            f"probe_queries is {limit}, but no held-out passage of {plan.path} has a natural query: give 0, a format "
+            "with queries (python_docs), or a larger held_out_share"
+        )
+    corpus = [{"_id": p["passage_id"], "title": "", "text": p["text"]} for p in passages]
+    queries = [{"_id": f"q-{p['passage_id']}", "text": p["query"]} for p in asked]
+    qrels = ["query-id\tcorpus-id\tscore", *(f"q-{p['passage_id']}\t{p['passage_id']}\t1" for p in asked)]
+    (folder / "qrels").mkdir(parents=True)
+    for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", queries)):
+        write_file(folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_file(folder / "qrels" / "test.tsv", ("\n".join(qrels) + "\n").encode())

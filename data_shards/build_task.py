@@ -1,0 +1,246 @@
+"""Stage 1 of a build: one task reads its part of the corpus and writes its shards, counts and passage-id hashes.
+
+A task depends on the plan and its number alone, so it gives the same bytes on any machine, alone or beside others. Its
+result file is written last: a task that has none is run again from its start.
+"""
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+from quincunx.data_shards.block import FIELDS, Sample, Text
+from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.manifest import SPLITS, shard_to_json
+from quincunx.data_shards.shard_writer import ShardWriter, full_disk_is_named, write_file
+from quincunx.data_shards.statistics import StatisticsCounter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from quincunx.data_shards.documents import Document
+    from quincunx.data_shards.generations import Generations
+    from quincunx.data_shards.passages import Passage
+
+BATCH_DOCUMENTS = 64
+PROGRESS_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskPlan:
+    """What every task of a build needs; written once as plan.json, read by the workers.
+
+    tokenizer    folder of the set's tokenizer
+    generations  index file of the generated texts, or ""
+    work         folder of the unfinished build; the tasks write below it
+    content      the settings that decide the shards' bytes (build.py), which the manifest will carry
+    """
+
+    format: str
+    path: str
+    tokenizer: str
+    generations: str
+    work: str
+    content: dict[str, Any]
+
+    @property
+    def shards_folder(self) -> Path:
+        return Path(self.work, "shards")
+
+    def task_file(self, task: int, kind: str) -> Path:
+        return Path(self.work, "tasks", f"{task:05d}-{kind}")
+
+
+def run_task(plan: TaskPlan, task: int, leave_with_parent: bool = False) -> None:
+    """Runs task `task`; a finished one is left alone.
+
+    leave_with_parent: end this process when its parent is gone; for the workers of a pool whose builder was killed.
+
+    Raises:
+        DataError: a bad record, an unusable passage id, a full disk.
+        SettingsError: a tokenizer that cannot be loaded.
+    """
+    if plan.task_file(task, "result.json").exists():
+        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core's work; tasks run beside each other
+    from quincunx.data_shards.documents import ReadReport
+    from quincunx.data_shards.generations import Generations
+    from quincunx.data_shards.passages import read_passages
+    from quincunx.data_shards.tokenizer import load_tokenizer
+
+    content = plan.content
+    tokenizer = load_tokenizer(plan.tokenizer)
+    report = ReadReport()
+    counter = StatisticsCounter(len(tokenizer), content["num_buckets"])
+    writers = {
+        split: ShardWriter(
+            plan.shards_folder,
+            split,
+            task,
+            len(tokenizer),
+            content["block_samples"],
+            content["shard_bytes"],
+            counter if split == "train" else None,
+        )
+        for split in SPLITS
+    }
+    documents = read_passages(
+        plan.format,
+        plan.path,
+        tokenizer,
+        content["max_tokens"],
+        task,
+        content["tasks"],
+        content["on_bad_record"],
+        content["with_titles"],
+        report,
+    )
+    generations = Generations(Path(plan.generations)) if plan.generations else None
+    progress = _Progress(plan.task_file(task, "progress"), leave_with_parent)
+    hashes: list[int] = []
+    counts: Counter[str] = Counter()
+    probe: list[str] = []
+    try:
+        with full_disk_is_named(plan.shards_folder):
+            for document, passages, samples in make_samples(documents, tokenizer, generations, counts):
+                if not samples:
+                    continue
+                split = "heldout" if is_held_out(document.doc_id, content["held_out_share"]) else "train"
+                writers[split].add_document(samples)
+                counts[f"{split}_documents"] += 1
+                hashes += [id_hash(sample.passage_id) for sample in samples]
+                if split == "heldout" and content["probe_queries"]:
+                    probe += [
+                        json.dumps({"passage_id": p.passage_id, "text": p.text, "query": p.query}) for p in passages
+                    ]
+                progress.report(len(hashes))
+            for writer in writers.values():
+                writer.close()
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    _write_results(plan, task, writers, counter, hashes, probe, counts + report.counts, report.examples)
+
+
+def _write_results(
+    plan: TaskPlan,
+    task: int,
+    writers: dict[str, ShardWriter],
+    counter: StatisticsCounter,
+    hashes: list[int],
+    probe: list[str],
+    counts: Counter[str],
+    examples: list[str],
+) -> None:
+    for split, writer in writers.items():
+        counts["lost_neighbours"] += writer.num_lost_neighbours
+        for name in FIELDS:
+            counts[f"{split}_{name}_tokens"] += writer.field_tokens[name]
+    write_file(plan.task_file(task, "hashes.bin"), np.sort(np.array(hashes, "<u8")).tobytes())
+    write_file(plan.task_file(task, "statistics.npz"), counter.result().to_bytes())
+    write_file(plan.task_file(task, "probe.jsonl"), "".join(line + "\n" for line in probe).encode())
+    result = {
+        "shards": [shard_to_json(shard) for split in SPLITS for shard in writers[split].shards],
+        "fields": {split: writers[split].field_counts for split in SPLITS},
+        "counts": dict(counts),
+        "examples": examples,
+    }
+    write_file(plan.task_file(task, "result.json"), json.dumps(result).encode())
+    plan.task_file(task, "progress").unlink(missing_ok=True)
+
+
+def is_held_out(doc_id: str, share: float) -> bool:
+    """Whether a document belongs to the heldout split: its id's xxh3_64 is below `share` of 2**64.
+
+    A document stays where it is when the corpus grows, and every corpus of one run splits alike.
+    """
+    return id_hash(doc_id) < share * 2.0**64
+
+
+def id_hash(identifier: str) -> int:
+    """xxh3_64 of an id."""
+    return xxhash.xxh3_64_intdigest(identifier.encode())
+
+
+def make_samples(
+    documents: Iterable[tuple["Document", list["Passage"]]],
+    tokenizer: "PreTrainedTokenizerFast",
+    generations: "Generations | None",
+    counts: Counter[str],
+) -> Iterator[tuple["Document", list["Passage"], list[Sample]]]:
+    """Each document with its passages and their samples; generated texts are joined by passage id and tokenised.
+
+    A passage without generated queries keeps its natural query, where it has one. Counts `joined_generations`.
+    """
+    documents = iter(documents)
+    while batch := list(islice(documents, BATCH_DOCUMENTS)):
+        queries: list[list[str]] = []
+        continuations: list[list[str]] = []
+        for _, passages in batch:
+            for passage in passages:
+                generated, continuation = generations.lookup(passage.passage_id) if generations else (None, None)
+                counts["joined_generations"] += bool(generated or continuation)
+                queries.append(generated or ([passage.query] if passage.query else []))
+                continuations.append([continuation] if continuation else [])
+        query_texts = iter(_tokenize_lists(tokenizer, queries))
+        continuation_texts = iter(_tokenize_lists(tokenizer, continuations))
+        for document, passages in batch:
+            samples = [
+                Sample(
+                    _usable_id(passage.passage_id),
+                    Text(passage.token_ids, passage.word_starts),
+                    queries=next(query_texts),
+                    continuation=next(continuation_texts),
+                )
+                for passage in passages
+            ]
+            yield document, passages, samples
+
+
+def _tokenize_lists(tokenizer: "PreTrainedTokenizerFast", lists: list[list[str]]) -> list[Text | None]:
+    """One text for each list: its items' tokens with [SEP] between them; None where there are no tokens."""
+    from quincunx.data_shards.tokenizer import tokenize
+
+    flat = list(chain.from_iterable(lists))
+    tokenized = iter(tokenize(tokenizer, flat)) if flat else iter(())
+    separator = Text(np.array([tokenizer.sep_token_id], np.int32), np.array([True]))
+    texts: list[Text | None] = []
+    for items in lists:
+        parts: list[Text] = []
+        for tokens in islice(tokenized, len(items)):
+            if len(tokens.token_ids):
+                parts += [separator] * bool(parts) + [Text(tokens.token_ids, tokens.word_starts)]
+        texts.append(Text(*map(np.concatenate, zip(*parts))) if parts else None)
+    return texts
+
+
+def _usable_id(passage_id: str) -> str:
+    if "\n" in passage_id:
+        raise DataError(f"the passage id {passage_id!r} holds a line break: give ids of one line")
+    return passage_id
+
+
+class _Progress:
+    """Tells the builder how many passages a task has made, through a small file, twice a second."""
+
+    def __init__(self, path: Path, leave_with_parent: bool):
+        self._path = path
+        self._parent = os.getppid() if leave_with_parent else None
+        self._next = 0.0
+
+    def report(self, num_passages: int) -> None:
+        if (now := time.monotonic()) < self._next:
+            return
+        self._next = now + PROGRESS_SECONDS
+        if self._parent is not None and os.getppid() != self._parent:
+            os._exit(1)  # the build was killed: nobody waits for this task, a rerun starts it again
+        self._path.write_text(str(num_passages))

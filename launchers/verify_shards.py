@@ -1,0 +1,69 @@
+"""Re-checks a finished shard set, every byte of it, and repairs it where its corpus is at hand.
+
+    python launchers/verify_shards.py shards/docs --repair
+
+Exit code 0: sound (or repaired); 3: damaged, each damaged file and block is named.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from quincunx.data_shards.errors import DataError, exit_with_one_sentence
+from quincunx.launchers.command_line import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    """Settings of launchers/verify_shards.py."""
+
+    shards: str
+    """Folder or URL of the shard set; may be given without the flag, as the first argument."""
+    repair: bool = False
+    """Rebuild damaged shards, tokenizer and statistics files from the corpus that build.json names."""
+
+
+def main() -> int:
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv = ["--shards", *argv]
+    settings = parse_settings(VerifySettings, "Re-checks a finished shard set (docs/shards.md).", argv)
+    from tqdm import tqdm
+
+    from quincunx.data_shards.verify import repair_shards, verify_shards
+
+    with tqdm(desc="verify", unit="shard", disable=None) as bar:
+        report = verify_shards(settings.shards, say=lambda name: bar.update())
+    print(table(report))
+    if report.damaged and settings.repair:
+        repair_shards(settings.shards, report)
+        report = verify_shards(settings.shards)
+        print("after the repair:\n" + table(report))
+    if report.damaged:
+        names = ", ".join(finding.name for finding in report.damaged)
+        remedy = "give --repair to rebuild them" if report.command and not settings.repair else "copy them again"
+        rebuild = (
+            f"; the set was built by `{report.command}` (with --overwrite it builds anew)" if report.command else ""
+        )
+        raise DataError(f"{settings.shards} is damaged in {names}: {remedy}{rebuild}")
+    return 0
+
+
+def table(report) -> str:
+    """One line for each file, and what is wrong with it below."""
+    width = max(len(finding.name) for finding in report.findings)
+    lines = [f"{'file':<{width}}  {'bytes':>14}  {'blocks':>7}  {'samples':>11}  state"]
+    for finding in report.findings:
+        numbers = (f"{n:,}" if n else "" for n in (finding.bytes, finding.blocks, finding.samples))
+        cells = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, (14, 7, 11)))
+        lines.append(f"{finding.name:<{width}}  {cells}  {'DAMAGED' if finding.problems else 'ok'}")
+        lines += [f"  {finding.name} {problem}" for problem in finding.problems]
+    manifest = report.manifest
+    lines.append(
+        f"{len(report.findings)} files, {len(report.damaged)} damaged; {manifest.num_samples('train'):,} training and "
+        f"{manifest.num_samples('heldout'):,} held-out samples; dataset id {manifest.dataset_id}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)
