@@ -22,7 +22,7 @@ from quincunx.engine.metrics_file import METRICS_FILE, MetricsWriter
 STATE_FILE = "tracking.json"
 LOG_FILE = "tracking.log"
 CLOSE_SECONDS = 10.0
-CLOSE_SECONDS_LOCAL = 60.0
+CLOSE_SECONDS_FINISHED = 60.0
 STATUSES = ("finished", "preempted", "interrupted", "diverged", "hung", "failed")
 
 
@@ -143,10 +143,11 @@ class Tracker:
         self.log(self._step, "event", {"event": "artifact", "path": str(Path(path).resolve())})
 
     def close(self, status: str = "finished") -> None:
-        """Ends the record; waits until the sender is done, at most 10 s (60 s for a local store of a finished run).
+        """Ends the record and waits until the sender is done: at most 10 s, at the end of a finished run 60 s.
 
-        status: "finished", "preempted", "interrupted", "diverged", "hung" or "failed". What could not be sent is said
-        on stderr with the command that sends it later. A second call does nothing.
+        The sender itself gives up on the first request that is not answered within 10 s. What could not be sent is said
+        on stderr, with the command that sends it later. A second call does nothing.
+        status: "finished", "preempted", "interrupted", "diverged", "hung" or "failed".
         """
         if status not in STATUSES:
             raise ValueError(f"a run ends as one of {', '.join(STATUSES)}, not as {status!r}")
@@ -156,10 +157,10 @@ class Tracker:
         self._writer.close()
         self._writer = None
         if self._sender is not None:
-            remote = is_remote(TrackingState.load(self.run_folder).uri)
-            patience = CLOSE_SECONDS_LOCAL if status == "finished" and not remote else CLOSE_SECONDS
+            patience = CLOSE_SECONDS_FINISHED if status == "finished" else CLOSE_SECONDS
             if _stop_sender(self._sender, patience) != 0:
-                print(f"tracking: {unsent_sentence(self.run_folder)}", file=sys.stderr, flush=True)
+                later = " (a resumed run sends them by itself)" if status == "preempted" else ""
+                print(f"tracking: {unsent_sentence(self.run_folder)}{later}", file=sys.stderr, flush=True)
 
 
 def unsent_sentence(run_folder: Path) -> str:

@@ -50,7 +50,7 @@ class Sender:
             self.state.mlflow_run_id = self._find_or_create_run()
             self.state.save(self.folder)
         self.run = self.state.mlflow_run_id
-        self.client.update_run(self.run, status="RUNNING")
+        self._running = False
         self._send_params()
         self._system = SystemMetricsMonitor(self.run, tracking_uri=self.state.uri)  # not started: we read its samples
         self._system_due = time.monotonic()
@@ -100,6 +100,9 @@ class Sender:
     def _send_records(self, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
+        if not self._running:  # a resumed run's status is that of its last end
+            self.client.update_run(self.run, status="RUNNING")
+            self._running = True
         metrics, reached = [], dict(self.state.sent_steps)
         for record in records:
             # MLflow cannot take a metric back; the steps that a resumed run repeats give the same losses, so skip them.
@@ -187,6 +190,7 @@ def follow(run_folder: Path, closing: threading.Event, failing: threading.Event)
                 uri = TrackingState.load(run_folder).uri
                 say(f"MLflow at {uri} takes no metrics ({type(error).__name__}); {METRICS_FILE} keeps them meanwhile")
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            last = closing.is_set()
         if last:
             return int(failing.is_set())
         closing.wait(pause)

@@ -1,0 +1,268 @@
+"""Tracking against real stores: sqlite, a real `mlflow server`, a dead port, and a socket that never answers."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from quincunx.engine.metrics_file import METRICS_FILE, MetricsWriter, numbers, read_metrics
+from quincunx.engine.tracking import TrackingState, open_tracker, resolve_uri, view_command
+from quincunx.engine.tracking_sender import RUN_TAG, send_all
+
+ROOT = Path(__file__).parents[2]
+TASKS = ("mlm", "mkp", "cmp", "npr", "dor")
+PARAMS = {"tasks": ["mkp", "cmp"], "learning_rate": 1e-4, "json": {"zero": {"stage": 2}}, "probe": None}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of an `mlflow server`, stopped by its id."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/server.db",
+        "--artifacts-destination",
+        str(folder / "store"),
+    ]
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=1)
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # it has a session of its own, and asked kindly it takes 20 s
+        process.wait(30)
+
+
+@pytest.fixture
+def hanging():
+    """The address of a socket that accepts connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def train(tracker, first: int, last: int, loss=lambda step, task: 9.0 - 0.01 * step) -> list[float]:
+    """Logs steps `first` to `last` as a run does; returns the seconds each took."""
+    seconds = []
+    for step in range(first, last + 1):
+        started = time.perf_counter()
+        tracker.log(step, "train", {f"loss/{task}": loss(step, task) for task in TASKS})
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def runs_of(uri: str, run_id: str) -> list:
+    client = MlflowClient(tracking_uri=uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{run_id}'")
+
+
+def test_the_record_is_cut_to_the_resumed_step_and_each_step_stands_once(tmp_path):
+    path = tmp_path / METRICS_FILE
+    writer = MetricsWriter(path, 0)
+    for step in range(1, 31):
+        writer.append(step, "train", {"loss/mlm": 1.0 / step})
+        if step % 10 == 0:
+            writer.append(step, "probe", {"probe/mrr@10": 0.5})
+    writer.close()
+    with open(path, "ab") as file:
+        file.write(b'{"step": 31, "time": 1.0, "kind": "train", "loss/mlm": 0.0')  # a crash tore this line
+    assert len(list(read_metrics(tmp_path))) == 33
+    writer = MetricsWriter(path, 20)
+    for step in range(21, 31):
+        writer.append(step, "train", {"loss/mlm": 2.0 / step})
+    writer.close()
+    steps = [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "train"]
+    assert steps == list(range(1, 31))
+    assert [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "probe"] == [10, 20]
+    MetricsWriter(path, 0).close()
+    assert list(read_metrics(tmp_path)) == []
+
+
+def test_every_line_is_strict_json_and_nan_survives(tmp_path):
+    import numpy as np
+    import torch
+
+    writer = MetricsWriter(tmp_path / METRICS_FILE, 0)
+    writer.append(
+        3, "train", {"a": float("nan"), "b": torch.tensor(1.5), "c": np.float32("-inf"), "ids": [1, 2], "d": True}
+    )
+    writer.close()
+    line = (tmp_path / METRICS_FILE).read_text()
+    record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert (record["a"], record["b"], record["c"], record["ids"], record["d"]) == ("nan", 1.5, "-inf", [1, 2], True)
+    values = numbers(record)
+    assert values["b"] == 1.5 and values["c"] == -float("inf") and values["a"] != values["a"] and len(values) == 3
+
+
+def test_a_full_disk_does_not_stop_the_run_and_loses_no_line_once_there_is_room(tmp_path, capsys):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    writer = MetricsWriter(tmp_path / METRICS_FILE, 0)
+    disk, full = writer._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    writer._file = full
+    for step in range(3):
+        writer.append(step, "train", {"loss/mlm": 1.0})
+    writer._file = disk
+    writer.append(3, "train", {"loss/mlm": 1.0})
+    writer.close()
+    full.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
+def test_sqlite_in_the_run_folder_holds_params_metrics_system_metrics_and_artifacts_of_one_run(tmp_path):
+    (tmp_path / "settings.yaml").write_text("seed: 42\n")
+    tracker = open_tracker("sqlite", tmp_path, "first", PARAMS)
+    train(tracker, 1, 30)
+    tracker.log(30, "probe", {"probe/mrr@10": 0.25})
+    tracker.artifact(tmp_path / "settings.yaml")
+    for _ in range(600):  # making the store takes seconds, on a busy machine many
+        if TrackingState.load(tmp_path).sent_bytes:
+            break
+        time.sleep(0.1)
+    tracker.close("preempted")
+    run_id = tracker.run_id
+
+    # The checkpoint was of step 20: steps 21 to 30 come again, and the learning rate has been changed.
+    tracker = open_tracker("sqlite", tmp_path, "first", PARAMS | {"learning_rate": 2e-4}, run_id, 20)
+    assert tracker.run_id == run_id
+    train(tracker, 21, 40)
+    tracker.close("finished")
+
+    uri = resolve_uri("sqlite", tmp_path)
+    client, runs = MlflowClient(tracking_uri=uri), runs_of(uri, run_id)
+    assert len(runs) == 1 and runs[0].info.status == "FINISHED" and runs[0].info.run_name == "first"
+    run = runs[0].info.run_id
+    params = {"tasks": "['mkp', 'cmp']", "learning_rate": "0.0001", "json.zero.stage": "2", "probe": "None"}
+    assert runs[0].data.params == params
+    assert runs[0].data.tags["resumed_with.learning_rate"] == "0.0002"
+    for task in TASKS:
+        history = client.get_metric_history(run, f"loss/{task}")
+        assert [point.step for point in sorted(history, key=lambda point: point.step)] == list(range(1, 41))
+    assert runs[0].data.metrics["probe/mrr_at_10"] == 0.25
+    assert runs[0].data.metrics["system/system_memory_usage_percentage"] > 0
+    assert {item.path for item in client.list_artifacts(run)} == {"settings.yaml", METRICS_FILE}
+    (tmp_path / "download").mkdir()
+    stored = client.download_artifacts(run, METRICS_FILE, str(tmp_path / "download"))
+    assert Path(stored).read_bytes() == (tmp_path / METRICS_FILE).read_bytes()
+    assert view_command("sqlite", tmp_path) == f"mlflow ui --backend-store-uri {uri}"
+
+
+def test_a_real_server_receives_what_a_dead_one_missed(tmp_path, server):
+    dead = f"http://127.0.0.1:{free_port()}"
+    tracker = open_tracker(dead, tmp_path, "moved", PARAMS)
+    train(tracker, 1, 5)
+    tracker.close("preempted")
+    tracker = open_tracker(server, tmp_path, "moved", PARAMS, tracker.run_id, 5)
+    train(tracker, 6, 10)
+    tracker.artifact(ROOT / "LICENSE")
+    tracker.close("finished")
+    (run,) = runs_of(server, tracker.run_id)
+    client = MlflowClient(tracking_uri=server)
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss/dor")] == list(range(1, 11))
+    assert run.info.status == "FINISHED" and run.data.params["json.zero.stage"] == "2"
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"LICENSE", METRICS_FILE}
+
+
+@pytest.mark.parametrize("kind", ["dead", "hanging"])
+def test_a_server_that_does_not_answer_costs_neither_steps_nor_shutdown_nor_lines(tmp_path, kind, hanging, capfd):
+    uri = hanging if kind == "hanging" else f"http://127.0.0.1:{free_port()}"
+    started = time.perf_counter()
+    tracker = open_tracker(uri, tmp_path, "lonely", PARAMS)
+    opening = time.perf_counter() - started
+    slowest = max(train(tracker, 1, 200))
+    time.sleep(5)  # the sender has met the server by now
+    slowest = max(slowest, *train(tracker, 201, 400))
+    sender = tracker._sender
+    started = time.perf_counter()
+    tracker.close("finished")
+    closing = time.perf_counter() - started
+    # MLflow itself blocks for 246 s on a dead server and for ever on a hanging one; a scheduler kills after 30 s.
+    assert opening < 1 and slowest < 0.5 and closing < 12
+    assert sender.poll() is not None, "the sender outlived the run"
+    said = capfd.readouterr().err
+    assert f"401 lines of metrics.jsonl did not reach MLflow at {uri}" in said
+    assert f"python launchers/send_metrics.py --run {tmp_path}" in said
+    assert len(list(read_metrics(tmp_path))) == 401
+
+
+def test_the_sender_dies_with_a_killed_run_and_the_next_start_sends_the_rest(tmp_path):
+    code = (
+        "import os, signal, sys, time\n"
+        "from quincunx.engine.tracking import open_tracker\n"
+        f"tracker = open_tracker('sqlite', {str(tmp_path)!r}, 'killed', {{}})\n"
+        "for step in range(1, 11): tracker.log(step, 'train', {'loss/mlm': 1.0})\n"
+        "print(tracker._sender.pid, tracker.run_id, flush=True)\n"
+        "time.sleep(1.5)\n"  # in the middle of making the sqlite store
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    pid, run_id = killed.stdout.split()
+    for _ in range(50):
+        if not Path(f"/proc/{pid}").exists():
+            break
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists(), "the sender outlived a killed run"
+    tracker = open_tracker("sqlite", tmp_path, "killed", {}, run_id, 10)
+    tracker.log(11, "train", {"loss/mlm": 0.5})
+    tracker.close("finished")
+    (run,) = runs_of(resolve_uri("sqlite", tmp_path), run_id)
+    history = MlflowClient(tracking_uri=resolve_uri("sqlite", tmp_path)).get_metric_history(run.info.run_id, "loss/mlm")
+    assert [point.step for point in history] == list(range(1, 12))
+
+
+def test_other_ranks_and_tracking_none_start_no_sender(tmp_path):
+    other = open_tracker("sqlite", tmp_path / "other", "x", PARAMS, is_main=False)
+    other.log(1, "train", {"loss/mlm": 1.0})
+    other.close("finished")
+    assert not (tmp_path / "other").exists() and other.run_id == ""
+    alone = open_tracker("none", tmp_path / "alone", "x", PARAMS)
+    alone.log(1, "train", {"loss/mlm": 1.0})
+    alone.close("finished")
+    assert alone._sender is None and len(list(read_metrics(tmp_path / "alone"))) == 2
+    assert TrackingState.load(tmp_path / "alone").run_id == alone.run_id
+    with pytest.raises(ValueError, match="preempted"):
+        open_tracker("none", tmp_path / "alone", "x", PARAMS).close("done")
+
+
+def test_what_was_not_sent_can_be_sent_later_and_sending_again_adds_nothing(tmp_path):
+    tracker = open_tracker("none", tmp_path, "again", PARAMS)
+    train(tracker, 1, 1200)  # more metrics than MLflow takes in a batch
+    tracker.close("finished")
+    command = [sys.executable, "launchers/send_metrics.py", "--run", str(tmp_path), "--tracking", "sqlite"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    size = (tmp_path / METRICS_FILE).stat().st_size
+    assert TrackingState.load(tmp_path).sent_bytes == size
+    assert send_all(tmp_path).sent_bytes == size
+    store = resolve_uri("sqlite", tmp_path)
+    (run,) = runs_of(store, tracker.run_id)
+    history = MlflowClient(tracking_uri=store).get_metric_history(run.info.run_id, "loss/mlm")
+    assert [point.step for point in history] == list(range(1, 1201)) and run.info.status == "FINISHED"
