@@ -6,10 +6,15 @@ group, H heads, C channels of a head, P rows of the position table (at least the
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from quincunx.kernels.hashing import visibility
-from quincunx.kernels.packed_attention import PaddedGroups, connected_empty, host_bounds, length_groups
+from quincunx.kernels.packed_attention import (
+    PaddedGroups,
+    connected_empty,
+    host_bounds,
+    length_groups,
+    masked_softmax_attention,
+)
 
 
 def enhanced_attention(
@@ -76,6 +81,6 @@ def visible_attention(
             visible_GLL = visible_GLL & padded.real[g][:, None, :]
         blind_GL1 = ~visible_GLL.any(-1, keepdim=True)
         mask_G1LL = (visible_GLL | blind_GL1)[:, None]
-        output_GHLC = F.scaled_dot_product_attention(q_GHLC, k_GHLC, v_GHLC, attn_mask=mask_G1LL)
+        output_GHLC = masked_softmax_attention(q_GHLC, k_GHLC, v_GHLC, mask_G1LL)
         outputs.append(output_GHLC.masked_fill(blind_GL1[:, None], 0))
     return padded.unpad(outputs)

@@ -53,13 +53,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, wants_gradient):
         num_rows = hidden_ND.shape[0]
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+        row_weights_N = row_weights_N.to(wide)
         nll_N = torch.empty(num_rows, dtype=wide, device=hidden_ND.device)
         correct_N = torch.empty(num_rows, dtype=torch.bool, device=hidden_ND.device)
         if wants_gradient:
             # Rows enter dW relative to the heaviest one, so that fp16 neither over- nor underflows at 1 / N_t;
             # the common factor is put back in backward, in float32, together with any loss scale.
             heaviest = row_weights_N.max().clamp(min=1e-30) if num_rows else row_weights_N.new_ones(())
-            relative_N1 = (row_weights_N / heaviest).to(wide)[:, None]
+            relative_N1 = (row_weights_N / heaviest)[:, None]
             hidden_gradient_ND = torch.empty_like(hidden_ND)
             weight_gradient_VD = torch.zeros_like(weight_VD, dtype=wide)
             bias_gradient_V = torch.zeros_like(bias_V, dtype=wide)

@@ -1,0 +1,98 @@
+"""Packed attention, sequence by sequence, against SDPA on each sequence alone."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from quincunx.kernels import packed_attention as module
+from quincunx.kernels.packed_attention import length_groups, packed_attention
+
+LENGTHS = [3, 17, 1, 40, 2, 16, 39]
+
+
+def make_inputs(lengths=LENGTHS, heads=2, channels=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (sum(lengths), heads, channels)
+    rows = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    return rows, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+
+
+def alone(q, k, v, mask=None):
+    """Attention of one sequence [L, H, C]."""
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
+
+
+def by_sequence(rows, cu_seqlens, queries_bounds=None, window=None):
+    queries_bounds = cu_seqlens if queries_bounds is None else queries_bounds
+    outputs = []
+    for i in range(len(cu_seqlens) - 1):
+        keys, queries = slice(*cu_seqlens[i : i + 2]), slice(*queries_bounds[i : i + 2])
+        position = torch.arange(keys.stop - keys.start)
+        mask = None if window is None else (position[:, None] - position).abs() <= window
+        if queries.stop > queries.start:
+            outputs.append(alone(rows[0][queries], rows[1][keys], rows[2][keys], mask))
+    return torch.cat(outputs)
+
+
+def assert_same(ours, theirs, rows):
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    probe = torch.randn(ours.shape, dtype=ours.dtype, generator=torch.Generator().manual_seed(9))
+    for mine, other in zip(
+        torch.autograd.grad(ours, rows, probe), torch.autograd.grad(theirs, rows, probe), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 5, 100])
+@pytest.mark.parametrize("longest_plain", [512, 8])
+def test_output_and_gradients_are_those_of_each_sequence_alone(window, longest_plain, monkeypatch):
+    monkeypatch.setattr(module, "LONGEST_PLAIN", longest_plain)
+    rows, cu_seqlens = make_inputs()
+    ours = packed_attention(*rows, cu_seqlens, max(LENGTHS), window=window)
+    assert_same(ours, by_sequence(rows, cu_seqlens, window=window), rows)
+
+
+def test_queries_at_some_rows_only():
+    """As in a decoder's last layer; one sequence has no query row."""
+    rows, cu_seqlens = make_inputs()
+    num_queries = [2, 5, 1, 0, 1, 16, 20]
+    bounds = torch.tensor([0, *np.cumsum(num_queries)], dtype=torch.int32)
+    rows[0] = rows[0][: sum(num_queries)].detach().requires_grad_()
+    ours = packed_attention(*rows, cu_seqlens, max(LENGTHS), bounds, max(num_queries))
+    assert_same(ours, by_sequence(rows, cu_seqlens, bounds), rows)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours():
+    rows, cu_seqlens = make_inputs()
+    before = packed_attention(*rows, cu_seqlens, max(LENGTHS))
+    changed = [x.detach().clone() for x in rows]
+    for x in changed:
+        x[: cu_seqlens[3]] += 1
+        x[cu_seqlens[4] :] = -3
+    after = packed_attention(*changed, cu_seqlens, max(LENGTHS))
+    own = slice(cu_seqlens[3], cu_seqlens[4])
+    assert torch.equal(before[own], after[own])
+
+
+def test_no_rows_stay_in_the_graph():
+    rows, cu_seqlens = make_inputs([])
+    output = packed_attention(*rows, cu_seqlens, 0)
+    assert output.shape == (0, 2, 8)
+    assert all(gradient.shape == (0, 2, 8) for gradient in torch.autograd.grad(output.sum(), rows))
+
+
+def test_groups_bound_padding_and_size():
+    lengths = np.random.default_rng(0).integers(1, 600, 500)
+    groups = length_groups(lengths, np.ones_like(lengths))
+    assert sorted(np.concatenate(groups).tolist()) == list(range(500))
+    for group in groups:
+        assert lengths[group].min() >= module.SHORTEST_SHARE_OF_A_GROUP * lengths[group].max()
+        assert len(group) * lengths[group].max() ** 2 <= module.LARGEST_GROUP
+
+
+def test_a_window_with_chosen_queries_is_refused():
+    rows, cu_seqlens = make_inputs()
+    with pytest.raises(ValueError, match="window"):
+        packed_attention(*rows, cu_seqlens, max(LENGTHS), cu_seqlens, max(LENGTHS), window=3)
