@@ -1,0 +1,93 @@
+"""The hash is the one that docs/stream.md writes down, in compiled code and in torch alike, and it is random enough."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quincunx.data_shards import hashing
+from quincunx.kernels import hashing as torch_hashing
+
+UINT32 = st.integers(0, 2**32 - 1)
+
+
+def mix(x: int) -> int:
+    """The formula in Python's unbounded integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def fold(key: int, value: int) -> int:
+    return mix(key ^ value * 0x9E3779B1 % 2**32)
+
+
+def as_int32(value: int) -> torch.Tensor:
+    return torch.tensor([value], dtype=torch.int64).to(torch.int32)
+
+
+@given(UINT32, UINT32, UINT32)
+@settings(deadline=None)
+def test_compiled_hash_and_torch_hash_equal_the_formula(key, row, word):
+    expected = fold(fold(key, row), word) >> 2
+    assert hashing.mix(key) == mix(key)
+    assert hashing.fold(key, row) == fold(key, row)
+    assert hashing.draw30(key, row, word) == expected
+    assert torch_hashing.draw30(as_int32(key), as_int32(row), as_int32(word)).item() == expected
+
+
+@given(UINT32, st.integers(0, 2**31 - 1), st.integers(0, 2**63 - 1), st.integers(0, 63))
+@settings(deadline=None)
+def test_text_key_folds_every_part_of_its_name(seed, epoch, sample_id, task):
+    expected = mix(seed)
+    for part in (epoch, sample_id & 0xFFFFFFFF, sample_id >> 32, task):
+        expected = fold(expected, part)
+    assert hashing.text_key(seed, epoch, sample_id, task) == expected
+
+
+def test_draws_keep_the_values_that_old_runs_used():
+    assert hashing.text_key(42, 1, 5_000_000_000, 2) == 1455455338
+    assert hashing.draw30(12345, 7, 9) == 789878899
+
+
+def test_torch_draws_equal_compiled_draws_on_tensors_of_any_length():
+    generator = np.random.default_rng(0)
+    for size in (1, 3, 8, 63, 1000):
+        key, row, word = generator.integers(0, 2**32, (3, size), dtype=np.uint32)
+        expected = [hashing.draw30(*values) for values in zip(key, row, word)]
+        tensors = [torch.from_numpy(values.view(np.int32)) for values in (key, row, word)]
+        assert torch_hashing.draw30(*tensors).tolist() == expected
+
+
+def test_draws_of_neighbouring_keys_rows_and_words_are_uniform_and_uncorrelated():
+    words = torch.arange(100, dtype=torch.int32)
+    rows = torch.arange(100, dtype=torch.int32)[:, None]
+    keys = torch.arange(50, dtype=torch.int32)[:, None, None]
+    share = torch_hashing.draw30(keys, rows, words).double() / 2**30
+    counts = torch.histc(share, 64, 0, 1)
+    expected = share.numel() / 64
+    chi_squared = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi_squared < 63 + 5 * (2 * 63) ** 0.5  # five standard deviations of chi squared with 63 degrees
+    for axis in range(3):
+        pair = torch.stack([share.narrow(axis, 0, share.shape[axis] - 1), share.narrow(axis, 1, share.shape[axis] - 1)])
+        correlation = torch.corrcoef(pair.flatten(1))[0, 1].item()
+        assert abs(correlation) < 5 / pair[0].numel() ** 0.5
+
+
+def test_visibility_is_the_rule_of_enhanced_decoding():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(-(2**31), 2**31, (3,), generator=generator).to(torch.int32)
+    word_ids = torch.randint(0, 6, (3, 10), generator=generator).to(torch.int32)
+    thresholds = torch.randint(0, 2**30, (3, 10), generator=generator).to(torch.int32)
+    thresholds[:, 3], thresholds[:, 4] = 0, 2**30
+    rows = torch.arange(10, dtype=torch.int32).repeat(3, 1)
+    visible = torch_hashing.visibility(keys, rows, word_ids, thresholds)
+    for s in range(3):
+        for i in range(10):
+            for j in range(10):
+                key = keys[s].item() % 2**32
+                draw = hashing.draw30(key, i, word_ids[s, j].item())
+                expected = (j == 0 and i != 0) or (j != i and draw < thresholds[s, j].item())
+                assert visible[s, i, j].item() == expected
