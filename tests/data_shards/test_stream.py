@@ -1,0 +1,184 @@
+"""The stream: the same batches for any number of workers, ranks and restarts; its workers fail and end properly."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quincunx.data_shards.batches import PackedBatch
+from quincunx.data_shards.block import Block, Sample, Text
+from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.order import Order
+from quincunx.data_shards.packer import Packer
+from quincunx.data_shards.shard_writer import write_shard_set
+from quincunx.data_shards.shards import open_shards
+from quincunx.data_shards.stream import Stream
+from quincunx.data_shards.tasks import TaskSpec
+
+GLOBAL_BATCH = 48
+
+
+def make_stream(shard_sets, weights=None, seed=5, global_batch=GLOBAL_BATCH, micro_batch=3, **options) -> Stream:
+    tasks = [TaskSpec(name="mkp", decoder="enhanced"), TaskSpec(name="npr", decoder="masked")]
+    packer = Packer(
+        shard_sets,
+        tasks,
+        encoder_mask_rate=0.3,
+        decoder_mask_rate=0.5,
+        corruption="80-10-10",
+        neighbour="next",
+        max_tokens=64,
+        seed=seed,
+    )
+    order = Order(seed, [shard_set.block_samples("train") for shard_set in shard_sets], weights)
+    return Stream(packer, order, global_batch=global_batch, micro_batch=micro_batch, **options)
+
+
+def take(stream: Stream, start_step: int, num_steps: int) -> list[list[PackedBatch]]:
+    steps = stream.iterate(start_step)
+    try:
+        return [next(steps) for _ in range(num_steps)]
+    finally:
+        steps.close()
+
+
+def content(batch: PackedBatch) -> list[bytes]:
+    """Every array of a batch."""
+    arrays = [batch.encoder.input_ids, batch.encoder.cu_seqlens, batch.encoder_label_positions, batch.encoder_labels]
+    arrays += [batch.datasets, batch.epochs, batch.sample_ids]
+    for task in batch.tasks.values():
+        arrays += [task.text.input_ids, task.text.cu_seqlens, task.passage_index, task.label_positions, task.labels]
+        arrays += [task.keys, task.word_ids, task.keep_thresholds]
+    return [b"" if array is None else array.tobytes() for array in arrays]
+
+
+def contents(steps: list[list[PackedBatch]]) -> list[list[list[bytes]]]:
+    return [[content(batch) for batch in step] for step in steps]
+
+
+def stream_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("stream-")]
+
+
+def wait_until(condition, seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_any_number_of_workers_gives_the_batches_of_step(shard_set):
+    pure = make_stream([shard_set])
+    expected = contents([pure.step(step) for step in range(30)])
+    for num_workers in (0, 1, 3):
+        assert contents(take(make_stream([shard_set], num_workers=num_workers), 0, 30)) == expected
+
+
+def test_a_restart_at_step_k_continues_as_if_run_through(shard_set, other_shard_set):
+    sets, weights = [shard_set, other_shard_set], [2, 1]
+    through = contents(take(make_stream(sets, weights, num_workers=2), 0, 40))
+    assert len({epoch for step in take(make_stream(sets, weights), 0, 40) for b in step for epoch in b.epochs}) > 2
+    for k in (1, 17, 39):
+        assert contents(take(make_stream(sets, weights, num_workers=1), k, 40 - k)) == through[k:]
+
+
+def test_all_ranks_together_hold_the_global_batch_with_the_same_masks(shard_set):
+    def by_passage(world_size: int, micro_batch: int) -> dict[int, bytes]:
+        """sample id -> the encoder's corrupted ids and its labels."""
+        passages = {}
+        for rank in range(world_size):
+            stream = make_stream([shard_set], micro_batch=micro_batch, rank=rank, world_size=world_size, num_workers=0)
+            for batch in stream.step(4):
+                assert len(batch.sample_ids) == micro_batch
+                ids = np.split(batch.encoder.input_ids, batch.encoder.cu_seqlens[1:-1])
+                labels = np.zeros(len(batch.encoder.input_ids), int)
+                labels[batch.encoder_label_positions] = batch.encoder_labels
+                labels = np.split(labels, batch.encoder.cu_seqlens[1:-1])
+                for sample_id, *arrays in zip(batch.sample_ids, ids, labels):
+                    assert sample_id not in passages
+                    passages[int(sample_id)] = b"".join(array.tobytes() for array in arrays)
+        return passages
+
+    whole = by_passage(1, GLOBAL_BATCH)
+    assert len(whole) == GLOBAL_BATCH
+    for world_size, micro_batch in [(1, 8), (2, 8), (4, 12), (8, 3), (16, 1)]:
+        assert by_passage(world_size, micro_batch) == whole
+
+
+def test_a_damaged_block_is_raised_at_the_step_that_needs_it(shard_set, tmp_path, tokenizer_folder):
+    documents = [[sample] for number in range(4) for sample in samples_of(shard_set.read_block("train", number))]
+    write_shard_set(tmp_path, tokenizer_folder, documents, block_samples=64, num_buckets=1024)
+    damaged = open_shards(str(tmp_path))
+    shard = damaged.manifest.shards[0]
+    last = shard.blocks[-1]
+    path = Path(tmp_path, shard.name)
+    data = bytearray(path.read_bytes())
+    data[last.offset + last.size // 2] ^= 0x10
+    path.write_bytes(data)
+
+    stream = make_stream([damaged], global_batch=1, micro_batch=1, num_workers=2)
+    first_lost = damaged.num_samples("train") - last.samples
+    needs_it = next(step for step in range(1000) if stream.order.global_batch(step, 1).sample_ids[0] >= first_lost)
+    steps = stream.iterate(0)
+    assert len([next(steps) for _ in range(needs_it)]) == needs_it
+    named = f"block {len(shard.blocks) - 1} of shard {shard.name}.*verify_shards"
+    with pytest.raises(DataError, match=named):
+        next(steps)
+    assert wait_until(lambda: not stream_threads())
+
+
+def samples_of(block: Block):
+    for index in range(block.num_samples):
+        text = block.text("passage", index)
+        yield Sample(f"p{index}", Text(np.array(text.token_ids), np.array(text.word_starts)))
+
+
+def test_workers_stay_a_bounded_number_of_steps_ahead_and_end_when_the_stream_is_closed(shard_set):
+    stream = make_stream([shard_set], num_workers=2)
+    made = []
+    stream.step = lambda step: made.append(step) or Stream.step(stream, step)
+    steps = stream.iterate(0)
+    next(steps)
+    assert wait_until(lambda: len(made) == 5)
+    time.sleep(0.2)
+    assert sorted(made) == [0, 1, 2, 3, 4], "one consumed, two a worker ahead"
+    assert len(stream_threads()) == 2
+    steps.close()
+    assert wait_until(lambda: not stream_threads())
+
+
+def test_a_stream_left_open_does_not_keep_the_process_alive(shard_set):
+    program = f"""
+        import importlib.util, sys
+        from quincunx.data_shards.shards import open_shards
+        spec = importlib.util.spec_from_file_location("test_stream", {__file__!r})
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        steps = module.make_stream([open_shards({shard_set.path!r})], num_workers=2).iterate(0)
+        next(steps)
+        print("left open")
+        sys.exit(75)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (75, "left open\n"), done.stderr
+
+
+def test_waiting_and_cut_texts_are_counted(shard_set):
+    stream = make_stream([shard_set], num_workers=0)
+    steps = take(stream, 0, 5)
+    assert stream.wait_seconds > 0
+    assert stream.num_cut_texts == sum(batch.num_cut_texts for step in steps for batch in step) > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"micro_batch": 5}, {"world_size": 32}, {"global_batch": 0}, {"micro_batch": 0}, {"num_workers": -1}],
+)
+def test_batches_that_do_not_divide_are_refused(shard_set, options):
+    with pytest.raises(SettingsError, match=r"multiple of|allowed"):
+        make_stream([shard_set], **options)
