@@ -56,7 +56,7 @@ def open_shards(
     manifest = read_manifest(files)
     shard_set = ShardSet(path, files, manifest, cache_dir, cache_bytes, block_cache_bytes)
     if isinstance(files, LocalFiles):
-        check_shard_sizes(path, manifest)
+        check_shard_sizes(files.root, manifest)
     return shard_set
 
 

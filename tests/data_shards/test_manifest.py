@@ -1,0 +1,68 @@
+"""The manifest: what it says, what it refuses, and the id it gives a data set."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.manifest import SCHEMA_VERSION, BlockEntry, FileEntry, Manifest, ShardEntry
+
+MANIFEST = Manifest(
+    tokenizer_digest="ab" * 16,
+    tokenizer_files=(FileEntry("tokenizer.json", 10, "cd" * 16),),
+    vocab_size=300,
+    special_ids={"cls": 1, "sep": 2, "mask": 3, "pad": 0, "unk": None, "all": [0, 1, 2, 3]},
+    max_tokens=144,
+    fields={"train": {"passage": 3, "next": 1, "queries": 0, "continuation": 0}, "heldout": {"passage": 0}},
+    shards=(
+        ShardEntry(
+            "train-00000-000.tar", "train", 10240, 3, "ef" * 16, (BlockEntry(512, 99, 3, "01" * 8, 1536, 5, "02" * 8),)
+        ),
+    ),
+    statistics=FileEntry("statistics.npz", 20, "34" * 16),
+    sources=(FileEntry("köln.jsonl", 30, "56" * 16),),
+    settings={"tasks": 1, "held_out_share": 0.01},
+    counts={"documents": 2},
+)
+
+
+def test_reading_gives_back_what_was_written():
+    assert Manifest.from_json(MANIFEST.to_json(), "m") == MANIFEST
+
+
+def test_the_dataset_id_follows_every_part_of_the_content_and_nothing_else():
+    assert Manifest.from_json(MANIFEST.to_json(), "elsewhere").dataset_id == MANIFEST.dataset_id
+    block = replace(MANIFEST.shards[0].blocks[0], digest="ff" * 8)
+    others = [
+        replace(MANIFEST, max_tokens=145),
+        replace(MANIFEST, tokenizer_digest="00" * 16),
+        replace(MANIFEST, sources=()),
+        replace(MANIFEST, shards=(replace(MANIFEST.shards[0], blocks=(block,)),)),
+    ]
+    assert len({manifest.dataset_id for manifest in [MANIFEST, *others]}) == 1 + len(others)
+
+
+def test_an_edited_manifest_is_refused():
+    edited = MANIFEST.to_json().replace('"max_tokens": 144', '"max_tokens": 512')
+    with pytest.raises(DataError, match="m does not match its own dataset id"):
+        Manifest.from_json(edited, "m")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"shards": []}', '{"format": "other"}', MANIFEST.to_json()[:200]])
+def test_a_foreign_or_cut_manifest_is_refused(text):
+    with pytest.raises(DataError, match=r"is not a quincunx manifest|is not JSON"):
+        Manifest.from_json(text, "m")
+
+
+def test_a_newer_schema_asks_for_an_update_before_anything_else_is_read():
+    newer = json.dumps({"format": "quincunx-shards", "schema_version": SCHEMA_VERSION + 1, "new": 1})
+    with pytest.raises(DataError, match=rf"schema version {SCHEMA_VERSION + 1}, this quincunx reads up to .* update"):
+        Manifest.from_json(newer, "m")
+
+
+def test_a_manifest_without_a_part_is_refused():
+    content = json.loads(MANIFEST.to_json())
+    del content["shards"][0]["digest"]
+    with pytest.raises(DataError, match="m is damaged"):
+        Manifest.from_json(json.dumps(content), "m")
