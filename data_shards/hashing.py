@@ -7,19 +7,17 @@ Python they take and return integers.
 
 The mixer is Wellons' two-multiply `lowbias32` (hash-prospector); 2**30 is the scale of every threshold, so that
 draws and thresholds fit a non-negative int32 and "always" (2**30) has a value of its own.
-
-numba does not notice when a function that a cached one calls changes in another file: after editing this file, delete
-the `__pycache__` folders beside it.
 """
 
 import numpy as np
-from numba import njit
+
+from quincunx.data_shards.compiled import compiled
 
 ALWAYS = 1 << 30
 """Threshold that every draw is below; draws are in [0, ALWAYS)."""
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def mix(x):
     """Scrambles 32 bits: a bijection on uint32 in which every input bit flips every output bit half the time."""
     x = np.uint32(x)
@@ -30,13 +28,13 @@ def mix(x):
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def fold(key, value):
     """Folds the low 32 bits of `value` into `key`; returns uint32."""
     return mix(np.uint32(key) ^ np.uint32(np.uint32(value) * np.uint32(0x9E3779B1)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def text_key(seed, epoch, sample_id, task_code):
     """Key (uint32) of one text in one epoch: everything drawn for that text is hashed from it.
 
@@ -48,13 +46,13 @@ def text_key(seed, epoch, sample_id, task_code):
     return fold(key, task_code)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def draw30(key, row, word):
     """Uniform draw in [0, 2**30) as int32, for a row (position in the sequence, [CLS] = 0) and a word of a text."""
     return np.int32(fold(fold(key, row), word) >> np.uint32(2))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def word_hash(token_ids, start, end):
     """Identity (uint32) of the word spelled by `token_ids[start:end]`: the fold chain of its ids, begun at 0."""
     key = np.uint32(0)

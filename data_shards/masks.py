@@ -10,8 +10,8 @@ Letters: n tokens of the text, W words; the arrays may be longer than that, sinc
 import math
 
 import numpy as np
-from numba import njit
 
+from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.hashing import ALWAYS, draw30, mix
 from quincunx.data_shards.statistics import word_slot
 
@@ -24,7 +24,7 @@ MASK_BELOW = ALWAYS * 8 // 10
 RANDOM_BELOW = ALWAYS * 9 // 10
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def find_words(token_ids, word_starts, num_tokens, is_special, begins):
     """Writes where each word begins to begins[0..W], begins[W] = n, and returns W. A special token is a word."""
     num_words, after_special = 0, True
@@ -38,7 +38,7 @@ def find_words(token_ids, word_starts, num_tokens, is_special, begins):
     return num_words
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def count_ordinary(token_ids, num_tokens, is_special):
     """Tokens of the text that may be hidden."""
     count = 0
@@ -47,13 +47,13 @@ def count_ordinary(token_ids, num_tokens, is_special):
     return count
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def mask_budget(rate, num_ordinary):
     """Tokens to hide: the rate's share, halves rounded up, at least 1; 0 only where there is nothing to hide."""
     return min(num_ordinary, max(1, math.floor(rate * num_ordinary + 0.5)))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def keyword_weights(token_ids, begins, num_words, idf, vocab_size, slots, table, weights):
     """Writes TF-IDF to weights[0..W): how often the word stands in this text, times its idf in the corpus.
 
@@ -75,7 +75,7 @@ def keyword_weights(token_ids, begins, num_words, idf, vocab_size, slots, table,
         weights[w] = table[1, slots[w]] * np.float64(idf[table[0, slots[w]]])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def hide_words(token_ids, begins, num_words, is_special, rate, draw, key, weights, priorities, hidden):
     """Draws whole words without replacement up to the budget and sets hidden[0..n) (bool).
 
@@ -110,7 +110,7 @@ def hide_words(token_ids, begins, num_words, is_special, rate, draw, key, weight
                 break
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def keyword_thresholds(token_ids, begins, num_words, is_special, rate, weights, thresholds):
     """Writes keep thresholds of words that are hidden with probability pi_w = min(1, c weight_w), int32 [n].
 
@@ -141,7 +141,7 @@ def keyword_thresholds(token_ids, begins, num_words, is_special, rate, weights, 
             thresholds[i] = keep
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def corrupted(token_id, position, key, only_mask, mask_id, ordinary_ids):
     """What a hidden token is written as: [MASK], a token drawn uniformly from `ordinary_ids`, or itself.
 

@@ -19,8 +19,8 @@ from math import gcd
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import dataset_seed, fold, mix
 
@@ -161,7 +161,7 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
     return starts
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _hashes(key, count):
     hashes = np.empty(count, np.uint32)
     for i in range(count):
@@ -169,7 +169,7 @@ def _hashes(key, count):
     return hashes
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def permute_point(key, x, size):
     """Where the bijection of [0, size) that `key` names sends x; int64, size at most 2**31.
 
@@ -187,7 +187,7 @@ def permute_point(key, x, size):
     return x
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _lane_positions(key, positions, num_samples, window):
     """Sends positions of an epoch to positions of the permuted block sequence and to lanes; int64 in and out.
 

@@ -6,8 +6,8 @@ Letters: R samples, L table columns, S sequences of the packed text, T its token
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.hashing import ALWAYS, text_key
 from quincunx.data_shards.masks import (
     COMPLEMENT,
@@ -61,7 +61,7 @@ class Vocabulary(NamedTuple):
     """int64 [D + 1], where each dataset's begins."""
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pack_masked(texts, vocabulary, text, code, corruption_code, draw, rate, only_mask, is_encoder, hidden):
     """Writes one text of every sample with hidden words corrupted, each as [CLS] ... [SEP].
 
@@ -109,7 +109,7 @@ def pack_masked(texts, vocabulary, text, code, corruption_code, draw, rate, only
     return input_ids, cu_seqlens, sample_of, label_positions[:num_labels], labels[:num_labels]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden):
     """Writes one text of every sample that has it for enhanced decoding: uncorrupted, every ordinary token labelled.
 
@@ -163,7 +163,7 @@ def pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden):
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sequence_starts(lengths, keep_empty):
     """cu_seqlens int32 [S + 1] of the texts with [CLS] and [SEP], and each one's sample, int32 [S]."""
     cu_seqlens, sample_of = np.zeros(len(lengths) + 1, np.int32), np.empty(len(lengths), np.int32)
@@ -176,12 +176,12 @@ def _sequence_starts(lengths, keep_empty):
     return cu_seqlens[: count + 1], sample_of[:count]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _idf_of(vocabulary, dataset):
     return vocabulary.idf[vocabulary.idf_starts[dataset] : vocabulary.idf_starts[dataset + 1]]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _keyword_scratch(limit):
     """`slots` and `table` of `keyword_weights` for texts of at most `limit` words; the table stays half empty."""
     size = 1

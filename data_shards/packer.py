@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
-from numba import njit
 
 from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import dataset_seed
 from quincunx.data_shards.masks import DRAWS, UNIFORM
@@ -189,7 +189,7 @@ def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _gather_block(token_ids, word_starts, offsets, has_next, indices, rows, wanted, tokens, starts, lengths):
     """Copies the wanted texts of samples `indices` of one block to `rows` of the tables; returns the texts cut."""
     limit = tokens.shape[2]
@@ -216,7 +216,7 @@ def _gather_block(token_ids, word_starts, offsets, has_next, indices, rows, want
     return num_cut
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _split_halves(tokens, starts, lengths):
     """Cuts each passage at the word start nearest to its middle and makes the second half the next passage's text."""
     for row in range(lengths.shape[1]):

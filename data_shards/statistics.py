@@ -11,9 +11,9 @@ import io
 from dataclasses import dataclass, field
 
 import numpy as np
-from numba import njit
 
 from quincunx.data_shards.block import Block
+from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.hashing import word_hash
 from quincunx.data_shards.manifest import DEFAULT_NUM_BUCKETS
@@ -69,7 +69,7 @@ class Statistics:
             return Statistics(int(arrays["num_passages"]), arrays["token_counts"], arrays["document_frequency"])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def word_slot(token_ids, start, end, vocab_size, num_buckets):
     """Slot of the word token_ids[start:end] in `document_frequency` and `idf`; num_buckets is a power of two."""
     if end - start == 1:
@@ -110,7 +110,7 @@ class StatisticsCounter:
         return Statistics(self.num_passages, self.token_counts, self.document_frequency)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _count_block(
     token_ids, word_starts, offsets, num_buckets, first_passage, token_counts, document_frequency, last_seen
 ):

@@ -16,7 +16,7 @@ PSEUDO_COUNTS = 10.0 ** np.arange(-4, 1)
 
 
 def count_labels(batches: Iterable[PackedBatch], vocab_size: int) -> dict[str, np.ndarray]:
-    """How often each id is a label of the encoder ("mlm") and of each task, int64 [vocab_size]; for training batches."""
+    """How often each id is a label of the encoder ("mlm") and of each task, int64 [vocab_size]."""
     counts: dict[str, np.ndarray] = {}
     for batch in batches:
         labels = {"mlm": batch.encoder_labels} | {name: task.labels for name, task in batch.tasks.items()}
