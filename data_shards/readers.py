@@ -241,7 +241,8 @@ def _read_parquet(
         columns = next((c for c in (["doc_id", "paragraphs"], ["id", "text"]) if set(c) <= set(names)), None)
         if columns is None:
             raise DataError(
-                f"{source.name} has the columns {names}: doc_id, title, paragraphs or id, title, text are needed"
+                f"{source.name} has the columns {', '.join(names)}: doc_id, title, paragraphs or id, title, text "
+                "are needed"
             )
         columns += ["title"] * ("title" in names)
         file_start = position
