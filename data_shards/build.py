@@ -176,12 +176,13 @@ def working_folder(output: Path, identity: dict[str, Any], overwrite: bool) -> I
         identity_file = work / "identity.json"
         if identity_file.exists():
             found = json.loads(identity_file.read_text())
-            if found != identity and not overwrite:
+            only_corpus_differs = found | {"sources": identity["sources"]} == identity
+            if found != identity and not overwrite and not only_corpus_differs:
                 raise SettingsError(
                     f"{output} holds an unfinished build ({differences(found, identity)}): finish it with its own "
                     "command, give another output, or --overwrite to start anew"
                 )
-            if found != identity:
+            if found != identity:  # what was made from an earlier state of the corpus is of no use
                 for entry in work.iterdir():
                     if entry.name != "lock":
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -20,6 +20,16 @@ from datatrove.utils.logging import logger
 from quincunx.data_shards.build_task import PROGRESS_SECONDS, TaskPlan, run_task
 from quincunx.data_shards.errors import SettingsError
 
+# The pool's fork server imports these once, instead of every worker; transformers alone takes seconds.
+PRELOADED = [
+    "quincunx.data_shards.build_executor",
+    "quincunx.data_shards.generations",
+    "quincunx.data_shards.passages",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.tokenization_bert",
+    "webdataset.writer",
+]
+
 
 class Task:
     """A datatrove pipeline of one step: run task `rank` of the plan."""
@@ -68,6 +78,7 @@ def run_tasks(plan: TaskPlan, executor: str, workers: int, slurm: dict[str, str]
         return _submit_to_slurm(plan, pipeline, folder, workers, slurm)
     with _logging_to(folder / "build.log"), _orphans_end(), _progress_bar(plan, show_progress):
         if executor == "local":
+            multiprocess.set_forkserver_preload(PRELOADED)
             QuietLocalExecutor(pipeline, num_tasks, min(workers, num_tasks), str(folder)).run()
         else:
             _ray_executor(pipeline, num_tasks, workers, str(folder)).run()

@@ -197,17 +197,16 @@ def repair_shards(path: str, report: Report, say: Callable[[str], None] = print)
             )
         with working_folder(output, identity, overwrite=False) as work:
             plan = write_plan(settings, identity, work, say)
-            for entry in manifest.tokenizer_files:
-                if f"{TOKENIZER_FOLDER}/{entry.name}" in damaged:
-                    _put_back(
-                        work / TOKENIZER_FOLDER / entry.name, output / TOKENIZER_FOLDER / entry.name, entry.digest
-                    )
             shards = [shard for shard in manifest.shards if shard.name in damaged]
             for task in sorted({int(shard.name.split("-")[1]) for shard in shards}):
                 say(f"running task {task} of the build again")
                 run_task(plan, task)
             for shard in shards:
                 _put_back(plan.shards_folder / shard.name, output / shard.name, shard.digest)
+            for entry in manifest.tokenizer_files:
+                name = f"{TOKENIZER_FOLDER}/{entry.name}"
+                if name in damaged:
+                    _put_back(work / name, output / name, entry.digest)
             for sound in plan.shards_folder.iterdir():
                 sound.unlink()
     if manifest.statistics.name in damaged:

