@@ -4,7 +4,7 @@ Every draw is a hash of (seed, passage id, sequence number, position), compared 
 generator has state. So a passage's text depends neither on the order of the work nor on the process that does it; it
 depends on the batch only through the rounding of the model's own arithmetic.
 
-Shapes: P passages of a batch, R = P * num_sequences rows, V the model's vocabulary.
+Shapes: P passages of a batch, R = P * num_sequences rows, V the model's vocabulary, K kept tokens.
 """
 
 from collections.abc import Sequence
@@ -48,15 +48,22 @@ def uniform(seed: int, passage_id: str, number: int, position: int) -> float:
 
 
 def draw(logits_RV: torch.Tensor, uniforms_R: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Token ids int64 [R]: the inverse of each row's cumulative distribution, likeliest token first."""
-    num_kept = min(sampling.top_k or logits_RV.shape[1], logits_RV.shape[1])
-    kept_RK, tokens_RK = logits_RV.float().topk(num_kept, dim=1)
-    probabilities_RK = torch.softmax(kept_RK / sampling.temperature, dim=1, dtype=torch.float64)
+    """Token ids int64 [R]: the inverse of each row's cumulative distribution over the K kept tokens, in order of id.
+
+    In that order a rounding error of the logits moves a boundary by as little; in the order of probability it would
+    exchange tokens.
+    """
+    if 0 < sampling.top_k < logits_RV.shape[1]:
+        logits_RK, tokens_RK = logits_RV.topk(sampling.top_k, dim=1)
+    else:
+        logits_RK, tokens_RK = logits_RV.sort(dim=1, descending=True)
+    probabilities_RK = torch.softmax(logits_RK.double() / sampling.temperature, dim=1)
     before_RK = probabilities_RK.cumsum(1) - probabilities_RK
     probabilities_RK = probabilities_RK.masked_fill(before_RK >= sampling.top_p, 0.0)
-    cumulative_RK = probabilities_RK.cumsum(1)
-    threshold_R1 = uniforms_R.to(cumulative_RK)[:, None] * cumulative_RK[:, -1:]
-    index_R1 = (cumulative_RK <= threshold_R1).sum(1, keepdim=True).clamp(max=num_kept - 1)
+    tokens_RK, order_RK = tokens_RK.sort(dim=1)
+    cumulative_RK = probabilities_RK.gather(1, order_RK).cumsum(1)
+    thresholds_R1 = uniforms_R.to(cumulative_RK)[:, None] * cumulative_RK[:, -1:]
+    index_R1 = torch.searchsorted(cumulative_RK, thresholds_R1, right=True).clamp(max=tokens_RK.shape[1] - 1)
     return tokens_RK.gather(1, index_R1)[:, 0]
 
 
@@ -176,21 +183,22 @@ def load_generator(name: str, device: str, precision: str) -> Generator:
     source = resolve_model(name)
     try:
         config = AutoConfig.from_pretrained(source)
-        architectures = config.architectures or []
-        if not config.is_encoder_decoder and not any(kind.endswith(CAUSAL_ENDINGS) for kind in architectures):
-            raise SettingsError(
-                f"the model {name!r} ({', '.join(architectures) or config.model_type}) does not generate text: give a "
-                "sequence-to-sequence model (a doc2query T5) or a causal one (GPT-2)"
-            )
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = kind.from_pretrained(source, dtype=getattr(torch, precision))
-    except (OSError, KeyError, ImportError) as error:
+        is_causal = any(architecture.endswith(CAUSAL_ENDINGS) for architecture in config.architectures or [])
+        if config.is_encoder_decoder or is_causal:
+            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model = kind.from_pretrained(source, dtype=getattr(torch, precision))
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingsError(
             f"no generation model could be loaded from {name!r} ({reason}): give a local folder with config.json, "
             "weights and tokenizer, or an id that the Hugging Face hub knows and this machine can reach"
         ) from error
+    if not config.is_encoder_decoder and not is_causal:
+        raise SettingsError(
+            f"the model {name!r} ({', '.join(config.architectures or [config.model_type])}) does not generate text: "
+            "give a sequence-to-sequence model (a doc2query T5) or a causal one (GPT-2)"
+        )
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise SettingsError(
             f"the tokenizer of {name!r} has neither a padding nor an end token: give a model that has one"
