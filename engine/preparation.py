@@ -5,7 +5,9 @@ then the model. Each rank does this alone; order and random weights are function
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.errors import SettingsError
@@ -15,6 +17,7 @@ from quincunx.data_shards.shards import ShardSet, open_shards
 from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import check_tasks_against
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
+from quincunx.engine.bundle import is_bundle, load_bundle
 from quincunx.engine.deepspeed_config import choose_micro_batch, find_conflicts, load_deepspeed_json
 from quincunx.engine.environment import Environment
 from quincunx.engine.held_out import HeldOut, load_held_out
@@ -70,7 +73,7 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
         world_size=environment.world_size,
         num_workers=settings.num_workers,
     )
-    model = make_model(settings, shard_sets[0])
+    model = make_model(settings, shard_sets[0], report=print if environment.is_main else lambda line: None)
     held_out = None
     if settings.held_out_every:
         held_out = load_held_out(packers["heldout"], packers["train"], settings.held_out_passages, micro_batch)
@@ -134,7 +137,7 @@ def make_packer(settings: PretrainSettings, shard_sets: list[ShardSet], split: s
     )
 
 
-def make_model(settings: PretrainSettings, shard_set: ShardSet) -> PretrainModel:
+def make_model(settings: PretrainSettings, shard_set: ShardSet, report: Callable[[str], None]) -> PretrainModel:
     """The run's model, its random weights drawn from the seed, so that they are the same on every rank."""
     import torch
 
@@ -150,7 +153,7 @@ def make_model(settings: PretrainSettings, shard_set: ShardSet) -> PretrainModel
             max_positions=settings.max_positions or settings.max_tokens,
         )
     torch.manual_seed(settings.seed)
-    return build_model(
+    model = build_model(
         settings.encoder,
         settings.task_specs(),
         max_tokens=settings.max_tokens,
@@ -160,8 +163,12 @@ def make_model(settings: PretrainSettings, shard_set: ShardSet) -> PretrainModel
         dropout=settings.dropout,
         from_scratch=shape,
         vocab_size=shard_set.manifest.vocab_size,
+        pad_token_id=shard_set.manifest.special_ids["pad"],
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+    if is_bundle(settings.encoder) and not settings.from_scratch:
+        load_bundle(model, Path(settings.encoder), report)
+    return model
 
 
 def make_probe(settings: PretrainSettings, shard_set: ShardSet) -> Probe | None:

@@ -19,6 +19,7 @@ from quincunx.engine.checkpoint import load_checkpoint
 from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
 from quincunx.engine.deepspeed_config import fill_config, precision_of
 from quincunx.engine.environment import Environment
+from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
 from quincunx.engine.held_out import run_held_out
 from quincunx.engine.optimizer import learning_rate_at, parameter_groups
 from quincunx.engine.preparation import Prepared, prepare
@@ -71,6 +72,7 @@ def pretrain(settings: PretrainSettings, environment: Environment) -> int:
     if environment.is_main:
         resume = choose_checkpoint(settings, prepared, folder, config, environment.world_size)
         folder.write_settings(as_plain(settings))
+        save_model_files(folder.path, prepared.model, prepared.shard_sets[0].tokenizer_folder)
     run = start(settings, environment, prepared, config, folder, resume, stop_request)
     status = "failed"
     try:
@@ -311,7 +313,8 @@ def finish(run: Run, code: int) -> None:
     dist.barrier(group=run.control)
     dist.destroy_process_group()
     if code == 0 and run.environment.is_main and run.settings.export:
-        from quincunx.engine.export import export_run
-
         run.watchdog.close()
-        run.progress.say(f"exported to {export_run(run.folder.path, run.folder.export, tracker=run.tracker)}")
+        export_run(run.folder.path, run.folder.export)
+        for name in ("bundle/README.md", PLOT_FILE):
+            run.tracker.artifact(run.folder.export / name)
+        run.progress.say(f"exported to {run.folder.export}")

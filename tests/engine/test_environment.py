@@ -1,0 +1,52 @@
+import pytest
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.environment import discover_environment, first_host
+
+
+def test_a_process_without_a_launcher_is_the_whole_run():
+    found = discover_environment({})
+    assert (found.rank, found.world_size, found.local_rank, found.is_main) == (0, 1, 0, True)
+    assert found.launcher == "python" and found.master_addr == "127.0.0.1" and found.master_port > 0
+
+
+def test_deepspeed_and_torchrun_speak_the_same_variables():
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29501"}
+    found = discover_environment(variables)
+    assert (found.rank, found.world_size, found.local_rank) == (5, 8, 1)
+    assert (found.master_addr, found.master_port, found.is_main) == ("node0", 29501, False)
+
+
+def test_srun_gives_every_task_the_same_meeting_point():
+    step = {
+        "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1234567", "SLURM_LOCALID": "3",
+        "SLURM_STEP_NODELIST": "gpu[07-08]",
+    }  # fmt: skip
+    places = [discover_environment({**step, "SLURM_PROCID": str(rank)}) for rank in (0, 11)]
+    assert [place.rank for place in places] == [0, 11] and places[1].local_rank == 3
+    assert {(place.master_addr, place.master_port) for place in places} == {("gpu07", 20000 + 1234567 % 20000)}
+    assert discover_environment({**step, "SLURM_PROCID": "0", "MASTER_ADDR": "10.0.0.1"}).master_addr == "10.0.0.1"
+
+
+def test_a_batch_script_without_srun_is_one_process():
+    assert discover_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}).world_size == 1
+
+
+def test_open_mpi_needs_the_master_only_across_machines():
+    rank = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    assert discover_environment({**rank, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).master_addr == "127.0.0.1"
+    with pytest.raises(SettingsError, match="-x MASTER_ADDR"):
+        discover_environment({**rank, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu[03-05,9],login1", "gpu03"), ("node7", "node7"), ("a1,a2", "a1"), ("r[1,3]n", "r1n"), ("x-[9-11]", "x-9")],
+)
+def test_the_first_machine_of_a_slurm_node_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_an_empty_node_list_is_refused():
+    with pytest.raises(SettingsError, match="set MASTER_ADDR"):
+        first_host("")

@@ -1,0 +1,50 @@
+import subprocess
+import sys
+
+import pytest
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine import run_folder
+from quincunx.engine.run_folder import RunFolder
+
+HOLD = """
+import sys
+from quincunx.engine.run_folder import RunFolder
+folder = RunFolder(sys.argv[1], is_main=True)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_in_use_by_another_process_is_refused_until_that_process_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_SECONDS", 0.3)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(SettingsError, match=f"is in use by another run .process {other.pid} on"):
+            RunFolder(str(tmp_path / "run"), is_main=True)
+        RunFolder(str(tmp_path / "run"), is_main=False)  # the holder's own other ranks
+    finally:
+        other.kill()
+        other.communicate()
+    RunFolder(str(tmp_path / "run"), is_main=True)
+
+
+def test_fresh_moves_an_earlier_run_aside_and_deletes_nothing(tmp_path):
+    folder = RunFolder(str(tmp_path / "run"), is_main=True)
+    assert folder.set_aside() is None
+    for number in (1, 2):
+        (folder.path / "metrics.jsonl").write_text(f"run {number}")
+        folder.checkpoints.mkdir()
+        assert folder.set_aside() == tmp_path / f"run.old-{number}"
+        assert (tmp_path / f"run.old-{number}" / "metrics.jsonl").read_text() == f"run {number}"
+        assert (tmp_path / f"run.old-{number}" / "checkpoints").is_dir()
+    assert [entry.name for entry in folder.path.iterdir()] == ["run.lock"]
+
+
+def test_an_output_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot be written"):
+        RunFolder(str(tmp_path / "file" / "run"), is_main=True)

@@ -1,0 +1,185 @@
+"""A tiny corpus and real training processes for the launcher tests.
+
+The corpus is 48 documents of three short passages over 120 invented words, each passage with a query; the encoder is a
+BERT of 2 x 32 from scratch. A run of a few steps on two ranks takes about 15 s, nearly all of it imports.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from quincunx.engine.environment import free_port
+
+ROOT = Path(__file__).parent.parent.parent
+LAUNCHER = str(ROOT / "launchers" / "pretrain.py")
+BIN = Path(sys.executable).parent
+TINY = {
+    "encoder": "bert", "from_scratch": True, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_tokens": 32,
+    "tasks": ["mkp", "cmp", "npr", "dor"], "decoder": "enhanced", "global_batch": 8, "learning_rate": 1e-3, "steps": 6,
+    "log_every": 1, "checkpoint_every": 3, "held_out_every": 0, "tracking": "none", "export": False, "device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory) -> Path:
+    """A shard set of 144 training and 6 held-out passages with every field but continuations."""
+    from quincunx.data_shards.block import Sample, Text
+    from quincunx.data_shards.shard_writer import write_shard_set
+    from quincunx.data_shards.tokenizer import tokenize, train_wordpiece
+
+    draw = random.Random(0)
+    words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(120)]
+
+    def passage() -> str:
+        return " ".join(words[min(int(draw.expovariate(1 / 25)), 119)] for _ in range(draw.randint(8, 18)))
+
+    documents = [[passage() for _ in range(3)] for _ in range(50)]
+    tokenizer = train_wordpiece((text for document in documents for text in document), 300)
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+    def text(words: str) -> Text:
+        tokens = tokenize(tokenizer, [words])[0]
+        return Text(tokens.token_ids, tokens.word_starts)
+
+    samples = [
+        [Sample(f"{d}#{p}", text(words), text(" ".join(words.split()[:4])), None) for p, words in enumerate(document)]
+        for d, document in enumerate(documents)
+    ]
+    write_shard_set(
+        folder / "shards", folder / "tokenizer", samples[:48], samples[48:], max_tokens=32, block_samples=16
+    )
+    return folder / "shards"
+
+
+@dataclass
+class Finished:
+    """A training process that has ended."""
+
+    code: int
+    output: str
+    folder: Path
+
+    def lines(self, kind: str = "train") -> dict[int, dict]:
+        """metrics.jsonl's lines of one kind by step."""
+        return lines(self.folder, kind)
+
+    def losses(self) -> dict[int, float]:
+        return {step: line["loss/total"] for step, line in self.lines().items()}
+
+
+def lines(folder: Path, kind: str = "train") -> dict[int, dict]:
+    path = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {record["step"]: record for record in records if record["kind"] == kind}
+
+
+def command(shards: Path, folder: Path, ranks: int = 1, launcher: str = "ranks", stage: str = "zero2", **settings):
+    """A tiny run's command line, settings over TINY; launcher: python (one process), ranks, deepspeed or torchrun."""
+    before = {
+        "python": [sys.executable],
+        "ranks": [sys.executable, str(Path(__file__).parent / "spawn_ranks.py"), str(ranks), sys.executable],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())],
+        "torchrun": [
+            str(BIN / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", str(free_port()), "--no-python",
+            sys.executable,
+        ],
+    }[launcher]  # fmt: skip
+    recipe = folder.parent / f"{folder.name}.yaml"
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(json.dumps({**TINY, "shards": [str(shards)], "output": str(folder), **settings}))
+    return [*before, LAUNCHER, "--deepspeed", f"ds_configs/{stage}.json", "--recipe", str(recipe)]
+
+
+def begin(argv: list[str], log: Path, **environment: str) -> subprocess.Popen:
+    """Starts a training command in a session of its own, its output going to `log`."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in environment:
+            variables.pop(name, None)
+    with open(log, "w") as file:
+        return subprocess.Popen(argv, stdout=file, stderr=file, env=variables, cwd=ROOT, start_new_session=True)
+
+
+def run(shards: Path, folder: Path, timeout: float = 240, environment: dict | None = None, **arguments) -> Finished:
+    """Runs a tiny training to its end; kills its whole session should it not end."""
+    log = folder.parent / f"{folder.name}.log"
+    argv = command(shards, folder, **arguments)
+    process = begin(argv, log, **(environment or {}))
+    try:
+        code = process.wait(timeout)
+    finally:
+        kill_session(process)
+    return Finished(code, log.read_text(), folder)
+
+
+def session_members(process: subprocess.Popen) -> list[int]:
+    """Ids of all living processes of the session that `begin` started."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != "Z" and int(fields[3]) == process.pid:
+                members.append(int(entry.name))
+    return members
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Ids of the training processes (not launchers, not helpers) of a session, in order of their start."""
+    found = []
+    for pid in sorted(session_members(process)):
+        try:
+            words = [*Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"), b"", b""]
+        except OSError:
+            continue
+        if LAUNCHER.encode() in (words[1], words[2]):  # `python [-u] launchers/pretrain.py ...`
+            found.append(pid)
+    return found
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    for pid in session_members(process):
+        send(pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_until(condition, seconds: float, what: str):
+    """Polls until `condition()` is true and returns its value; fails with `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    pytest.fail(f"not within {seconds} s: {what}")
+
+
+def send(pid: int, number: int) -> None:
+    """Signals a process that may be gone by now."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def committed(folder: Path) -> list[Path]:
+    """The committed checkpoints of a run folder."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="session")
+def harness() -> SimpleNamespace:
+    """The functions above, since test modules cannot import a conftest."""
+    functions = (begin, command, committed, kill_session, lines, ranks_of, run, send, session_members, wait_until)
+    return SimpleNamespace(**{function.__name__: function for function in functions}, tiny=TINY, launcher=LAUNCHER)

