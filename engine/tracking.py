@@ -159,17 +159,18 @@ class Tracker:
         if self._sender is not None:
             patience = CLOSE_SECONDS_FINISHED if status == "finished" else CLOSE_SECONDS
             if _stop_sender(self._sender, patience) != 0:
-                later = " (a resumed run sends them by itself)" if status == "preempted" else ""
-                print(f"tracking: {unsent_sentence(self.run_folder)}{later}", file=sys.stderr, flush=True)
+                print(f"tracking: {unsent_sentence(self.run_folder, status)}", file=sys.stderr, flush=True)
 
 
-def unsent_sentence(run_folder: Path) -> str:
-    """How much of the record MLflow has not received, and the command that sends it."""
+def unsent_sentence(run_folder: Path, status: str) -> str:
+    """How much of the record MLflow has not received, and what sends it."""
     state = TrackingState.load(run_folder)
     with open(Path(run_folder) / METRICS_FILE, "rb") as file:
         file.seek(state.sent_bytes)
         unsent = sum(1 for _ in file)
     lines = f"{unsent} line{'' if unsent == 1 else 's'} of {METRICS_FILE}"
+    if status == "preempted":
+        return f"{lines} are not in MLflow at {state.uri} yet; the resumed run sends them"
     return f"{lines} did not reach MLflow at {state.uri}, send them with: {send_command(run_folder)}"
 
 
