@@ -29,7 +29,7 @@ class Texts(NamedTuple):
     """Texts of R samples in tables, gathered from blocks; a text that is missing has length 0."""
 
     tokens: np.ndarray
-    """int32 [4, R, L], ids without [CLS] and closing [SEP]; undefined beyond the text's length."""
+    """uint16 or uint32 [4, R, L], ids without [CLS] and closing [SEP]; undefined beyond the text's length."""
     starts: np.ndarray
     """bool [4, R, L], the token is the first of a word."""
     lengths: np.ndarray

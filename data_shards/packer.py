@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.block import token_dtype
 from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import dataset_seed
@@ -139,7 +140,8 @@ class Packer:
     def gather(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> tuple[Texts, int]:
         """The texts of the rows, and how many of them were cut at max_tokens."""
         shape = (len(TEXT_INDEX), len(sample_ids), self.limit)
-        tokens, starts, lengths = np.empty(shape, np.int32), np.empty(shape, bool), np.zeros(shape[:2], np.int32)
+        tokens, starts = np.empty(shape, token_dtype(self.vocab_size)), np.empty(shape, bool)
+        lengths = np.zeros(shape[:2], np.int32)
         num_cut = 0
         for dataset in np.unique(datasets):
             shard_set, block_starts = self.shard_sets[dataset], self.block_starts[dataset]
