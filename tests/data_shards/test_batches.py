@@ -253,6 +253,33 @@ def test_a_word_longer_than_the_sequence_and_one_token_passages_are_packed(tmp_p
         assert len(batch.tasks["dor"].labels) == 0
 
 
+def test_a_vocabulary_beyond_16_bits_is_packed(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "cls_token": "<s>",
+        "sep_token": "</s>",
+        "mask_token": "<mask>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+    words = [*special.values(), *(f"w{i}" for i in range(70_000))]
+    wide = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=wide, **special).save_pretrained(tmp_path / "tokenizer")
+    ids = np.array([70_004, 65_536, 65_535, 4, 69_000, 66_000])
+    write_shard_set(tmp_path / "set", str(tmp_path / "tokenizer"), [[Sample("a", Text(ids, np.ones(6, bool)))]])
+    for decoder in ("masked", "enhanced"):
+        batch = pack(make_packer([open_shards(str(tmp_path / "set"))], decoder, corruption="mask"), [0])
+        for text, positions, labels in [
+            (batch.encoder, batch.encoder_label_positions, batch.encoder_labels),
+            (batch.tasks["mkp"].text, batch.tasks["mkp"].label_positions, batch.tasks["mkp"].labels),
+        ]:
+            assert original(text, positions, labels).tolist() == [0, *ids, 1]
+        # <unk> (4) stands for a word: it may be hidden as any other
+        assert len(batch.tasks["mkp"].labels) == (3 if decoder == "masked" else 6)
+
+
 def test_the_same_text_is_packed_from_blocks_of_any_size(tmp_path, tokenizer_folder, shard_set):
     texts = [
         Text(stored(shard_set, i, "passage"), np.ones(len(stored(shard_set, i, "passage")), bool)) for i in range(40)
