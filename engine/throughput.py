@@ -32,7 +32,7 @@ class Window:
         num_tasks = len(self._model.task_names)
         self._sums = torch.zeros(2, num_tasks, dtype=torch.float64, device=self._device)
         self._counts = np.zeros(num_tasks)
-        self._passages = self._tokens = self._flops = 0.0
+        self._passages = self._tokens = self._flops = self._cut = 0.0
         self._began, self._waited = time.monotonic(), self._stream.wait_seconds
 
     def add(self, batches: list[PackedBatch], outputs: list[StepOutput]) -> None:
@@ -42,21 +42,23 @@ class Window:
             self._counts += batch.num_labels()
             self._passages += len(batch.sample_ids)
             self._tokens += len(batch.encoder.input_ids)
+            self._cut += batch.num_cut_texts
             self._flops += training_flops(self._model, batch) if self._peak else 0.0
 
     def metrics(self) -> dict[str, float]:
         """Means over all ranks since the last call, and starts anew; every rank must call it.
 
         loss/TASK in nats per labelled token, accuracy/TASK, loss/total (weighted), passages_per_second,
-        tokens_per_second (the encoder's), data_wait_share of this rank's time, memory_gb of this rank, mfu.
+        tokens_per_second (the encoder's), cut_texts (longer than max_tokens), mfu; of this rank data_wait_share of its
+        time and memory_gb.
         """
-        rest = [*self._counts, self._passages, self._tokens, self._flops]
+        rest = [*self._counts, self._passages, self._tokens, self._flops, self._cut]
         mine = torch.cat([self._sums.flatten(), torch.tensor(rest, dtype=torch.float64, device=self._device)])
         totals = sum_over_ranks(mine).cpu().numpy()
         seconds = max(time.monotonic() - self._began, 1e-9)
         names, n = self._model.task_names, len(self._counts)
         nll_sums, correct, counts = totals[:n], totals[n : 2 * n], totals[2 * n : 3 * n]
-        passages, tokens, flops = totals[3 * n :]
+        passages, tokens, flops, cut = totals[3 * n :]
         metrics = {f"loss/{name}": nll_sums[i] / counts[i] for i, name in enumerate(names) if counts[i]}
         metrics |= {f"accuracy/{name}": correct[i] / counts[i] for i, name in enumerate(names) if counts[i]}
         if metrics:
@@ -66,6 +68,7 @@ class Window:
             metrics["loss/total"] = sum(losses)
         metrics["passages_per_second"] = passages / seconds
         metrics["tokens_per_second"] = tokens / seconds
+        metrics["cut_texts"] = cut
         metrics["data_wait_share"] = (self._stream.wait_seconds - self._waited) / seconds
         metrics["memory_gb"] = peak_memory_gb(self._device)
         if self._peak:
