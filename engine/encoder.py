@@ -199,9 +199,10 @@ def _pretrained_masked_lm(name: str) -> tuple[nn.Module, bool]:
 
 def _fetch(load: Callable, name: str, **arguments):
     """What `load` gives for `name`; what the hub or the disk cannot give becomes a SettingsError of one sentence."""
+    source = resolve_model(name)
     try:
-        return load(resolve_model(name), **arguments)
-    except OSError as error:
+        return load(source, **arguments)
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(
             f"encoder {name!r} could not be loaded ({reason}); give a folder, a package:NAME/FOLDER, or a model of the "

@@ -96,6 +96,7 @@ class PretrainModel(nn.Module):
         micro-batches), so that the losses of the micro-batches sum to the global batch's. A task without rows here adds
         0 and zero gradients (every parameter takes part in every forward, which ZeRO and all-reduce rely on).
         """
+        assert label_counts.shape == self.lambdas.shape and batch.tasks.keys() <= set(self.task_names)
         tasks = [batch.tasks.get(task.name) or empty_task(batch.encoder.input_ids.device) for task in self.tasks]
         texts = list({id(task.text): task.text for task in tasks}.values())
         ids = [batch.encoder.input_ids, *(text.input_ids for text in texts)]

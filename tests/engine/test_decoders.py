@@ -1,0 +1,122 @@
+"""Masked and enhanced decoders against Hugging Face's BertLayer and against dense, fully computed versions."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig
+from transformers.models.bert.modeling_bert import BertLayer
+
+from quincunx.data_shards.batches import PackedText
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.decoders import EnhancedDecoder, LayerShape, MaskedDecoder, copy_last_layers
+from quincunx.engine.tensors import TensorTask, labels_to_tensors, text_to_tensors
+
+LENGTHS = [9, 3, 14, 2]
+WIDTH = 16
+SHAPE = LayerShape(
+    hidden=WIDTH, heads=2, intermediate=40, activation="gelu", eps=1e-12, dropout=0.0, init_std=0.3
+)  # fmt: skip
+
+
+@pytest.fixture
+def task():
+    """A task over four sequences; every token but the first and last of a sequence is labelled, so one has none."""
+    rng = np.random.default_rng(0)
+    cu_seqlens = np.cumsum([0, *LENGTHS]).astype(np.int32)
+    inner = np.ones(cu_seqlens[-1], bool)
+    inner[cu_seqlens[:-1]] = inner[cu_seqlens[1:] - 1] = False
+    positions = np.flatnonzero(inner)
+    thresholds = np.where(inner, 2**29, 2**30).astype(np.int32)
+    return TensorTask(
+        text=text_to_tensors(PackedText(rng.integers(5, 50, cu_seqlens[-1]).astype(np.int32), cu_seqlens)),
+        passage_index=torch.arange(len(LENGTHS)),
+        labels=labels_to_tensors(positions, rng.integers(5, 50, len(positions)), cu_seqlens),
+        keys=torch.arange(7, 7 + len(LENGTHS), dtype=torch.int32),
+        word_ids=torch.arange(cu_seqlens[-1], dtype=torch.int32),
+        keep_thresholds=torch.from_numpy(thresholds),
+    )
+
+
+def random_rows(count, seed):
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def bert_layers(count):
+    torch.manual_seed(3)
+    config = BertConfig(
+        hidden_size=WIDTH, num_attention_heads=2, intermediate_size=40, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    layers = [BertLayer(config) for _ in range(count)]
+    for layer in layers:
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return layers
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_a_masked_decoder_is_bert_layers_read_at_the_labelled_rows(num_layers, task):
+    layers = bert_layers(5)
+    decoder = MaskedDecoder(SHAPE, num_layers)
+    copy_last_layers(decoder, layers)
+    context = random_rows(sum(LENGTHS), 0)
+    ours = decoder(context, task)
+    parts = []
+    for sequence in context.split(LENGTHS):
+        hidden = sequence[None]
+        for layer in layers[-num_layers:]:
+            hidden = layer(hidden)
+        parts.append(hidden[0])
+    theirs = torch.cat(parts)[task.labels.positions]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    gradient = torch.autograd.grad(ours.square().sum(), context)[0]
+    expected = torch.autograd.grad(theirs.square().sum(), context)[0]
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_low_rank_query_equals_projecting_the_whole_query_stream(task):
+    decoder = EnhancedDecoder(SHAPE)
+    torch.nn.init.normal_(decoder.layers[0].query_bias)
+    context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
+    low_rank = decoder(context, h, table, task)
+    stream = h[task.text.sequences] + table[task.text.positions]
+    whole = decoder(context, h, None, task, query_TD=stream)
+    torch.testing.assert_close(low_rank, whole, rtol=1e-5, atol=1e-5)
+    inputs = [context, h, table, *decoder.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(low_rank.square().sum(), inputs), torch.autograd.grad(whole.square().sum(), inputs)
+    , strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_an_enhanced_row_does_not_see_its_own_token(task):
+    """Changing the context at one position leaves that row's output as it was, and changes some other row's."""
+    decoder = EnhancedDecoder(SHAPE)
+    context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
+    before = decoder(context, h, table, task)
+    row = 5
+    position = task.labels.positions[row]
+    changed = context.detach().clone()
+    changed[position] += 5
+    after = decoder(changed, h, table, task)
+    same = (before == after).all(-1)
+    assert same[row]
+    sequence = task.text.sequences[task.labels.positions]
+    assert not same[sequence == sequence[row]].all()
+    assert same[sequence != sequence[row]].all()
+
+
+def test_position_zero_reaches_every_enhanced_row(task):
+    decoder = EnhancedDecoder(SHAPE)
+    context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
+    before = decoder(context, h, table, task)
+    changed = context.detach().clone()
+    changed[task.text.starts] += 5
+    assert (before != decoder(changed, h, table, task)).any(-1).all()
+
+
+def test_copying_more_layers_than_there_are_is_refused():
+    with pytest.raises(SettingsError, match="needs 3 encoder layers, there are 2"):
+        copy_last_layers(MaskedDecoder(SHAPE, 3), bert_layers(2))
+    with pytest.raises(SettingsError, match="BERT-like"):
+        copy_last_layers(MaskedDecoder(SHAPE, 1), [torch.nn.Linear(WIDTH, WIDTH)])

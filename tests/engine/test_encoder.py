@@ -1,0 +1,158 @@
+"""Packed Hugging Face encoders against the same models on padded batches, tiny and random, in five families."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config
+
+from quincunx.data_shards.batches import PackedText
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.encoder import ScratchShape, load_encoder
+from quincunx.engine.tensors import text_to_tensors
+
+LENGTHS = [5, 40, 17, 2, 38, 30]
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 48,
+    "pad_token_id": 0,
+}
+MODERNBERT = {
+    "local_attention": 8,
+    "global_attn_every_n_layers": 3,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "bert": {},
+    "roberta": {"pad_token_id": 1},
+    "electra": {"embedding_size": 16},
+    "xlm-roberta": {"pad_token_id": 1},
+    "modernbert": MODERNBERT,
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Saves a random masked language model of a family, every weight shaken (biases and norms too)."""
+
+    def save(family, model_class=AutoModelForMaskedLM):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+        model = model_class.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.save_pretrained(tmp_path / family)
+        return str(tmp_path / family), model
+
+    return save
+
+
+def make_text(seed=0):
+    ids = np.random.default_rng(seed).integers(3, 99, sum(LENGTHS)).astype(np.int32)
+    return text_to_tensors(PackedText(ids, np.cumsum([0, *LENGTHS]).astype(np.int32)))
+
+
+def run_packed(encoder, text):
+    return encoder(encoder.word_embeddings(text.input_ids), text.positions, text.cu_seqlens, text.max_length)
+
+
+def run_padded(model, text):
+    """Final hidden states [T, D] of the padded Hugging Face model."""
+    sequences = text.input_ids.split(LENGTHS)
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=model.config.pad_token_id)
+    mask = torch.arange(ids.shape[1]) < torch.tensor(LENGTHS)[:, None]
+    return model(input_ids=ids, attention_mask=mask.long()).last_hidden_state[mask]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_padded_in_values_and_gradients(family, checkpoint):
+    """Tolerance: float32 with hidden values of order 1; a wrong position, window or mask is off by 0.1 and more."""
+    folder, masked_lm = checkpoint(family)
+    encoder, _ = load_encoder(folder, max_tokens=40)
+    encoder.eval()
+    text = make_text()
+    packed, padded = run_packed(encoder, text), run_padded(masked_lm.base_model, text)
+    torch.testing.assert_close(packed, padded, rtol=0, atol=5e-6)
+    probe = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1))
+    packed.backward(probe)
+    padded.backward(probe)
+    ours = dict(encoder.model.named_parameters())
+    for name, parameter in masked_lm.base_model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                ours[name].grad, parameter.grad, rtol=0, atol=1e-5 * parameter.grad.norm().item() + 1e-5
+            )
+
+
+def test_modernberts_local_layers_matter_in_the_comparison(checkpoint):
+    """At 40 tokens and a window of 4 to each side the local layers must change the result."""
+    folder, _ = checkpoint("modernbert")
+    encoder, _ = load_encoder(folder)
+    text = make_text()
+    local = run_packed(encoder.eval(), text)
+    for layer in encoder.model.layers:
+        layer.attn.sliding_window = None
+    assert (run_packed(encoder, text) - local).abs().max() > 0.01
+
+
+def test_gradient_checkpointing_changes_nothing(checkpoint):
+    folder, _ = checkpoint("bert")
+    text = make_text()
+    results = []
+    for checkpointing in (False, True):
+        encoder, _ = load_encoder(folder, dropout=0.0, gradient_checkpointing=checkpointing)
+        encoder.train()
+        hidden = run_packed(encoder, text)
+        hidden.square().sum().backward()
+        results.append([hidden, *(parameter.grad for parameter in encoder.parameters())])
+        assert encoder.model.is_gradient_checkpointing == checkpointing
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_dropout_is_set_everywhere_or_left_as_the_checkpoint_has_it(checkpoint):
+    folder, _ = checkpoint("bert")
+    rates = [module.p for module in load_encoder(folder, dropout=0.3)[0].modules() if hasattr(module, "p")]
+    assert rates and set(rates) == {0.3}
+    rates = [module.p for module in load_encoder(folder)[0].modules() if hasattr(module, "p")]
+    assert set(rates) == {0.1}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_scratch_takes_the_architecture_at_other_sizes(family):
+    shape = ScratchShape(hidden=16, layers=3, heads=2, max_positions=33)
+    encoder, head = load_encoder(family, from_scratch=shape, vocab_size=57, pad_token_id=3, max_tokens=33)
+    assert head is None and encoder.max_length == 33 and encoder.word_embeddings.num_embeddings == 57
+    assert encoder.config.pad_token_id == 3
+    assert encoder.config.hidden_size == 16 and encoder.config.num_hidden_layers == 3
+    text = text_to_tensors(PackedText(np.arange(33, dtype=np.int32), np.array([0, 33], np.int32)))
+    assert torch.isfinite(run_packed(encoder, text)).all()
+
+
+def test_an_encoder_that_cannot_serve_the_run_is_refused_in_one_sentence(checkpoint, tmp_path):
+    folder, _ = checkpoint("roberta")
+    with pytest.raises(SettingsError, match=r"max_tokens is 47, encoder .* has 46 positions"):
+        load_encoder(folder, max_tokens=47)
+    with pytest.raises(SettingsError, match=r"tokenizer has 100 words, encoder .* embeds 99"):
+        load_encoder(folder, vocab_size=100)
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(SettingsError, match="type gpt2"):
+        load_encoder(str(tmp_path / "gpt2"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SettingsError, match="could not be loaded"):
+        load_encoder(str(tmp_path / "empty"))
+
+
+def test_a_checkpoint_without_a_head_gives_the_encoder_alone(checkpoint):
+    folder, base = checkpoint("bert", AutoModel)
+    encoder, head = load_encoder(folder)
+    assert head is None
+    torch.testing.assert_close(encoder.word_embeddings.weight, base.get_input_embeddings().weight)

@@ -1,0 +1,278 @@
+"""The whole model: the loss of a global batch, however it is cut, and every part's share in it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.tasks import TaskSpec
+from quincunx.engine.encoder import ScratchShape
+from quincunx.engine.model import PretrainModel, build_model
+from quincunx.engine.tensors import to_tensors
+
+TASKS = ("mkp", "cmp", "npr", "dor")
+VOCAB = 99
+
+
+def make_model(family="bert", decoder="enhanced", tasks=TASKS, **changes) -> PretrainModel:
+    torch.manual_seed(0)
+    arguments = {
+        "max_tokens": 40,
+        "dropout": 0.0,
+        "from_scratch": ScratchShape(hidden=32, layers=2, heads=4, max_positions=40),
+        "vocab_size": VOCAB,
+        "pad_token_id": 0,
+    }
+    specs = [TaskSpec(name=name, decoder=decoder, weight=1 + i / 4) for i, name in enumerate(tasks)]
+    return build_model(family, specs, **{**arguments, **changes})
+
+
+def make_passages(count: int, decoder: str, seed: int = 0) -> list[dict]:
+    """`count` passages, each with its texts: npr misses every third, dor is there for passages 0 and 1 alone."""
+    rng = np.random.default_rng(seed)
+    passages = []
+    for i in range(count):
+        length = int(rng.integers(3, 40))
+        passages.append({"encoder": make_task(rng, length, "masked", 0.3)})
+        for name in TASKS:
+            if (name == "npr" and i % 3 == 2) or (name == "dor" and i > 1):
+                continue
+            passages[-1][name] = make_task(rng, length if name in ("mkp", "cmp") else int(rng.integers(3, 40)), decoder)
+            if name == "cmp" and decoder == "enhanced":
+                passages[-1]["cmp"]["ids"] = passages[-1]["mkp"]["ids"]
+    return passages
+
+
+def make_task(rng: np.random.Generator, length: int, decoder: str, rate: float = 0.5) -> dict:
+    labelled = np.ones(length, bool) if decoder == "enhanced" else rng.random(length) < rate
+    labelled[[0, -1]] = False
+    thresholds = np.full(length, 2**29, np.int32)
+    thresholds[[0, -1]] = 2**30
+    return {
+        "ids": rng.integers(5, VOCAB, length).astype(np.int32),
+        "positions": np.flatnonzero(labelled),
+        "labels": rng.integers(5, VOCAB, int(labelled.sum())).astype(np.int32),
+        "key": np.int32(rng.integers(-(2**31), 2**31)),
+        "words": np.arange(length, dtype=np.int32),
+        "thresholds": thresholds,
+    }
+
+
+def pack(passages: list[dict], decoder: str) -> PackedBatch:
+    def text_of(name, kind):
+        owners = [i for i, passage in enumerate(passages) if name in passage]
+        texts = [passages[i][name] for i in owners]
+        cu_seqlens = np.cumsum([0, *(len(text["ids"]) for text in texts)]).astype(np.int32)
+        empty = [np.zeros(0, np.int32)]
+        enhanced = kind == "enhanced"
+        return PackedTask(
+            text=PackedText(np.concatenate([*empty, *(text["ids"] for text in texts)]), cu_seqlens),
+            passage_index=np.array(owners, np.int32),
+            label_positions=np.concatenate(
+                [*empty, *(text["positions"] + start for text, start in zip(texts, cu_seqlens))]
+            ).astype(np.int32),
+            labels=np.concatenate([*empty, *(text["labels"] for text in texts)]),
+            keys=np.array([text["key"] for text in texts], np.int32) if enhanced else None,
+            word_ids=np.concatenate([*empty, *(text["words"] for text in texts)]) if enhanced else None,
+            keep_thresholds=np.concatenate([*empty, *(text["thresholds"] for text in texts)]) if enhanced else None,
+        )
+
+    encoder = text_of("encoder", "masked")
+    numbers = np.arange(len(passages))
+    return PackedBatch(
+        encoder=encoder.text,
+        encoder_label_positions=encoder.label_positions,
+        encoder_labels=encoder.labels,
+        tasks={name: text_of(name, decoder) for name in TASKS},
+        sample_ids=numbers,
+        datasets=np.zeros_like(numbers, np.int16),
+        epochs=np.zeros_like(numbers, np.int32),
+    )
+
+
+def run(model, passages, decoder, micro_batch):
+    """Loss, per-task sums and gradients of one global batch in micro-batches."""
+    model.zero_grad()
+    batches = [pack(passages[i : i + micro_batch], decoder) for i in range(0, len(passages), micro_batch)]
+    counts = torch.tensor([batch.num_labels() for batch in batches]).sum(0)
+    loss, sums, correct, seen = 0.0, 0.0, 0, 0
+    for batch in batches:
+        output = model(to_tensors(batch), counts)
+        output.loss.backward()
+        loss, sums = loss + output.loss.detach().double(), sums + output.nll_sums.double()
+        correct, seen = correct + output.correct, seen + output.counts
+    assert torch.equal(seen, counts)
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return loss, sums, correct, counts, gradients
+
+
+@pytest.mark.parametrize("decoder", ["masked", "enhanced"])
+def test_one_batch_of_32_equals_four_of_8_in_loss_and_gradients(decoder):
+    """Some micro-batches hold no dor text at all. Tolerance: float32 sums in another order."""
+    model, passages = make_model(decoder=decoder), make_passages(32, decoder)
+    assert "dor" not in [name for passage in passages[8:] for name in passage]
+    loss, sums, correct, counts, whole = run(model, passages, decoder, 32)
+    loss_of_parts, sums_of_parts, correct_of_parts, _, parts = run(model, passages, decoder, 8)
+    torch.testing.assert_close(loss_of_parts, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums_of_parts, sums, rtol=1e-6, atol=0)
+    assert torch.equal(correct_of_parts, correct)
+    lambdas = torch.tensor([1.0, 1.0, 1.25, 1.5, 1.75], dtype=torch.float64)
+    torch.testing.assert_close(loss, (lambdas * sums / counts).sum(), rtol=1e-6, atol=0)
+    largest = max(gradient.norm() for gradient in whole.values())
+    for name, gradient in whole.items():
+        assert (parts[name] - gradient).norm() <= 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "modernbert"])
+@pytest.mark.parametrize(
+    ("decoder", "query_stream"), [("masked", "raw"), ("enhanced", "raw"), ("enhanced", "embedded")]
+)
+def test_every_parameter_has_a_gradient_even_where_a_task_has_no_rows(family, decoder, query_stream):
+    model = make_model(family, decoder, query_stream=query_stream)
+    passages = make_passages(3, decoder)
+    _, sums, _, counts, gradients = run(model, passages[2:], decoder, 1)
+    assert counts[model.task_names.index("npr")] == counts[model.task_names.index("dor")] == 0
+    assert torch.isfinite(sums).all() and sums[counts == 0].sum() == 0
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    assert all((gradient == 0).all() for name, gradient in gradients.items() if name.startswith("decoders.dor"))
+    assert any(gradient.abs().sum() > 0 for name, gradient in gradients.items() if name.startswith("decoders.mkp"))
+
+
+def test_a_sequence_does_not_depend_on_the_others_of_its_batch():
+    model, passages = make_model(), make_passages(4, "enhanced")
+    alone = [run(model, [passage], "enhanced", 1)[1] for passage in passages]
+    torch.testing.assert_close(sum(alone), run(model, passages, "enhanced", 4)[1], rtol=1e-6, atol=1e-6)
+
+
+def test_equal_texts_of_two_tasks_are_embedded_once():
+    batch = to_tensors(pack(make_passages(4, "enhanced"), "enhanced"))
+    assert batch.tasks["mkp"].text is batch.tasks["cmp"].text
+    assert batch.tasks["mkp"].passage_index is batch.tasks["cmp"].passage_index
+    assert batch.tasks["mkp"].text is not batch.tasks["npr"].text
+    masked = to_tensors(pack(make_passages(4, "masked"), "masked"))
+    assert masked.tasks["mkp"].text is not masked.tasks["cmp"].text
+
+
+def test_position_zero_of_a_decoder_is_the_sentence_vector():
+    """The [CLS] id of a decoder's text does not matter; the encoder's text does."""
+    model, passages = make_model(), make_passages(2, "enhanced")
+    before = run(model, passages, "enhanced", 2)[1]
+    for passage in passages:
+        passage["mkp"]["ids"][0] = 7
+    assert torch.equal(run(model, passages, "enhanced", 2)[1], before)
+    passages[0]["encoder"]["ids"][1] = 6
+    assert (run(model, passages, "enhanced", 2)[1][1:3] != before[1:3]).all()
+
+
+def test_encode_gives_the_final_cls_states():
+    model, passages = make_model(), make_passages(5, "enhanced")
+    text = to_tensors(pack(passages, "enhanced")).encoder
+    hidden = model.encoder(
+        model.encoder.word_embeddings(text.input_ids), text.positions, text.cu_seqlens, text.max_length
+    )
+    assert torch.equal(model.encode(text), hidden[text.starts])
+
+
+def test_decoders_can_start_as_the_encoders_last_layers():
+    model = make_model(decoder="masked", decoder_init="encoder")
+    ours, theirs = model.decoders["npr"].layers, model.encoder.model.encoder.layer
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.query.weight, other.attention.self.query.weight)
+        assert torch.equal(mine.key_value.weight.chunk(2)[1], other.attention.self.value.weight)
+    with pytest.raises(SettingsError, match="BERT-like"):
+        make_model("modernbert", decoder="masked", decoder_init="encoder")
+
+
+def test_the_same_seed_gives_the_same_model():
+    a, b = make_model().state_dict(), make_model().state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["masked", "enhanced"])
+def test_torch_compile_changes_nothing(decoder):
+    """Tolerance: compiled float32 kernels round otherwise."""
+    model, passages = make_model(decoder=decoder), make_passages(6, decoder)
+    loss, sums, _, _, plain = run(model, passages, decoder, 3)
+    model.compile_parts()
+    compiled_loss, compiled_sums, _, _, compiled = run(model, passages, decoder, 3)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(compiled_sums, sums, rtol=1e-5, atol=0)
+    largest = max(gradient.norm() for gradient in plain.values())
+    assert all((compiled[name] - plain[name]).norm() <= 1e-5 * largest for name in plain)
+
+
+ZERO_RANK = """
+import sys
+import deepspeed
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {folder!r})
+from test_model import TASKS, make_model, make_passages, pack
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from quincunx.engine.tensors import to_tensors
+
+torch.set_num_threads(1)
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed.init_distributed("gloo", verbose=False)
+rank, decoder = dist.get_rank(), {decoder!r}
+results = {{}}
+for stage in (0, 1, 2, 3):
+    model = make_model(decoder=decoder)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config={{
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {{"stage": stage, "stage3_param_persistence_threshold": 0}},
+        "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-3, "eps": 1e-3, "torch_adam": True}}}},
+    }})
+    losses, gradients = [], {{}}
+    for step in range(3):
+        passages = make_passages(12, decoder, seed=step)
+        batches = [pack(passages[i : i + 3], decoder) for i in range(0, 12, 3)]
+        counts = torch.tensor([batch.num_labels() for batch in batches]).sum(0)
+        total = torch.zeros(())
+        for turn in range(2):
+            output = engine(to_tensors(batches[2 * rank + turn]), counts)
+            engine.backward(output.loss * 4)  # DeepSpeed means over 2 ranks and 2 micro-batches, the loss is a sum
+            if step == 0 and turn == 1:
+                gradients = {{name: safe_get_full_grad(p).double() for name, p in model.named_parameters()}}
+            engine.step()
+            total += output.loss.detach()
+        dist.all_reduce(total)
+        losses.append(total.item())
+    weights = {{name: safe_get_full_fp32_param(p) if stage else p.detach() for name, p in model.named_parameters()}}
+    results[stage] = (losses, gradients, {{name: value.double().clone() for name, value in weights.items()}})
+    engine.destroy()
+if rank == 0:
+    torch.save(results, {output!r})
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("decoder", [pytest.param("masked", marks=pytest.mark.slow), "enhanced"])
+def test_zero_0_1_2_and_3_train_alike_with_the_tied_weight(decoder, tmp_path):
+    """Two ranks, one of them without dor rows; also against the gradient of the whole batch in one process."""
+    script, output = tmp_path / "rank.py", tmp_path / "results.pt"
+    script.write_text(ZERO_RANK.format(folder=str(Path(__file__).parent), decoder=decoder, output=str(output)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    results = torch.load(output)
+    loss, _, _, _, gradients = run(make_model(decoder=decoder), make_passages(12, decoder), decoder, 12)
+    assert results[0][0][0] == pytest.approx(loss.item(), rel=1e-6)
+
+    def distance(a, b):
+        difference = sum((a[name] - b[name]).square().sum() for name in b)
+        return float((difference / sum(b[name].square().sum() for name in b)).sqrt())
+
+    for losses, own_gradients, weights in results.values():
+        assert losses == pytest.approx(results[0][0], rel=1e-6)
+        assert distance(own_gradients, {name: value.double() for name, value in gradients.items()}) < 1e-6
+        assert distance(weights, results[0][2]) < 1e-6
