@@ -372,3 +372,58 @@ def test_a_tokenizer_trained_on_the_corpus_and_a_probe_of_held_out_docstrings(tm
     assert {row["_id"] for row in corpus} == held_out and all(row["text"] for row in corpus)
     assert len(rows) == 5 and {row[0] for row in rows} == queries
     assert all(row[1] in held_out for row in rows)
+
+
+SBATCH = """#!/bin/bash
+# Runs every element of the job array at once on this machine; srun and squeue stand beside it.
+script="${@: -1}"
+array=$(grep -o -- '--array=0-[0-9]*' "$script" | grep -o '[0-9]*$')
+if grep -q merge_stats "$script"; then echo "Submitted batch job 2"; exit 0; fi
+for i in $(seq 0 "$array"); do
+    SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=localhost RUN_OFFSET=0 bash "$script" >> "$QUEUE_LOG" 2>&1 || exit 1
+done
+echo "Submitted batch job 1"
+"""
+
+
+@pytest.mark.slow
+def test_slurm_jobs_write_the_same_bytes_and_a_rerun_completes_the_set(corpus, reference, tmp_path, monkeypatch):
+    """The queue's commands are stand-ins that run the job script here; script, tasks and shards are the real ones."""
+    commands = {
+        "sbatch": SBATCH,
+        "srun": '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done\nexec "$@"\n',
+        "scontrol": "#!/bin/bash\necho localhost\n",
+        "squeue": "#!/bin/bash\ncat $QUEUE_STATE\n",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "state").write_text("")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("QUEUE_LOG", str(tmp_path / "queue.log"))
+    monkeypatch.setenv("QUEUE_STATE", str(tmp_path / "state"))
+    said: list[str] = []
+    slurm = settings_for(
+        corpus, tmp_path / "out", executor="slurm", slurm_partition="cpu", slurm_args=["account=lab"], tasks=6
+    )
+    assert build_shards(slurm, [], say=said.append) is None
+    assert "Run the same command again" in said[-1]
+    script = (tmp_path / "out" / "work" / "datatrove" / "launch_script.slurm").read_text()
+    assert "--partition=cpu" in script and "--account=lab" in script
+    results = sorted((tmp_path / "out" / "work" / "tasks").glob("*-result.json"))
+    assert len(results) == 6, (tmp_path / "queue.log").read_text()[-2000:]
+    results[2].unlink()
+    (tmp_path / "state").write_text("1 cpu quincunx R\n")
+    assert build_shards(slurm, [], say=said.append) is None
+    assert len(list((tmp_path / "out" / "work" / "tasks").glob("*-result.json"))) == 5, "the queue still has the job"
+    (tmp_path / "state").write_text("")
+    assert build_shards(slurm, [], say=said.append) is None
+    build_shards(slurm, [], say=said.append)
+    assert contents(tmp_path / "out") == contents(reference)
+
+
+def test_an_executor_whose_software_is_not_there_is_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SettingsError, match="executor slurm needs sbatch on this machine: give --executor local"):
+        build_shards(settings_for(corpus, tmp_path / "out", executor="slurm", slurm_partition="cpu"), [], say=print)
