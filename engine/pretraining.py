@@ -17,7 +17,8 @@ from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED
 from quincunx.data_shards.hashing import fold, mix
 from quincunx.engine.checkpoint import load_checkpoint
 from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
-from quincunx.engine.deepspeed_config import fill_config, precision_of
+from quincunx.engine.compile_once import compile_once
+from quincunx.engine.deepspeed_config import fill_config, lookup, precision_of
 from quincunx.engine.environment import Environment
 from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
 from quincunx.engine.held_out import run_held_out
@@ -105,6 +106,8 @@ def start(
     deepspeed.utils.logger.setLevel("WARNING")
     # A shared-memory reduction for inference, which DeepSpeed would compile for a minute and training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if lookup(config, "zero_optimization.offload_optimizer.device") == "cpu":
+        compile_once(deepspeed.ops.op_builder.CPUAdamBuilder(), environment.is_main)
     device = torch.device("cuda", environment.local_rank) if prepared.cuda else torch.device("cpu")
     if prepared.cuda:
         torch.cuda.set_device(device)
