@@ -19,7 +19,7 @@ from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.bundle import write_bundle
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
-from quincunx.engine.model_card import PLOT_FILE, model_card
+from quincunx.engine.model_card import PLOT_FILE, learned_settings, model_card
 from quincunx.engine.plots import plot_losses
 
 if TYPE_CHECKING:
@@ -155,6 +155,6 @@ def add_decoders(folder: Path, weights: "dict[str, torch.Tensor]", checkpoint: C
         "tasks": dict.fromkeys(settings["tasks"], settings["decoder"]),
         "step": checkpoint.step,
         "dataset_ids": checkpoint.state["dataset_ids"],
-        "settings": settings,
+        "settings": learned_settings(settings),
     }
     write_bundle(folder, {name: w for name, w in weights.items() if not name.startswith("encoder.")}, description)

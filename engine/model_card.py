@@ -47,6 +47,11 @@ def probe_table(run_folder: Path) -> str:
     return "\n".join(rows)
 
 
+def learned_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what was learned; folders and other facts of the machine stay private."""
+    return {name: value for name, value in settings.items() if name not in {*MACHINE_FIELDS, "shards"}}
+
+
 def model_card(
     run_folder: Path, title: str, usage: str, step: int, dataset_ids: list[str], settings: dict[str, Any], plot: bool
 ) -> str:
@@ -64,7 +69,6 @@ def model_card(
         "tags": ["dense-retrieval", "pre-training", "quincunx", *settings["tasks"]],
     }
     scratch = " with random weights" if settings["from_scratch"] else ""
-    learned = {name: value for name, value in settings.items() if name not in {*MACHINE_FIELDS, "shards"}}
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {title}",
         f"A dense-retrieval encoder, pre-trained with quincunx for {step} steps of {settings['global_batch']} "
@@ -87,5 +91,5 @@ def model_card(
         )
     if plot:
         parts.append(f"## Loss\n\n![Losses of every task over the run]({PLOT_FILE})")
-    parts.append(f"## Settings\n\n```yaml\n{yaml.safe_dump(learned, sort_keys=False)}```")
+    parts.append(f"## Settings\n\n```yaml\n{yaml.safe_dump(learned_settings(settings), sort_keys=False)}```")
     return "\n\n".join(parts) + "\n"

@@ -109,6 +109,8 @@ def test_the_model_card_says_what_was_trained_on_what_and_how_it_went(finished_r
             assert f"| {task} | {before:.3f} | {after:.3f} | {held_out[-1][f'held_out/unigram/{task}']:.3f} |" in card
         assert f"| MRR@10 | {probes[0]['probe/mrr@10']:.3f} | {probes[-1]['probe/mrr@10']:.3f} |" in card
         assert "learning_rate: 0.01" in card and str(finished_run) not in card
+        for path in (finished_run / "export" / name).glob("*.json"):
+            assert str(finished_run.parent) not in path.read_text(), f"{path.name} tells where it was made"
         assert (finished_run / "export" / name / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

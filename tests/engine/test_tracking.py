@@ -203,8 +203,8 @@ def test_a_server_that_does_not_answer_costs_neither_steps_nor_shutdown_nor_line
     started = time.perf_counter()
     tracker.close("finished")
     closing = time.perf_counter() - started
-    # MLflow itself blocks for 246 s on a dead server and for ever on a hanging one. Here one request waits 10 s at most, and
-    # on a busy machine the sender may still be importing MLflow. Schedulers kill after 30 s.
+    # MLflow itself blocks for 246 s on a dead server and for ever on a hanging one. Here a request waits 10 s, and on a
+    # busy machine the sender may still be importing MLflow. Schedulers kill after 30 s.
     assert opening < 1 and slowest < 0.5 and closing < 20
     assert sender.poll() is not None, "the sender outlived the run"
     said = capfd.readouterr().err
