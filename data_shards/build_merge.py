@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,8 @@ def merge_tasks(plan: TaskPlan, output: Path, sources: tuple[FileEntry, ...], re
         for split in SPLITS:
             fields[split].update(result["fields"][split])
     if plan.generations:
-        counts["unknown_generations"] = (
-            Generations(Path(plan.generations)).counts.passages - counts["joined_generations"]
-        )
+        with closing(Generations(Path(plan.generations))) as generations:
+            counts["unknown_generations"] = generations.counts.passages - counts["joined_generations"]
     shards = [shard for split in SPLITS for result in results for shard in result["shards"] if shard.split == split]
     if not shards:
         raise DataError(

@@ -128,6 +128,9 @@ def run_task(plan: TaskPlan, task: int, leave_with_parent: bool = False) -> None
         for writer in writers.values():
             writer.abandon()
         raise
+    finally:
+        if generations:
+            generations.close()
     _write_results(plan, task, writers, counter, hashes, probe, counts + report.counts, report.examples)
 
 
