@@ -6,7 +6,8 @@ ModernBERT (tests/engine/test_encoder.py). Attention-probability dropout is not 
 have none, and hidden dropout remains.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, Pretr
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import resolve_model
@@ -201,13 +203,28 @@ def _fetch(load: Callable, name: str, **arguments):
     """What `load` gives for `name`; what the hub or the disk cannot give becomes a SettingsError of one sentence."""
     source = resolve_model(name)
     try:
-        return load(source, **arguments)
+        with _without_load_report():
+            return load(source, **arguments)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SettingsError(
             f"encoder {name!r} could not be loaded ({reason}); give a folder, a package:NAME/FOLDER, or a model of the "
             "Hugging Face hub that this machine reaches or has cached"
         ) from error
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keeps transformers' table of loaded keys off the screen: what is missing is read from its report, not by eye."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_type(name: str, config: PretrainedConfig) -> None:

@@ -5,6 +5,8 @@ label counts that make each loss a mean over the global batch, the learning rate
 stopping on request.
 """
 
+import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -100,6 +102,10 @@ def start(
     stop_request: StopRequest,
 ) -> Run:
     """Starts the process group and DeepSpeed's engine, and loads what rank 0 chose to resume from."""
+    if not prepared.cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed need not warn
+    # DeepSpeed calls collectives by the names torch renamed; a user of ours can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed.*deprecated")
     import deepspeed
 
     environment.export()
