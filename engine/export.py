@@ -114,6 +114,7 @@ def write_encoder(folder: Path, model_folder: Path, weights: "dict[str, torch.Te
     It has no pooler: training does not touch one, and random weights would look trained.
     Raises CheckpointError where the weights are not that configuration's.
     """
+    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModel
 
     encoder = AutoModel.from_config(AutoConfig.from_pretrained(model_folder))
@@ -122,7 +123,11 @@ def write_encoder(folder: Path, model_folder: Path, weights: "dict[str, torch.Te
     differing = [*(name for name in missing if not name.startswith("pooler.")), *unexpected]
     if differing:
         raise CheckpointError(f"the checkpoint is not of the model in {model_folder}: {differing[0]} is in one only")
-    encoder.save_pretrained(folder, state_dict=own)
+    encoder.config.architectures = [type(encoder).__name__]
+    encoder.config.save_pretrained(folder)
+    save_file(
+        {name: weight.contiguous() for name, weight in own.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     for path in model_folder.iterdir():
         if path.name != "config.json":
             shutil.copy(path, folder)
