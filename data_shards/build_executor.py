@@ -18,7 +18,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.utils.logging import logger
 
 from quincunx.data_shards.build_task import PROGRESS_SECONDS, TaskPlan, run_task
-from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.errors import DataError, SettingsError
 
 # The pool's fork server imports these once, instead of every worker; transformers alone takes seconds.
 PRELOADED = [
@@ -39,7 +39,14 @@ class Task:
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         assert world_size == self.plan.content["tasks"]
-        run_task(self.plan, rank, leave_with_parent=multiprocess.parent_process() is not None)
+        try:
+            run_task(self.plan, rank, leave_with_parent=multiprocess.parent_process() is not None)
+        except Exception as error:
+            known = isinstance(error, (DataError, SettingsError))
+            text = str(error) if known else f"{type(error).__name__}: {error} (see {self.plan.work}/datatrove/logs)"
+            with contextlib.suppress(OSError):  # a full disk, say, which is what the task failed with
+                self.plan.task_file(rank, "error").write_text(text)
+            raise
 
     def __repr__(self) -> str:
         return f"quincunx shards of {self.plan.format} corpus {self.plan.path}"
@@ -64,7 +71,7 @@ def run_tasks(plan: TaskPlan, executor: str, workers: int, slurm: dict[str, str]
 
     Raises:
         SettingsError: the executor's own software is not there.
-        DataError, SettingsError: whatever a task raised.
+        DataError: what a task failed with.
     """
     num_tasks = plan.content["tasks"]
     folder = Path(plan.work, "datatrove")
@@ -73,6 +80,9 @@ def run_tasks(plan: TaskPlan, executor: str, workers: int, slurm: dict[str, str]
             Path(folder, "completions", f"{task:05d}").unlink(missing_ok=True)
     if all_finished(plan):
         return True
+    if executor == "local":
+        for error in Path(plan.work, "tasks").glob("*-error"):
+            error.unlink()
     pipeline = [Task(plan)]
     if executor == "slurm":
         return _submit_to_slurm(plan, pipeline, folder, workers, slurm)
@@ -82,11 +92,25 @@ def run_tasks(plan: TaskPlan, executor: str, workers: int, slurm: dict[str, str]
             QuietLocalExecutor(pipeline, num_tasks, min(workers, num_tasks), str(folder)).run()
         else:
             _ray_executor(pipeline, num_tasks, workers, str(folder)).run()
-    return all_finished(plan)
+            raise_errors(plan)
+            if not all_finished(plan):
+                raise DataError(f"tasks ended without a result: see {folder}, and run the same command again")
+    return True
 
 
 def all_finished(plan: TaskPlan) -> bool:
     return all(plan.task_file(task, "result.json").exists() for task in range(plan.content["tasks"]))
+
+
+def raise_errors(plan: TaskPlan) -> None:
+    """Raises DataError with what tasks on other machines failed with, once; a rerun tries them again."""
+    paths = sorted(Path(plan.work, "tasks").glob("*-error"))
+    errors = [f"task {path.name.split('-')[0]}: {path.read_text()}" for path in paths]
+    for path in paths:
+        path.unlink()
+    if errors:
+        more = f" (and {len(errors) - 1} more tasks failed)" if len(errors) > 1 else ""
+        raise DataError(errors[0] + more)
 
 
 def _ray_executor(pipeline: list, num_tasks: int, workers: int, folder: str):
@@ -113,6 +137,7 @@ def _submit_to_slurm(plan: TaskPlan, pipeline: list, folder: Path, workers: int,
                     f"Slurm job {job_file.read_text()} is in the queue, {finished} of {num_tasks} tasks are finished."
                 )
                 return False
+            raise_errors(plan)
         others = {key: value for key, value in slurm.items() if key not in ("partition", "time", "mem_per_cpu_gb")}
         executor = SlurmPipelineExecutor(
             pipeline,

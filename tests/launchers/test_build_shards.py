@@ -414,10 +414,13 @@ def test_slurm_jobs_write_the_same_bytes_and_a_rerun_completes_the_set(corpus, r
     results = sorted((tmp_path / "out" / "work" / "tasks").glob("*-result.json"))
     assert len(results) == 6, (tmp_path / "queue.log").read_text()[-2000:]
     results[2].unlink()
+    (tmp_path / "out" / "work" / "tasks" / "00002-error").write_text("docs.jsonl:7: not JSON")
     (tmp_path / "state").write_text("1 cpu quincunx R\n")
     assert build_shards(slurm, [], say=said.append) is None
     assert len(list((tmp_path / "out" / "work" / "tasks").glob("*-result.json"))) == 5, "the queue still has the job"
     (tmp_path / "state").write_text("")
+    with pytest.raises(DataError, match=r"task 00002: docs\.jsonl:7: not JSON"):
+        build_shards(slurm, [], say=said.append)
     assert build_shards(slurm, [], say=said.append) is None
     build_shards(slurm, [], say=said.append)
     assert contents(tmp_path / "out") == contents(reference)
