@@ -82,6 +82,7 @@ class CheckpointWriter:
     def save(self, state_dict: Any, path: str) -> None:
         import torch
 
+        digesting = None
         try:
             with open(path, "wb") as file:
                 digesting = DigestingFile(file)
@@ -89,8 +90,9 @@ class CheckpointWriter:
                 file.flush()
                 os.fsync(file.fileno())
             self.files[Path(path).name] = {"bytes": digesting.bytes, "xxh3_128": digesting.digest.hexdigest()}
-        except Exception as error:
-            self.failure = self.failure or f"{Path(path).name}: {type(error).__name__}: {error}"
+        except Exception as error:  # also what torch makes of a failed write on its way out
+            cause = (digesting and digesting.error) or error
+            self.failure = self.failure or f"{Path(path).name}: {type(cause).__name__}: {cause}"
 
     def load(self, path: str, map_location=None) -> Any:
         import torch
@@ -129,16 +131,21 @@ class CheckpointWriter:
 
 
 class DigestingFile:
-    """A file that is written front to back and digested on the way."""
+    """A file that is written front to back and digested on the way; `error` is the first write that failed."""
 
     def __init__(self, file: IO[bytes]):
         self._file = file
         self.bytes = 0
         self.digest = xxhash.xxh3_128()
+        self.error: OSError | None = None
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
-        self._file.write(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self.digest.update(view)
         self.bytes += view.nbytes
         return view.nbytes
