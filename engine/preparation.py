@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
@@ -94,8 +97,6 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
 
 def choose_device(settings: PretrainSettings, environment: Environment) -> tuple[bool, list[str]]:
     """(whether to train on a GPU, what is wrong with the devices of this machine)."""
-    import torch
-
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
         return False, []
     if not torch.cuda.is_available():
@@ -139,8 +140,6 @@ def make_packer(settings: PretrainSettings, shard_sets: list[ShardSet], split: s
 
 def make_model(settings: PretrainSettings, shard_set: ShardSet, report: Callable[[str], None]) -> PretrainModel:
     """The run's model, its random weights drawn from the seed, so that they are the same on every rank."""
-    import torch
-
     from quincunx.engine.encoder import ScratchShape
 
     shape = None
@@ -166,9 +165,23 @@ def make_model(settings: PretrainSettings, shard_set: ShardSet, report: Callable
         pad_token_id=shard_set.manifest.special_ids["pad"],
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+    if not model.lm_head.bias.any():
+        start_at_unigram(model.lm_head.bias, shard_set.statistics.token_counts)
     if is_bundle(settings.encoder) and not settings.from_scratch:
         load_bundle(model, Path(settings.encoder), report)
     return model
+
+
+def start_at_unigram(bias_V: torch.nn.Parameter, token_counts: np.ndarray) -> None:
+    """Sets a fresh LM head's bias to the log frequencies of the corpus's tokens.
+
+    The first loss then stands near the unigram cross-entropy instead of log V, and the first hundred steps need not
+    teach word frequencies to the embeddings, which an encoder brings trained (docs/log.md has the curves).
+    """
+    counts = torch.ones(len(bias_V), dtype=torch.float64)
+    counts[: len(token_counts)] += torch.from_numpy(token_counts.astype(np.float64))
+    with torch.no_grad():
+        bias_V.copy_((counts / counts.sum()).log())
 
 
 def make_probe(settings: PretrainSettings, shard_set: ShardSet) -> Probe | None:

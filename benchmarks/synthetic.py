@@ -1,0 +1,117 @@
+"""Synthetic packed batches of known lengths, and the recipes that benchmarks run; random ids, no corpus needed."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.tasks import TASKS, TaskSpec
+
+RECIPES = {
+    "retromae": (("retromae",), "enhanced"),
+    "master": (("mkp", "cmp", "npr", "dor", "gor"), "masked"),
+    "quincunx": (("mkp", "cmp", "npr", "dor", "gor"), "enhanced"),
+}
+CLS, SEP, MASK, FIRST_WORD = 101, 102, 103, 999
+ENCODER_RATE, DECODER_RATE = 0.30, 0.50
+ALWAYS = 2**30
+"""Keep threshold of a column that every row sees; data_shards.hashing.ALWAYS without its numba, 55 MB of a peak."""
+
+
+def recipe_tasks(recipe: str) -> list[TaskSpec]:
+    """Tasks of a recipe; two layers in a masked decoder, one in an enhanced one."""
+    names, decoder = RECIPES[recipe]
+    return [TaskSpec(name=name, decoder=decoder) for name in names]
+
+
+def passage_lengths(kind: str, batch: int, max_tokens: int) -> np.ndarray:
+    """Tokens of each passage, [CLS] and [SEP] included.
+
+    `msmarco`: quantiles of a log-normal (sigma 0.4) cut at `max_tokens`, scaled so that they mean 75 at 144 (MS MARCO's
+    passages in BERT's tokens; in proportion elsewhere). `full`: all `max_tokens`.
+    """
+    if kind == "full":
+        return np.full(batch, max_tokens)
+    from statistics import NormalDist
+
+    normal = np.array([NormalDist().inv_cdf((i + 0.5) / batch) for i in range(batch)])
+    wanted, scale = 75 * max_tokens / 144, 68.0 * max_tokens / 144
+    for _ in range(60):
+        lengths = np.clip(np.rint(scale * np.exp(0.4 * normal)), 8, max_tokens)
+        scale *= wanted / lengths.mean()
+    return np.random.default_rng(0).permutation(lengths.astype(int))
+
+
+def make_batch(recipe: str, lengths: np.ndarray, vocab_size: int, seed: int = 0) -> PackedBatch:
+    """A batch of the recipe in which every task has a text for every passage, as long as the passage."""
+    rng = np.random.default_rng(seed)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    inner = np.ones(cu_seqlens[-1], bool)
+    inner[cu_seqlens[:-1]] = inner[cu_seqlens[1:] - 1] = False
+
+    def random_ids() -> np.ndarray:
+        ids = rng.integers(FIRST_WORD, vocab_size, cu_seqlens[-1]).astype(np.int32)
+        ids[cu_seqlens[:-1]], ids[cu_seqlens[1:] - 1] = CLS, SEP
+        return ids
+
+    def choose(rate: float) -> np.ndarray:
+        """Bool, `rate` of each text's inner tokens."""
+        chosen = np.zeros_like(inner)
+        for start, end in itertools.pairwise(cu_seqlens):
+            places = np.arange(start + 1, end - 1)
+            chosen[rng.choice(places, max(1, round(rate * len(places))), replace=False)] = True
+        return chosen
+
+    passage, hidden = random_ids(), choose(ENCODER_RATE)
+    names, decoder = RECIPES[recipe]
+    passage_text = PackedText(passage, cu_seqlens)
+    tasks = {}
+    for name in names:
+        ids = passage if TASKS[name].field == "passage" else random_ids()
+        if decoder == "enhanced":
+            keep = ~hidden if TASKS[name].draw == "complement" else np.ones_like(inner)
+            keep_thresholds = np.where(inner, np.where(keep, ALWAYS * DECODER_RATE, 0), ALWAYS).astype(np.int32)
+            labelled = inner
+            text = passage_text if ids is passage else PackedText(ids, cu_seqlens)
+            rule = {
+                "keys": rng.integers(-(2**31), 2**31, len(lengths)).astype(np.int32),
+                "word_ids": np.arange(len(ids), dtype=np.int32),
+                "keep_thresholds": keep_thresholds,
+            }
+        else:
+            labelled = inner & ~hidden if TASKS[name].draw == "complement" else choose(DECODER_RATE)
+            text, rule = PackedText(np.where(labelled, MASK, ids).astype(np.int32), cu_seqlens), {}
+        tasks[name] = PackedTask(
+            text=text,
+            passage_index=np.arange(len(lengths), dtype=np.int32),
+            label_positions=np.flatnonzero(labelled).astype(np.int32),
+            labels=ids[labelled],
+            **rule,
+        )
+    return PackedBatch(
+        encoder=PackedText(np.where(hidden, MASK, passage).astype(np.int32), cu_seqlens),
+        encoder_label_positions=np.flatnonzero(hidden).astype(np.int32),
+        encoder_labels=passage[hidden],
+        tasks=tasks,
+        sample_ids=np.arange(len(lengths)),
+        datasets=np.zeros(len(lengths), np.int16),
+        epochs=np.zeros(len(lengths), np.int32),
+    )
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides the code: interpreter, libraries, processor."""
+    import torch
+    import transformers
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": names[0] if names else "unknown",
+    }
