@@ -7,6 +7,7 @@ Letters: T tokens, S sequences, M labelled rows, R rows that ask, D channels, H 
 the position table.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.encoder import LeanDropout
 from quincunx.engine.tensors import TensorTask
 from quincunx.kernels.enhanced_attention import enhanced_attention, visible_attention
 from quincunx.kernels.packed_attention import packed_attention
@@ -32,6 +34,37 @@ class LayerShape:
     init_std: float
 
 
+class ActivatedLinear(nn.Linear):
+    """Linear(activation(x)) that keeps x alone for the backward pass and applies the activation again there.
+
+    A fifth of a decoder layer's activations, for one elementwise operation.
+    """
+
+    def __init__(self, inputs: int, outputs: int, activation: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__(inputs, outputs)
+        self.activation = activation
+
+    def forward(self, x_RF: torch.Tensor) -> torch.Tensor:
+        return _ActivatedLinear.apply(x_RF, self.weight, self.bias, self.activation)
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RF, weight_DF, bias_D, activation):
+        ctx.save_for_backward(x_RF, weight_DF)
+        ctx.activation = activation
+        return torch.addmm(bias_D, activation(x_RF), weight_DF.T)
+
+    @staticmethod
+    def backward(ctx, gradient_RD):
+        x_RF, weight_DF = ctx.saved_tensors
+        with torch.enable_grad():
+            x_RF = x_RF.detach().requires_grad_()
+            active_RF = ctx.activation(x_RF)
+        (x_gradient_RF,) = torch.autograd.grad(active_RF, x_RF, gradient_RD @ weight_DF)
+        return x_gradient_RF, gradient_RD.T @ active_RF.detach(), gradient_RD.sum(0), None
+
+
 class DecoderLayer(nn.Module):
     """One Transformer layer whose queries, keys and residual may come from different rows."""
 
@@ -45,10 +78,9 @@ class DecoderLayer(nn.Module):
         self.attention_output = nn.Linear(shape.hidden, shape.hidden)
         self.attention_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
         self.intermediate = nn.Linear(shape.hidden, shape.intermediate)
-        self.activation = ACT2FN[shape.activation]
-        self.output = nn.Linear(shape.intermediate, shape.hidden)
+        self.output = ActivatedLinear(shape.intermediate, shape.hidden, ACT2FN[shape.activation])
         self.output_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = LeanDropout(shape.dropout)
         for module in (self.query, self.key_value, self.attention_output, self.intermediate, self.output):
             nn.init.normal_(module.weight, std=shape.init_std)
             if module.bias is not None:
@@ -67,7 +99,7 @@ class DecoderLayer(nn.Module):
         """Everything after the attention, [R, D]."""
         attended_RD = self.dropout(self.attention_output(attended_RHC.flatten(-2)))
         attended_RD = self.attention_norm(attended_RD + residual_RD)
-        output_RD = self.dropout(self.output(self.activation(self.intermediate(attended_RD))))
+        output_RD = self.dropout(self.output(self.intermediate(attended_RD)))
         return self.output_norm(output_RD + attended_RD)
 
 

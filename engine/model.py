@@ -98,26 +98,7 @@ class PretrainModel(nn.Module):
         """
         assert label_counts.shape == self.lambdas.shape and batch.tasks.keys() <= set(self.task_names)
         tasks = [batch.tasks.get(task.name) or empty_task(batch.encoder.input_ids.device) for task in self.tasks]
-        texts = list({id(task.text): task.text for task in tasks}.values())
-        ids = [batch.encoder.input_ids, *(text.input_ids for text in texts)]
-        # One gather for all texts: its gradient is one [V, D] tensor instead of one for each.
-        encoder_words, *text_words = self.encoder.word_embeddings(torch.cat(ids)).split([len(x) for x in ids])
-        encoder_text = batch.encoder
-        hidden_TD = self.encoder(
-            encoder_words, encoder_text.positions, encoder_text.cu_seqlens, encoder_text.max_length
-        )
-        h_BD = hidden_TD.index_select(0, encoder_text.starts)
-        contexts = self._embed(texts, text_words) if tasks else {}
-        positions_PD = self._positions(max((task.text.max_length for task in tasks), default=0))
-        rows = [hidden_TD.index_select(0, batch.encoder_labels.positions)]
-        streams: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        for spec, task in zip(self.tasks, tasks, strict=True):
-            key = (id(task.text), id(task.passage_index))
-            if key not in streams:
-                h_SD = h_BD.index_select(0, task.passage_index)
-                streams[key] = (h_SD, contexts[id(task.text)].index_copy(0, task.text.starts, h_SD))
-            rows.append(self._decode(spec, task, *streams[key], positions_PD))
-
+        rows = self._labelled_rows(batch, tasks)
         counts = [len(part) for part in rows]
         bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
         labels_N = torch.cat([batch.encoder_labels.labels, *(task.labels.labels for task in tasks)])
@@ -132,10 +113,38 @@ class PretrainModel(nn.Module):
         )
         return StepOutput(loss, nll_sums, correct, torch.tensor(counts))
 
-    def _embed(self, texts: list[TensorText], word_vectors: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    def _labelled_rows(self, batch: TensorBatch, tasks: list[TensorTask]) -> list[torch.Tensor]:
+        """Final hidden states [M, D] of the labelled rows of the encoder and of every task."""
+        texts = list({id(task.text): task.text for task in tasks}.values())
+        encoder_words_TE, words_TE = self._word_vectors(batch.encoder, texts)
+        text = batch.encoder
+        hidden_TD = self.encoder(encoder_words_TE, text.positions, text.cu_seqlens, text.max_length)
+        h_BD = hidden_TD.index_select(0, text.starts)
+        embedded = self._embed(texts, words_TE) if tasks else {}
+        positions_PD = self._positions(max((task.text.max_length for task in tasks), default=0))
+        rows = [hidden_TD.index_select(0, batch.encoder_labels.positions)]
+        streams: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        for spec, task in zip(self.tasks, tasks, strict=True):
+            key = (id(task.text), id(task.passage_index))
+            if key not in streams:
+                h_SD = h_BD.index_select(0, task.passage_index)
+                streams[key] = (h_SD, embedded[id(task.text)].index_copy(0, task.text.starts, h_SD))
+            rows.append(self._decode(spec, task, *streams[key], positions_PD))
+        return rows
+
+    def _word_vectors(self, encoder_text: TensorText, texts: list[TensorText]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Word embeddings of the encoder's text and of all decoder texts end to end.
+
+        One gather for all: its gradient is one [V, E] tensor instead of one for each.
+        """
+        ids = torch.cat([encoder_text.input_ids, *(text.input_ids for text in texts)])
+        num_encoder = len(encoder_text.input_ids)
+        return self.encoder.word_embeddings(ids).split([num_encoder, len(ids) - num_encoder])
+
+    def _embed(self, texts: list[TensorText], words_TE: torch.Tensor) -> dict[int, torch.Tensor]:
         """The embedding layer over all decoder texts at once, by the text's identity: [T, D] each."""
         positions = torch.cat([text.positions for text in texts])
-        embedded = self.encoder.embed(torch.cat(word_vectors), positions)
+        embedded = self.encoder.embed(words_TE, positions)
         if self.encoder.position_embeddings is None:
             embedded = embedded + self.position_table(positions)
         parts = embedded.split([len(text.input_ids) for text in texts])

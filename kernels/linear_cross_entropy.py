@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-# Logits of one chunk take at most this many elements: 512 rows of BERT's vocabulary, 62 MB in float32, on a CPU; 16,896
-# rows (132 multiprocessors x 128), 1 GB in bf16, on a GPU, where small chunks would be bound by the traffic of dW.
-LARGEST_CHUNK = {"cpu": 2**24, "cuda": 2**29}
+# Logits of one chunk take at most this many elements: 274 rows of BERT's vocabulary, 34 MB in float32, on a CPU; 17,589
+# rows, 1 GB in bf16, on a GPU, where small chunks would be bound by the traffic of dW.
+LARGEST_CHUNK = {"cpu": 2**23, "cuda": 2**29}
 
 
 def linear_cross_entropy(
@@ -41,7 +41,7 @@ def linear_cross_entropy(
             f"{row_weights_N.shape[0]} row weights; give one of each a row"
         )
     if chunk_rows is None:
-        chunk_rows = max(1, LARGEST_CHUNK.get(hidden_ND.device.type, 2**24) // weight_VD.shape[0])
+        chunk_rows = max(1, LARGEST_CHUNK.get(hidden_ND.device.type, 2**23) // weight_VD.shape[0])
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_ND, weight_VD, bias_V))
     return _LinearCrossEntropy.apply(
         hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, tuple(task_slices), chunk_rows, wants_gradient
