@@ -176,6 +176,8 @@ def working_folder(output: Path, identity: dict[str, Any], overwrite: bool) -> I
         identity_file = work / "identity.json"
         if identity_file.exists():
             found = json.loads(identity_file.read_text())
+            if identity["content"]["on_bad_record"] == "skip":  # tasks that finished under "stop" met no bad record
+                found["content"]["on_bad_record"] = "skip"
             only_corpus_differs = found | {"sources": identity["sources"]} == identity
             if found != identity and not overwrite and not only_corpus_differs:
                 raise SettingsError(

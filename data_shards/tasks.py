@@ -89,6 +89,8 @@ def check_tasks_against(field_counts: Sequence[Mapping[str, int]], task_names: S
         field = field_of(name, neighbour)
         if not sum(counts.get(field, 0) for counts in field_counts):
             remedy = FIELD_REMEDIES.get(field, "build the shards from a corpus that has passages")
-            problems.append(f"task {name} ({TASKS[name].title}) needs the field {field!r}: {remedy}")
+            problems.append(f"{name} ({TASKS[name].title}), which needs the field {field!r}: {remedy}")
     if problems:
-        raise SettingsError("no shard set given serves " + "; ".join(problems) + "; or leave the task out of --tasks")
+        raise SettingsError(
+            "no shard set given serves the task " + "; nor ".join(problems) + "; or leave the task out of --tasks"
+        )

@@ -55,10 +55,17 @@ def verify(checkpoint: Path) -> Checkpoint:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         version, files = manifest["schema_version"], manifest["files"]
+        if version != SCHEMA_VERSION:
+            raise CheckpointError(f"{checkpoint} has format {version}, this quincunx reads {SCHEMA_VERSION}; update it")
+        found = Checkpoint(
+            folder=checkpoint,
+            **{name: manifest[name] for name in ("step", "world_size", "zero_stage", "precision", "state")},
+        )
+    except CheckpointError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint} has no readable {MANIFEST} ({error})") from None
-    if version != SCHEMA_VERSION:
-        raise CheckpointError(f"{checkpoint} has format {version}, this quincunx reads {SCHEMA_VERSION}; update it")
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint} has no readable {MANIFEST} ({reason})") from None
     for name, entry in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -67,14 +74,7 @@ def verify(checkpoint: Path) -> Checkpoint:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}")
         if file_digest(path) != entry["xxh3_128"]:
             raise CheckpointError(f"{path} differs from the digest in its manifest")
-    return Checkpoint(
-        folder=checkpoint,
-        step=manifest["step"],
-        world_size=manifest["world_size"],
-        zero_stage=manifest["zero_stage"],
-        precision=manifest["precision"],
-        state=manifest["state"],
-    )
+    return found
 
 
 def file_digest(path: Path) -> str:

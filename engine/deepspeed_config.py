@@ -4,6 +4,7 @@ The recipe says what is learned, the JSON how it is run. So a value that the rec
 JSON; a number there would be a second truth. The micro-batch may stand in either.
 """
 
+import difflib
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -28,11 +29,28 @@ OWNED_BY_RECIPE = {
 """Key of the JSON -> the settings that decide it."""
 
 
+SECTIONS = (
+    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "optimizer",
+    "scheduler", "fp16", "bf16", "checkpoint",
+)  # fmt: skip
+KNOWN_KEYS = frozenset({
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast", "data_types", "zero_optimization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "sparse_gradients",
+    "prescale_gradients", "gradient_predivide_factor", "steps_per_print", "wall_clock_breakdown", "dump_state",
+    "memory_breakdown", "flops_profiler", "activation_checkpointing", "comms_logger", "tensorboard", "wandb",
+    "csv_monitor", "comet", "monitor_config", "aio", "checkpoint", "compile", "autotuning", "elasticity", "nebula",
+    "timers", "disable_allgather", "seq_parallel_communication_data_type", "graph_harvesting",
+    "use_data_before_expert_parallelism", "tensor_parallel",
+})  # fmt: skip
+"""DeepSpeed ignores a key it does not know; here a typing error is an error."""
+
+
 def load_deepspeed_json(name: str) -> dict[str, Any]:
     """The JSON that `--deepspeed` names: a file, or one of ours by name (`zero2`, also `ds_configs/zero2.json`)."""
     path = Path(name)
-    if not path.is_file():
-        path = BUNDLED / f"{Path(name).name.removesuffix('.json')}.json"
+    if not path.is_file() and path.parent in (Path(), Path("ds_configs")):
+        path = BUNDLED / f"{path.name.removesuffix('.json')}.json"
     if not path.is_file():
         ours = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.json")))
         raise SettingsError(f"--deepspeed {name}: no such file, and none of ours ({ours})")
@@ -58,8 +76,22 @@ def find_conflicts(config: dict[str, Any], settings: PretrainSettings) -> list[s
             f"the DeepSpeed JSON sets train_micro_batch_size_per_gpu to {micro_batch} and the recipe micro_batch to "
             f'{settings.micro_batch}; write "auto" in the JSON or leave micro_batch out'
         )
+    for key in config:
+        if key not in KNOWN_KEYS:
+            close = difflib.get_close_matches(key, KNOWN_KEYS, 1)
+            hint = f"did you mean {close[0]}?" if close else "leave it out"
+            clauses.append(f"the DeepSpeed JSON has the unknown key {key}; {hint}")
+    for key in SECTIONS:
+        section = lookup(config, key)
+        if section is not None and not isinstance(section, dict):
+            clauses.append(f"the DeepSpeed JSON has {json.dumps(section)} as {key}; it must be an object")
+    if isinstance(micro_batch, bool) or (not isinstance(micro_batch, int | None) and micro_batch != "auto"):
+        clauses.append(
+            f"the DeepSpeed JSON has {json.dumps(micro_batch)} as train_micro_batch_size_per_gpu; "
+            'allowed: a whole number or "auto"'
+        )
     stage = lookup(config, "zero_optimization.stage")
-    if stage not in (1, 2, 3):
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
         clauses.append(f"the DeepSpeed JSON has zero_optimization.stage {stage}; allowed: 1, 2, 3")
     kind = lookup(config, "optimizer.type")
     if kind not in (None, "auto", "AdamW"):
@@ -86,7 +118,7 @@ def choose_micro_batch(config: dict[str, Any], settings: PretrainSettings, world
     if given == "auto":
         return max(n for n in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if share % n == 0), []
     if not isinstance(given, int) or given < 1 or share % given:
-        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        divisors = [n for n in range(1, min(share, 4096) + 1) if share % n == 0]
         allowed = ", ".join(map(str, divisors[-8:]))
         return 1, [
             f"micro_batch {given} does not divide the {share} passages of a rank; the largest that do: {allowed}"

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from quincunx.data_shards.batches import PackedBatch
-from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED
+from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError
 from quincunx.data_shards.hashing import fold, mix
 from quincunx.engine.checkpoint import load_checkpoint
 from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
@@ -213,7 +213,7 @@ def train(run: Run) -> int:
             return EXIT_DIVERGED
         evaluate(run, last)
         if ending or run.step % settings.checkpoint_every == 0:
-            save(run)
+            save(run, ending)
         if last:
             break
         if stop:
@@ -279,8 +279,11 @@ def evaluate(run: Run, last: bool = False) -> None:
         run.watchdog.beat()
 
 
-def save(run: Run) -> None:
-    """Commits a checkpoint of this step; a failure is said and recorded, and training goes on."""
+def save(run: Run, ending: bool) -> None:
+    """Commits a checkpoint of this step; a failure is said and recorded, and training goes on.
+
+    Raises CheckpointError, on every rank, where it was the run's last chance (`ending`).
+    """
     counters = {"step": run.step, "skipped_steps": run.skipped_steps, "bad_steps": run.bad_steps}
     run_id = [run.tracker.run_id]
     dist.broadcast_object_list(run_id, src=0, group=run.control)
@@ -289,10 +292,13 @@ def save(run: Run) -> None:
         run.engine, run.control, run.folder.checkpoints, run.step, state, run.settings.keep_checkpoints
     )
     if failure is not None:
-        run.progress.say(
-            f"CHECKPOINT OF STEP {run.step} COULD NOT BE SAVED ({failure}); training goes on, the last one is kept"
-        )
         run.tracker.log(run.step, "event", {"event": "checkpoint_failed", "reason": failure})
+        if ending:
+            raise CheckpointError(
+                f"the checkpoint of the run's last step, {run.step}, could not be saved ({failure}); make room and run "
+                "the same command, which goes on from the newest one that was saved"
+            )
+        run.progress.say(f"CHECKPOINT OF STEP {run.step} COULD NOT BE SAVED ({failure}); training goes on without it")
     run.watchdog.beat()
 
 

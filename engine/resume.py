@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.errors import CheckpointError
-from quincunx.engine.checkpoint import Checkpoint, convert, find_newest, needs_conversion
+from quincunx.engine.checkpoint import Checkpoint, committed, convert, find_newest, needs_conversion
 from quincunx.engine.checkpoint_save import remove_leftovers
 from quincunx.engine.deepspeed_config import precision_of
 from quincunx.engine.preparation import Prepared
@@ -18,6 +18,9 @@ from quincunx.engine.settings import (
     as_plain,
     settings_digest,
 )
+
+DAMAGED = "damaged-"
+"""Prefix of checkpoints that did not verify when the run was continued from an older one."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ def choose_checkpoint(
     checkpoint = find_newest(folder.checkpoints)
     if checkpoint is None:
         return None
+    if checkpoint.step > prepared.total_steps:
+        raise CheckpointError(
+            f"{checkpoint.folder} has done {checkpoint.step} steps, more than the {prepared.total_steps} asked for; "
+            "give more steps, or start anew with --fresh or another --output"
+        )
+    for damaged in committed(folder.checkpoints):
+        if damaged != checkpoint.folder and damaged.name > checkpoint.folder.name:
+            # Out of the way of retention, which would otherwise count it among the newest. Nothing is deleted.
+            damaged.rename(damaged.with_name(f"{DAMAGED}{damaged.name}"))
     for change in check_fits(checkpoint, settings, prepared):
         print(f"warning: resuming with a changed setting: {change}", flush=True)
     stage = config["zero_optimization"]["stage"]

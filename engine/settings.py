@@ -158,7 +158,8 @@ class PretrainSettings:
         pairs = []
         for entry in self.shards:
             path, colon, weight = entry.rpartition(":")
-            pairs.append((path, int(weight)) if colon and weight.isdigit() else (entry, 1))
+            is_port = "://" in path and "/" not in path.partition("://")[2]  # http://host:8080
+            pairs.append((path, int(weight)) if colon and weight.isdigit() and not is_port else (entry, 1))
         return pairs
 
 
@@ -188,7 +189,10 @@ def find_problems(settings: PretrainSettings) -> list[str]:
     need(0 <= s.warmup_share <= 1, f"warmup_share is {s.warmup_share}; it must lie between 0 and 1")
     need(all(0 <= beta < 1 for beta in s.adam_betas), f"adam_betas are {s.adam_betas}; they must lie between 0 and 1")
     for name in ("learning_rate", "adam_eps", "hang_minutes", "cache_gb"):
-        need(getattr(s, name) > 0, f"{name} is {getattr(s, name)}; it must be above 0")
+        value = getattr(s, name)
+        need(0 < value < 1e6, f"{name} is {value}; it must be above 0 and below a million")
+    need(s.num_workers <= 256, f"num_workers is {s.num_workers}; it must be at most 256")
+    need(s.global_batch <= 2**24, f"global_batch is {s.global_batch}; it must be at most {2**24}")
     for name in ("weight_decay", "max_grad_norm", "held_out_every", "probe_every", "num_workers", "seed"):
         need(getattr(s, name) >= 0, f"{name} is {getattr(s, name)}; it must be at least 0")
     for name in (
@@ -204,7 +208,10 @@ def find_problems(settings: PretrainSettings) -> list[str]:
     need(s.max_tokens >= 4, f"max_tokens is {s.max_tokens}; it must be at least 4")
     need(s.micro_batch is None or s.micro_batch >= 1, f"micro_batch is {s.micro_batch}; it must be at least 1")
     need(s.held_out_passages >= 1 or not s.held_out_every, "held_out_passages must be at least 1, or held_out_every 0")
-    need((s.steps is None) != (s.epochs is None), "give the run's length as steps or as epochs, one of the two")
+    need(
+        (s.steps is None) != (s.epochs is None),
+        "give the run's length as steps or as epochs, and set the other to null (--steps null)",
+    )
     for name in ("steps", "epochs"):
         value = getattr(s, name)
         need(value is None or value > 0, f"{name} is {value}; it must be above 0")

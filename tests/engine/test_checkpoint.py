@@ -50,6 +50,7 @@ def test_the_newest_of_several_is_found_and_the_writer_s_digest_is_the_file_s(tm
         (lambda folder: flip(folder / "weights.pt"), "differs from the digest in its manifest"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "has no readable manifest.json"),
         (lambda folder: (folder / MANIFEST).unlink(), "has no readable manifest.json"),
+        (lambda folder: (folder / MANIFEST).write_text('{"schema_version": 1, "files": {}}'), "KeyError: 'step'"),
         (lambda folder: (folder / MANIFEST).write_text('{"schema_version": 9, "files": {}}'), "has format 9"),
     ],
 )

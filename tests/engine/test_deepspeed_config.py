@@ -68,3 +68,23 @@ def test_an_auto_that_nothing_fills_is_refused():
     config = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
     with pytest.raises(SettingsError, match=r"zero_optimization\.reduce_bucket_size"):
         fill_config(config, SETTINGS, micro_batch=8, world_size=1, cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"gradient_cliping": 3}, "unknown key gradient_cliping; did you mean gradient_clipping?"),
+        ({"optimizer": "AdamW"}, 'has "AdamW" as optimizer; it must be an object'),
+        ({"fp16": True}, "has true as fp16; it must be an object"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage True; allowed: 1, 2, 3"),
+        ({"train_micro_batch_size_per_gpu": "4"}, 'has "4" as train_micro_batch_size_per_gpu; allowed: a whole number'),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_misread_is_an_error(extra, message):
+    clauses = find_conflicts({"zero_optimization": {"stage": 2}} | extra, SETTINGS)
+    assert [message in clause for clause in clauses] == [True], clauses
+
+
+def test_a_mistyped_path_is_not_taken_for_one_of_ours(tmp_path):
+    with pytest.raises(SettingsError, match="no such file"):
+        load_deepspeed_json(str(tmp_path / "zero2.json"))

@@ -22,7 +22,9 @@ def changed(**values) -> PretrainSettings:
 
 def test_the_defaults_are_in_range_once_a_length_is_given():
     assert find_problems(GOOD) == []
-    assert find_problems(PretrainSettings()) == ["give the run's length as steps or as epochs, one of the two"]
+    assert find_problems(PretrainSettings()) == [
+        "give the run's length as steps or as epochs, and set the other to null (--steps null)"
+    ]
 
 
 @pytest.mark.parametrize(
