@@ -138,10 +138,22 @@ def convert(checkpoint: Checkpoint) -> Path:
 
 
 def load_checkpoint(engine, folder: Path) -> None:
-    """Loads weights, moments and counters from a committed or converted checkpoint folder; all ranks call it."""
+    """Loads weights, moments and counters from a committed or converted checkpoint folder; all ranks call it.
+
+    The optimizer's hyper-parameters stay this run's: DeepSpeed would take the earlier run's, and loading a universal
+    checkpoint under ZeRO 3 it gives every parameter group the first one's. There it also gives all groups one step
+    tensor, which each would count up. (DeepSpeed 0.19; the test is the resume from 2 to 1 ranks under zero3.)
+    """
+    groups = engine.optimizer.param_groups
+    ours = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise CheckpointError(f"DeepSpeed could not load {folder}")
+    for group, values in zip(groups, ours, strict=True):
+        group.update(values)
+    for state in engine.optimizer.optimizer.state.values():
+        if hasattr(state.get("step"), "clone"):
+            state["step"] = state["step"].clone()
 
 
 def consolidated_state_dict(folder: Path) -> dict[str, Any]:

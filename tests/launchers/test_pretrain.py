@@ -153,7 +153,14 @@ def _reference_losses(tiny_shards, tmp_path, harness) -> dict[int, float]:
 
 def test_a_run_that_diverges_skips_steps_names_their_samples_and_ends_with_77(tiny_shards, tmp_path, harness):
     finished = harness.run(
-        tiny_shards, tmp_path / "run", launcher="python", learning_rate=1e30, warmup_share=0.0, max_bad_steps=3, steps=9
+        tiny_shards,
+        tmp_path / "run",
+        launcher="python",
+        learning_rate=1e3,
+        weight_decay=1e30,
+        warmup_share=0.0,
+        max_bad_steps=3,
+        steps=9,
     )
     assert finished.code == 77, finished.output
     assert "3 steps in a row had a loss or gradient that is not finite" in finished.output
