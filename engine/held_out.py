@@ -36,27 +36,31 @@ class HeldOut:
 
 
 def load_held_out(held_out: "Packer", train: "Packer", num_passages: int, micro_batch: int) -> HeldOut | None:
-    """Packs the first `num_passages` held-out passages, shared equally by the shard sets that have any.
+    """Packs `num_passages` held-out passages, shared equally by the shard sets that have any.
 
     held_out, train: packers of the two splits, alike otherwise. micro_batch: passages of one forward pass.
     Returns None where no shard set holds any passage out. A pure function: ranks need not talk.
     """
-    datasets, samples = first_samples(held_out, num_passages)
+    datasets, samples = spread_samples(held_out, num_passages)
     if not len(samples):
         return None
     batches = pack_all(held_out, datasets, samples, micro_batch)
-    trained = pack_all(train, *first_samples(train, UNIGRAM_PASSAGES), PASSAGES_A_PACK)
+    trained = pack_all(train, *spread_samples(train, UNIGRAM_PASSAGES), PASSAGES_A_PACK)
     return HeldOut(batches, unigram_cross_entropy(batches, trained, held_out.vocab_size))
 
 
-def first_samples(packer: "Packer", num_passages: int) -> tuple[np.ndarray, np.ndarray]:
-    """(datasets int16 [n], sample_ids int64 [n]) of the first passages of each shard set; n <= num_passages."""
+def spread_samples(packer: "Packer", num_passages: int) -> tuple[np.ndarray, np.ndarray]:
+    """(datasets int16 [n], sample_ids int64 [n]), evenly spread over each shard set; n <= num_passages.
+
+    Spread, because corpora are sorted: the first passages may be of one kind, and lack a field that a task reads.
+    """
     counts = [shard_set.num_samples(packer.split) for shard_set in packer.shard_sets]
     filled = [index for index, count in enumerate(counts) if count]
     shares = np.array_split(np.arange(num_passages), len(filled)) if filled else []
     taken = [min(len(share), counts[index]) for index, share in zip(filled, shares, strict=True)]
+    ids = [np.arange(number) * counts[index] // number for index, number in zip(filled, taken, strict=True)]
     datasets = np.repeat(np.array(filled, np.int16), taken)
-    return datasets, np.concatenate([np.arange(count) for count in taken]) if taken else np.empty(0, np.int64)
+    return datasets, np.concatenate(ids) if taken else np.empty(0, np.int64)
 
 
 def pack_all(packer: "Packer", datasets: np.ndarray, samples: np.ndarray, micro_batch: int) -> list[PackedBatch]:

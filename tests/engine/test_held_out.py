@@ -16,7 +16,7 @@ from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.encoder import ScratchShape
-from quincunx.engine.held_out import first_samples, load_held_out, pack_all, run_held_out
+from quincunx.engine.held_out import load_held_out, pack_all, run_held_out, spread_samples
 from quincunx.engine.model import PretrainModel, build_model
 from quincunx.engine.probe import load_probe, run_probe
 from quincunx.engine.tensors import to_tensors
@@ -57,7 +57,7 @@ def test_losses_are_means_over_all_labelled_tokens_whatever_the_batches(shards):
     small = run_held_out(model, load_held_out(held_out, train, 20, 3), CPU)
     assert model.training, "the evaluation left the model in evaluation mode"
 
-    (batch,) = pack_all(held_out, *first_samples(held_out, 20), 20)
+    (batch,) = pack_all(held_out, *spread_samples(held_out, 20), 20)
     with torch.no_grad():
         output = model.eval()(to_tensors(batch, CPU), torch.tensor(batch.num_labels(), dtype=torch.float32))
     for row, task in enumerate(("mlm", "mkp", "dor")):
@@ -74,7 +74,7 @@ def test_losses_are_means_over_all_labelled_tokens_whatever_the_batches(shards):
 def test_the_unigram_scores_the_same_tokens_by_their_frequency_as_labels_in_training(shards):
     held_out, train = make_packer([shards], "heldout"), make_packer([shards], "train")
     loaded = load_held_out(held_out, train, 20, 7)
-    trained = pack_all(train, *first_samples(train, 4096), 50)
+    trained = pack_all(train, *spread_samples(train, 4096), 50)
     counts = Counter(int(label) for batch in trained for label in batch.tasks["dor"].labels)
     labels = [int(label) for batch in loaded.batches for label in batch.tasks["dor"].labels]
     total, size = sum(counts.values()), shards.manifest.vocab_size
@@ -89,9 +89,11 @@ def test_the_unigram_scores_the_same_tokens_by_their_frequency_as_labels_in_trai
 
 def test_passages_are_shared_by_the_sets_of_a_mixture_and_none_held_out_is_none(shards, small_shards, tmp_path):
     mixture = make_packer([shards, shards], "heldout")
-    datasets, samples = first_samples(mixture, 9)
-    assert datasets.tolist() == [0] * 5 + [1] * 4 and samples.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    datasets, samples = first_samples(mixture, 1000)
+    datasets, samples = spread_samples(mixture, 9)
+    number = shards.num_samples("heldout")
+    assert datasets.tolist() == [0] * 5 + [1] * 4
+    assert samples.tolist() == [number * i // 5 for i in range(5)] + [number * i // 4 for i in range(4)], "spread"
+    datasets, samples = spread_samples(mixture, 1000)
     assert len(samples) == 2 * shards.num_samples("heldout")
 
     from quincunx.data_shards.block import Sample

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from quincunx.engine import tracking
 from quincunx.engine.metrics_file import METRICS_FILE, MetricsWriter, numbers, read_metrics
 from quincunx.engine.tracking import TrackingState, open_tracker, resolve_uri, view_command
 from quincunx.engine.tracking_sender import RUN_TAG, send_all
@@ -54,6 +55,12 @@ def server(tmp_path_factory):
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # it has a session of its own, and asked kindly it takes 20 s
         process.wait(30)
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """A finished run waits for its sender as long as it takes: what arrives is tested here, not how fast a machine is."""
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS_FINISHED", 400.0)
 
 
 @pytest.fixture
@@ -135,7 +142,7 @@ def test_a_full_disk_does_not_stop_the_run_and_loses_no_line_once_there_is_room(
     assert capsys.readouterr().err.count("No space left") == 1
 
 
-def test_sqlite_in_the_run_folder_holds_params_metrics_system_metrics_and_artifacts_of_one_run(tmp_path):
+def test_sqlite_in_the_run_folder_holds_params_metrics_system_metrics_and_artifacts_of_one_run(tmp_path, patient):
     (tmp_path / "settings.yaml").write_text("seed: 42\n")
     tracker = open_tracker("sqlite", tmp_path, "first", PARAMS)
     train(tracker, 1, 30)
@@ -173,7 +180,7 @@ def test_sqlite_in_the_run_folder_holds_params_metrics_system_metrics_and_artifa
     assert view_command("sqlite", tmp_path) == f"mlflow ui --backend-store-uri {uri}"
 
 
-def test_a_real_server_receives_what_a_dead_one_missed(tmp_path, server):
+def test_a_real_server_receives_what_a_dead_one_missed(tmp_path, server, patient):
     dead = f"http://127.0.0.1:{free_port()}"
     tracker = open_tracker(dead, tmp_path, "moved", PARAMS)
     train(tracker, 1, 5)
@@ -213,7 +220,7 @@ def test_a_server_that_does_not_answer_costs_neither_steps_nor_shutdown_nor_line
     assert len(list(read_metrics(tmp_path))) == 401
 
 
-def test_the_sender_dies_with_a_killed_run_and_the_next_start_sends_the_rest(tmp_path):
+def test_the_sender_dies_with_a_killed_run_and_the_next_start_sends_the_rest(tmp_path, patient):
     code = (
         "import os, signal, sys, time\n"
         "from quincunx.engine.tracking import open_tracker\n"
@@ -253,7 +260,7 @@ def test_other_ranks_and_tracking_none_start_no_sender(tmp_path):
         open_tracker("none", tmp_path / "alone", "x", PARAMS).close("done")
 
 
-def test_what_was_not_sent_can_be_sent_later_and_sending_again_adds_nothing(tmp_path):
+def test_what_was_not_sent_can_be_sent_later_and_sending_again_adds_nothing(tmp_path, patient):
     tracker = open_tracker("none", tmp_path, "again", PARAMS)
     train(tracker, 1, 1200)  # more metrics than MLflow takes in a batch
     tracker.close("finished")
