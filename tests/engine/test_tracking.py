@@ -59,7 +59,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """A finished run waits for its sender as long as it takes: what arrives is tested here, not how fast a machine is."""
+    """A finished run waits for its sender as long as it takes: what arrives is tested, not how fast."""
     monkeypatch.setattr(tracking, "CLOSE_SECONDS_FINISHED", 400.0)
 
 
