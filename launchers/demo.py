@@ -118,7 +118,7 @@ def print_results(run_folder: Path) -> bool:
     print(f"MRR@10 along the run: {curve}")
     print(
         "How to read it: held-out summary lines search for their docstrings by [CLS] vectors, without any fine-tuning"
-        "\n(1 is perfect). It falls at first: all-MiniLM-L6-v2 starts with a space made for retrieval by contrastive"
+        "\n(1 is perfect). It may fall at first: all-MiniLM-L6-v2 starts with a space made for retrieval by contrastive"
         "\ntraining, and pre-training rebuilds it. Fine-tuning comes after, and is where a pre-trained encoder earns"
         "\nits keep."
     )
