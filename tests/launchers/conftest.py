@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from quincunx.engine.environment import free_port
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHER = str(ROOT / "launchers" / "pretrain.py")
 BIN = Path(sys.executable).parent
+MARK = "QUINCUNX_TEST_COMMAND"
 TINY = {
     "encoder": "bert", "from_scratch": True, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_tokens": 32,
     "tasks": ["mkp", "cmp", "npr", "dor"], "decoder": "enhanced", "global_batch": 8, "learning_rate": 1e-3, "steps": 6,
@@ -102,45 +104,47 @@ def command(shards: Path, folder: Path, ranks: int = 1, launcher: str = "ranks",
 
 
 def begin(argv: list[str], log: Path, **environment: str) -> subprocess.Popen:
-    """Starts a training command in a session of its own, its output going to `log`."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **environment}
+    """Starts a training command, its output going to `log`; all that it starts carries a mark in its environment."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", MARK: uuid.uuid4().hex, **environment}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in environment:
             variables.pop(name, None)
     with open(log, "w") as file:
-        return subprocess.Popen(argv, stdout=file, stderr=file, env=variables, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(argv, stdout=file, stderr=file, env=variables, cwd=ROOT, start_new_session=True)
+    process.mark = f"{MARK}={variables[MARK]}".encode()
+    return process
 
 
 def run(shards: Path, folder: Path, timeout: float = 240, environment: dict | None = None, **arguments) -> Finished:
-    """Runs a tiny training to its end; kills its whole session should it not end."""
+    """Runs a tiny training to its end; kills all of it should it not end."""
     log = folder.parent / f"{folder.name}.log"
     argv = command(shards, folder, **arguments)
     process = begin(argv, log, **(environment or {}))
     try:
         code = process.wait(timeout)
     finally:
-        kill_session(process)
+        kill_all(process)
     return Finished(code, log.read_text(), folder)
 
 
-def session_members(process: subprocess.Popen) -> list[int]:
-    """Ids of all living processes of the session that `begin` started."""
-    members = []
+def members(process: subprocess.Popen) -> list[int]:
+    """Ids of all living processes that `begin` started, however remote (torchrun gives ranks sessions of their own)."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                variables = (entry / "environ").read_bytes().split(b"\0")  # a zombie's is empty
             except OSError:
                 continue
-            if fields[0] != "Z" and int(fields[3]) == process.pid:
-                members.append(int(entry.name))
-    return members
+            if process.mark in variables:
+                found.append(int(entry.name))
+    return sorted(found)
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
-    """Ids of the training processes (not launchers, not helpers) of a session, in order of their start."""
+    """Ids of the training processes (not launchers, not helpers) of a command, in order of their start."""
     found = []
-    for pid in sorted(session_members(process)):
+    for pid in members(process):
         try:
             words = [*Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"), b"", b""]
         except OSError:
@@ -150,8 +154,8 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
     return found
 
 
-def kill_session(process: subprocess.Popen) -> None:
-    for pid in session_members(process):
+def kill_all(process: subprocess.Popen) -> None:
+    for pid in members(process):
         send(pid, signal.SIGKILL)
     process.wait()
 
@@ -181,5 +185,5 @@ def committed(folder: Path) -> list[Path]:
 @pytest.fixture(scope="session")
 def harness() -> SimpleNamespace:
     """The functions above, since test modules cannot import a conftest."""
-    functions = (begin, command, committed, kill_session, lines, ranks_of, run, send, session_members, wait_until)
+    functions = (begin, command, committed, kill_all, lines, ranks_of, run, send, members, wait_until)
     return SimpleNamespace(**{function.__name__: function for function in functions}, tiny=TINY, launcher=LAUNCHER)
