@@ -88,10 +88,11 @@ def masked_softmax_attention(
 ) -> torch.Tensor:
     """Attention of padded groups, [G, H, R, C]; `visible` broadcasts to [G, H, R, L], every row must see something.
 
-    On a CPU short sequences take plain matrix products: as fast as SDPA's flash kernel there, whose exponential has 20
-    bits (its gradients of MASTER's golden case were 1.3e-4 off the published code's, these 3e-5).
+    On a CPU short float32 sequences take plain matrix products: as fast as SDPA's flash kernel there, whose exponential
+    has 20 bits (its gradients of MASTER's reference case were 1.3e-4 off the published code's, these 3e-5).
     """
-    if q_GHRC.is_cuda or k_GHLC.shape[2] > LONGEST_PLAIN:
+    is_half = q_GHRC.dtype in (torch.float16, torch.bfloat16)
+    if q_GHRC.is_cuda or is_half or k_GHLC.shape[2] > LONGEST_PLAIN:
         return F.scaled_dot_product_attention(q_GHRC, k_GHLC, v_GHLC, attn_mask=visible, scale=scale)
     scale = q_GHRC.shape[-1] ** -0.5 if scale is None else scale
     scores_GHRL = (q_GHRC * scale) @ k_GHLC.transpose(-1, -2)
