@@ -81,8 +81,10 @@ class Finished:
 
 
 def lines(folder: Path, kind: str = "train") -> dict[int, dict]:
+    """metrics.jsonl's lines of one kind by step; a last line that is still being written is left out."""
     path = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    records = [json.loads(line) for line in whole]
     return {record["step"]: record for record in records if record["kind"] == kind}
 
 
