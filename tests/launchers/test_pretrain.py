@@ -47,7 +47,7 @@ def test_every_recipe_parses_and_is_in_range(name, capsys):
 
 def test_without_a_recipe_the_demo_runs_and_says_so(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "probe demo_run/probe is no BEIR folder" in refusal()
+    assert "probe demo_run/shards/probe is no BEIR folder" in refusal()
     assert "no --recipe given: running the demo recipe" in capsys.readouterr().out
 
 
