@@ -206,7 +206,8 @@ def write_plan(settings: BuildSettings, identity: dict[str, Any], work: Path, sa
     """Puts the tokenizer into the working folder, trained where the settings ask for it, and returns the plan."""
     folder = work / "tokenizer"
     if not folder.exists():
-        from quincunx.data_shards.tokenizer import load_tokenizer, train_wordpiece
+        from quincunx.data_shards.tokenizer import load_tokenizer
+        from quincunx.data_shards.tokenizer_training import train_wordpiece
 
         if settings.tokenizer.startswith(TRAIN_PREFIX):
             size = int(settings.tokenizer.removeprefix(TRAIN_PREFIX))

@@ -1,4 +1,4 @@
-"""Any Hugging Face fast tokenizer, text to token ids and word starts; and one trained on the corpus.
+"""Any Hugging Face fast tokenizer: text to token ids and word starts.
 
 Masks are drawn over whole words, so every token carries one bit: it starts a word. WordPiece tokenizers decide that
 by their own pre-tokenisation (as the papers do: a word is a token and the "##" tokens after it). Byte-level BPE
@@ -10,8 +10,7 @@ written without spaces (see `word_starts`).
 import json
 import sys
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PACKAGE_PREFIX = "package:"
-ALPHABET_LIMIT = 1000
-PRIVATE_PLANE = 0xF0000  # code points that no text uses
-WORDPIECE_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SPACE, LETTER, SYMBOL, UNSPACED = range(4)
 # Scripts written without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han and its extensions.
 UNSPACED_RANGES = [
@@ -214,54 +210,3 @@ def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list
             starts = word_starts(text, words, offsets)
         tokenized.append(Tokens(token_ids, starts, np.maximum.accumulate(offsets[:, 1])))
     return tokenized
-
-
-def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> "PreTrainedTokenizerFast":
-    """A BERT tokenizer trained on `texts` (a sample of tens of megabytes is plenty; its words are held in memory).
-
-    The same texts give the same vocabulary of at most `vocab_size` tokens. The library's WordPiece trainer numbers the
-    "##" characters in the order of a randomly seeded hash map, and ties between merges go by number, so its vocabulary
-    differs from run to run. Its plain BPE trainer does not: we give it every continuing character as a private
-    code point and turn those back into "##". The alphabet is the 1,000 most frequent characters; others become [UNK].
-
-    Raises:
-        SettingsError: vocab_size below 300 or above 1,000,000.
-    """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    from transformers import BertTokenizerFast
-
-    if not 300 <= vocab_size <= 1_000_000:
-        raise SettingsError(f"a vocabulary of {vocab_size} was asked for: give 300 to 1000000 (8192 is a small one)")
-    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
-    words: Counter[str] = Counter()
-    for text in texts:
-        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
-    characters: Counter[str] = Counter()
-    for word, count in words.items():
-        for character in word:
-            characters[character] += count
-    limit = min(ALPHABET_LIMIT, vocab_size // 3)
-    alphabet = sorted(characters, key=lambda character: (-characters[character], character))[:limit]
-    continuing = {ord(character): chr(PRIVATE_PLANE + k) for k, character in enumerate(alphabet)}
-    originals = {ord(private): chr(code) for code, private in continuing.items()}
-
-    def training_texts() -> Iterator[str]:
-        known = set(alphabet)
-        for word, count in words.items():
-            if known.issuperset(word):
-                yield f"{word[0]}{word[1:].translate(continuing)} " * count
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(WORDPIECE_SPECIAL),
-        min_frequency=2,
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    bpe.train_from_iterator(training_texts(), trainer)
-    by_number = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    pieces = [("##" if ord(token[0]) in originals else "") + token.translate(originals) for token, _ in by_number]
-    vocabulary = {token: number for number, token in enumerate([*WORDPIECE_SPECIAL, *pieces])}
-
-    return prepare_tokenizer(BertTokenizerFast(vocab=vocabulary, do_lower_case=lowercase), f"train:{vocab_size}")

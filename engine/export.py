@@ -19,8 +19,7 @@ from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.bundle import write_bundle
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
-from quincunx.engine.model_card import PLOT_FILE, learned_settings, model_card
-from quincunx.engine.plots import plot_losses
+from quincunx.engine.model_card import PLOT_FILE, learned_settings, model_card, plot_losses
 
 if TYPE_CHECKING:
     import torch

@@ -2,20 +2,22 @@
 
 The first passages of the shards' held-out split are packed once, with the masks of epoch 0. A task's loss is a mean
 over its labelled tokens, in nats, and stands beside the unigram cross-entropy of the very same tokens: what a model
-that ignores the text reaches by knowing how often each token is a label in training. Tasks label different words, so
-only the distance to a task's own unigram can be compared.
+that ignores the text reaches by knowing how often each token is a label in training: the plateau that small models from
+scratch sit on. Tasks label different words (keyword tasks the rare ones), so only the distance to a task's own unigram
+can be compared.
 
 Every rank must call run_held_out: the ranks share the batches, and under ZeRO-3 each forward gathers weights from all
 of them, so all run the same number of forwards.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quincunx.data_shards.batches import PackedBatch
-from quincunx.engine.ranks import rank_and_world, sum_over_ranks
+from quincunx.engine.environment import rank_and_world, sum_over_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 UNIGRAM_PASSAGES = 4096  # training passages that label frequencies are counted on
 PASSAGES_A_PACK = 256
+PSEUDO_COUNTS = 10.0 ** np.arange(-4, 1)
+"""Candidates of the count that every id of the vocabulary is given before the first label is seen."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,6 @@ def pack_all(packer: "Packer", datasets: np.ndarray, samples: np.ndarray, micro_
 
 def unigram_cross_entropy(batches: list[PackedBatch], trained: list[PackedBatch], vocab_size: int) -> dict[str, float]:
     """Nats per labelled token of `batches` under the label frequencies of `trained`, task by task."""
-    from quincunx.data_shards.unigram import count_labels, log_probabilities
-
     counts = count_labels(trained, vocab_size)
     unigram = {}
     for task, labels in labels_by_task(batches).items():
@@ -90,6 +92,34 @@ def labels_by_task(batches: list[PackedBatch]) -> dict[str, np.ndarray]:
     for task in batches[0].tasks:
         labels[task] = np.concatenate([batch.tasks[task].labels for batch in batches])
     return labels
+
+
+def count_labels(batches: Iterable[PackedBatch], vocab_size: int) -> dict[str, np.ndarray]:
+    """How often each id is a label of the encoder ("mlm") and of each task, int64 [vocab_size]."""
+    counts: dict[str, np.ndarray] = {}
+    for batch in batches:
+        labels = {"mlm": batch.encoder_labels} | {name: task.labels for name, task in batch.tasks.items()}
+        for name, ids in labels.items():
+            counts[name] = counts.get(name, 0) + np.bincount(ids, minlength=vocab_size)
+    return counts
+
+
+def log_probabilities(counts: np.ndarray) -> np.ndarray:
+    """Natural logarithms of the smoothed label distribution, float64 [vocab_size]; uniform where nothing was counted.
+
+    The mean of -log_probabilities(counts)[labels] over held-out labels is their unigram cross-entropy in nats.
+
+    Every id is given a pseudo-count, the one of PSEUDO_COUNTS under which the counted labels are likeliest, each with
+    itself left out: a pseudo-count of 1 would raise the plateau on small corpora and make it easier to pass.
+    """
+    total = counts.sum()
+
+    def left_out_likelihood(pseudo_count: float) -> float:
+        seen = counts[counts > 0]
+        return float(seen @ np.log((seen - 1 + pseudo_count) / (total - 1 + pseudo_count * len(counts))))
+
+    pseudo_count = max(PSEUDO_COUNTS, key=left_out_likelihood) if total > 1 else 1.0
+    return np.log((counts + pseudo_count) / (total + pseudo_count * len(counts)))
 
 
 def run_held_out(model: Any, held_out: HeldOut, device: "torch.device") -> dict[str, float]:

@@ -1,6 +1,18 @@
-"""What the optimizer is told: the learning rate of a step, and which parameters decay."""
+"""The optimizer: its learning rate, its parameter groups, and the operator it needs where it is offloaded.
 
+torch marks the compilation of an operator with a file, which a killed process leaves behind and every later one waits
+for, without end. In compile_once, ranks and runs take turns by the kernel's lock (flock), which dies with its holder:
+whoever holds it knows that a mark still there is a dead process's, and removes it. For that the operators are compiled
+in a folder of ours, `~/.cache/quincunx/torch_extensions`, unless TORCH_EXTENSIONS_DIR names another.
+"""
+
+import fcntl
+import os
+import sys
+from pathlib import Path
 from typing import Any
+
+LOCK_FILE = "quincunx.lock"
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, warmup_share: float) -> float:
@@ -24,3 +36,26 @@ def parameter_groups(model, weight_decay: float) -> list[dict[str, Any]]:
         {"params": decaying, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+
+
+def compile_once(builder: Any, is_main: bool) -> None:
+    """Compiles and loads a DeepSpeed operator; later calls on this machine only load it.
+
+    builder: a DeepSpeed op builder (deepspeed.ops.op_builder). is_main: says on stderr that it takes a minute.
+    """
+    import torch
+
+    default = Path.home() / ".cache" / "quincunx" / "torch_extensions" / build_name(torch.__version__)
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK_FILE, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / builder.name / "lock").unlink(missing_ok=True)
+        if is_main and not list((folder / builder.name).glob("*.so")):
+            print(f"compiling DeepSpeed's {builder.name} (once, about a minute)", file=sys.stderr, flush=True)
+        builder.load(verbose=False)
+
+
+def build_name(torch_version: str) -> str:
+    """Folder for what this Python and torch can load together: `py311_torch2.13.0+cpu`."""
+    return f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch_version}"

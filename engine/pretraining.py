@@ -19,12 +19,11 @@ from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, Checkpoin
 from quincunx.data_shards.hashing import fold, mix
 from quincunx.engine.checkpoint import load_checkpoint
 from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
-from quincunx.engine.compile_once import compile_once
 from quincunx.engine.deepspeed_config import fill_config, lookup, precision_of
 from quincunx.engine.environment import Environment
 from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
 from quincunx.engine.held_out import run_held_out
-from quincunx.engine.optimizer import learning_rate_at, parameter_groups
+from quincunx.engine.optimizer import compile_once, learning_rate_at, parameter_groups
 from quincunx.engine.preparation import Prepared, prepare
 from quincunx.engine.probe import run_probe
 from quincunx.engine.resume import Resume, choose_checkpoint, run_state

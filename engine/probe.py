@@ -18,7 +18,7 @@ import numpy as np
 
 from quincunx.data_shards.batches import PackedText
 from quincunx.data_shards.errors import DataError
-from quincunx.engine.ranks import gather_rows, rank_and_world
+from quincunx.engine.environment import gather_rows, rank_and_world
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from quincunx.data_shards.batches import PackedBatch
+from quincunx.engine.environment import sum_over_ranks
 from quincunx.engine.model import PretrainModel, StepOutput
-from quincunx.engine.ranks import sum_over_ranks
 
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIE": 756e12, "GH200": 989e12, "H100": 989e12, "A100": 312e12,

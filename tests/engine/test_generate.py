@@ -11,7 +11,8 @@ import torch
 
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.passages import read_passages
-from quincunx.data_shards.tokenizer import load_tokenizer, special_ids, train_wordpiece
+from quincunx.data_shards.tokenizer import load_tokenizer, special_ids
+from quincunx.data_shards.tokenizer_training import train_wordpiece
 from quincunx.engine.generate import GenerateSettings, generate_corpus
 from quincunx.engine.generator import Sampling, draw, load_generator, uniform
 

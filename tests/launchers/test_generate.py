@@ -21,7 +21,7 @@ def given(tmp_path_factory) -> list[str]:
     """The arguments of a run over 60 passages in 12 parts with a small GPT-2."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from quincunx.data_shards.tokenizer import train_wordpiece
+    from quincunx.data_shards.tokenizer_training import train_wordpiece
 
     folder = tmp_path_factory.mktemp("generate")
     texts = [f"passage number {k} says that {k * 7919} is a number and nothing else" for k in range(60)]
