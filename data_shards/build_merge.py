@@ -114,8 +114,8 @@ def check_duplicates(plan: TaskPlan, shards: list[ShardEntry], output: Path) -> 
     if duplicates:
         listed = ", ".join(f"{passage_id!r} ({count} times)" for passage_id, count in islice(duplicates.items(), 5))
         raise DataError(
-            f"{len(duplicates)} passage ids of {plan.path} occur more than once: {listed}; ids must be unique, because "
-            "generations and held-out passages are found by them"
+            f"{len(duplicates)} passage ids of {plan.path} occur more than once: {listed}; generations and held-out "
+            "passages are found by id, so give every passage its own and build again with --overwrite"
         )
 
 

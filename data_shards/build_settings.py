@@ -6,6 +6,10 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.manifest import DEFAULT_BLOCK_SAMPLES, DEFAULT_NUM_BUCKETS, DEFAULT_SHARD_BYTES
 
 TRAIN_PREFIX = "train:"
+TRAINED_SIZES = range(300, 1_000_001)
+"""Vocabulary sizes of a tokenizer trained on the corpus."""
+SHORTEST_PASSAGE = 4
+"""Least max_tokens: [CLS], two tokens, [SEP]."""
 EXECUTORS = ("local", "slurm", "ray")
 
 
@@ -62,10 +66,16 @@ class BuildSettings:
 def check_settings(settings: BuildSettings) -> None:
     """Raises SettingsError for values out of range, all at once."""
     power_of_two = settings.num_buckets > 0 and settings.num_buckets & (settings.num_buckets - 1) == 0
+    to_train = settings.tokenizer.startswith(TRAIN_PREFIX)
+    size = settings.tokenizer.removeprefix(TRAIN_PREFIX) if to_train else str(TRAINED_SIZES[0])
+    trainable = size.isascii() and size.isdigit() and int(size) in TRAINED_SIZES
     problems = [
         problem
         for problem, holds in {
-            f"max_tokens is {settings.max_tokens}, give 3 or more": settings.max_tokens < 3,
+            f"max_tokens is {settings.max_tokens}, give {SHORTEST_PASSAGE} or more": settings.max_tokens
+            < SHORTEST_PASSAGE,
+            f"tokenizer is {settings.tokenizer}, give train:N with N from 300 to 1000000": not trainable,
+            f"tokenizer_megabytes is {settings.tokenizer_megabytes}, give 1 or more": settings.tokenizer_megabytes < 1,
             f"held_out_share is {settings.held_out_share}, give 0 or more and less than 1": not (
                 0 <= settings.held_out_share < 1
             ),

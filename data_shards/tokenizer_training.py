@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import prepare_tokenizer
 
 if TYPE_CHECKING:
@@ -22,15 +21,10 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
     "##" characters in the order of a randomly seeded hash map, and ties between merges go by number, so its vocabulary
     differs from run to run. Its plain BPE trainer does not: we give it every continuing character as a private
     code point and turn those back into "##". The alphabet is the 1,000 most frequent characters; others become [UNK].
-
-    Raises:
-        SettingsError: vocab_size below 300 or above 1,000,000.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizerFast
 
-    if not 300 <= vocab_size <= 1_000_000:
-        raise SettingsError(f"a vocabulary of {vocab_size} was asked for: give 300 to 1000000 (8192 is a small one)")
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
     words: Counter[str] = Counter()
     for text in texts:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.settings import PretrainSettings
+from quincunx.engine.settings import PretrainSettings, find_problems
 
 BUNDLED = Path(__file__).parent.parent / "ds_configs"
 LARGEST_DEFAULT_MICRO_BATCH = 32
@@ -28,7 +28,6 @@ OWNED_BY_RECIPE = {
 }
 """Key of the JSON -> the settings that decide it."""
 
-
 SECTIONS = (
     "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "optimizer",
     "scheduler", "fp16", "bf16", "checkpoint",
@@ -44,6 +43,19 @@ KNOWN_KEYS = frozenset({
     "use_data_before_expert_parallelism", "tensor_parallel",
 })  # fmt: skip
 """DeepSpeed ignores a key it does not know; here a typing error is an error."""
+
+
+def check_settings(settings: PretrainSettings, world_size: int) -> tuple[dict[str, Any], int]:
+    """(the DeepSpeed JSON as given, passages of one forward pass of one rank), once nothing contradicts anything.
+
+    Raises one SettingsError that names everything that is wrong with the settings, the JSON and the two together.
+    """
+    config = load_deepspeed_json(settings.deepspeed)
+    micro_batch, batch_problems = choose_micro_batch(config, settings, world_size)
+    problems = find_problems(settings) + find_conflicts(config, settings) + batch_problems
+    if problems:
+        raise SettingsError("; ".join(problems))
+    return config, micro_batch
 
 
 def load_deepspeed_json(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Everything a run needs before its ranks talk to each other, and every error that can be found that early.
 
-What a user got wrong in the settings and the DeepSpeed JSON comes as one SettingsError with all of it; then shards,
-then the model. Each rank does this alone; order and random weights are functions of the seed.
+What a user got wrong in the settings and the DeepSpeed JSON comes first, as one SettingsError with all of it; then the
+machine, the shards, the model. Each rank does this alone; order and random weights are functions of the seed.
 """
 
 import hashlib
@@ -21,12 +21,13 @@ from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import check_tasks_against
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.bundle import is_bundle, load_bundle
-from quincunx.engine.deepspeed_config import choose_micro_batch, find_conflicts, load_deepspeed_json
+from quincunx.engine.deepspeed_config import check_settings, fill_config
 from quincunx.engine.environment import Environment
 from quincunx.engine.held_out import HeldOut, load_held_out
+from quincunx.engine.host_memory import return_freed_memory
 from quincunx.engine.model import PretrainModel, build_model
 from quincunx.engine.probe import Probe, load_probe
-from quincunx.engine.settings import PretrainSettings, find_problems, total_steps
+from quincunx.engine.settings import PretrainSettings, total_steps
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Prepared:
     """The parts of a run, on one rank, before the process group starts."""
 
     config: dict[str, Any]
-    """The DeepSpeed JSON as given."""
+    """The DeepSpeed JSON, filled."""
     micro_batch: int
     total_steps: int
     cuda: bool
@@ -49,12 +50,11 @@ class Prepared:
 
 def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
     """Checks settings, JSON, shards and model, and opens them. Raises SettingsError or DataError."""
-    config = load_deepspeed_json(settings.deepspeed)
-    micro_batch, batch_problems = choose_micro_batch(config, settings, environment.world_size)
-    cuda, device_problems = choose_device(settings, environment)
-    problems = find_problems(settings) + find_conflicts(config, settings) + batch_problems + device_problems
-    if problems:
-        raise SettingsError("; ".join(problems))
+    config, micro_batch = check_settings(settings, environment.world_size)
+    cuda = choose_device(settings, environment)
+    config = fill_config(config, settings, micro_batch, environment.world_size, cuda)
+    if not cuda:
+        return_freed_memory()
 
     pairs = settings.shard_weights()
     shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path, _ in pairs]
@@ -95,20 +95,20 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
     )
 
 
-def choose_device(settings: PretrainSettings, environment: Environment) -> tuple[bool, list[str]]:
-    """(whether to train on a GPU, what is wrong with the devices of this machine)."""
+def choose_device(settings: PretrainSettings, environment: Environment) -> bool:
+    """Whether to train on a GPU. Raises SettingsError where this machine has none for this rank."""
     if settings.device == "cpu" or (settings.device == "auto" and not torch.cuda.is_available()):
-        return False, []
+        return False
     if not torch.cuda.is_available():
-        return False, [
+        raise SettingsError(
             "device is cuda and this machine has no GPU that torch can use; take --device cpu or another machine"
-        ]
+        )
     if environment.local_rank >= torch.cuda.device_count():
-        return True, [
+        raise SettingsError(
             f"rank {environment.rank} is number {environment.local_rank + 1} on its machine, which has "
             f"{torch.cuda.device_count()} GPUs; start at most one rank per GPU, or take --device cpu"
-        ]
-    return True, []
+        )
+    return True
 
 
 def check_tokenizer(settings: PretrainSettings, shard_sets: list[ShardSet]) -> None:

@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 
 from quincunx.data_shards.batches import PackedBatch
-from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError
+from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError, SettingsError
 from quincunx.data_shards.hashing import fold, mix
 from quincunx.engine.checkpoint import load_checkpoint
 from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
-from quincunx.engine.deepspeed_config import fill_config, lookup, precision_of
+from quincunx.engine.deepspeed_config import lookup, precision_of
 from quincunx.engine.environment import Environment
 from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
 from quincunx.engine.held_out import run_held_out
 from quincunx.engine.optimizer import compile_once, learning_rate_at, parameter_groups
 from quincunx.engine.preparation import Prepared, prepare
 from quincunx.engine.probe import run_probe
-from quincunx.engine.resume import Resume, choose_checkpoint, run_state
+from quincunx.engine.resume import Resume, choose_checkpoint, fingerprint, run_state
 from quincunx.engine.run_folder import RunFolder
 from quincunx.engine.settings import PretrainSettings, as_plain, find_idle_settings
 from quincunx.engine.signals import StopRequest, Watchdog
@@ -68,14 +68,13 @@ def pretrain(settings: PretrainSettings, environment: Environment) -> int:
     """
     stop_request = StopRequest(launched=environment.launcher != "python")
     prepared = prepare(settings, environment)
-    config = fill_config(prepared.config, settings, prepared.micro_batch, environment.world_size, prepared.cuda)
     folder = RunFolder(settings.output, environment.is_main)
     resume = None
     if environment.is_main:
-        resume = choose_checkpoint(settings, prepared, folder, config, environment.world_size)
+        resume = choose_checkpoint(settings, prepared, folder, environment.world_size)
         folder.write_settings(as_plain(settings))
         save_model_files(folder.path, prepared.model, prepared.shard_sets[0].tokenizer_folder)
-    run = start(settings, environment, prepared, config, folder, resume, stop_request)
+    run = start(settings, environment, prepared, folder, resume, stop_request)
     status = "failed"
     try:
         code = train(run)
@@ -95,7 +94,6 @@ def start(
     settings: PretrainSettings,
     environment: Environment,
     prepared: Prepared,
-    config: dict[str, Any],
     folder: RunFolder,
     resume: Resume | None,
     stop_request: StopRequest,
@@ -107,6 +105,7 @@ def start(
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed.*deprecated")
     import deepspeed
 
+    config = prepared.config
     environment.export()
     deepspeed.utils.logger.setLevel("WARNING")
     # A shared-memory reduction for inference, which DeepSpeed would compile for a minute and training never calls.
@@ -120,9 +119,15 @@ def start(
     backend = "nccl" if prepared.cuda else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
     control = dist.new_group(backend="gloo", timeout=patience)
-    told = [resume]
+    found = fingerprint(settings, prepared)
+    told = [resume, found]
     dist.broadcast_object_list(told, src=0, group=control)
-    resume = told[0]
+    resume, found_by_rank_0 = told
+    if found != found_by_rank_0:
+        raise SettingsError(
+            f"not all machines have the same files or settings: {found} here, {found_by_rank_0} on rank 0; "
+            "give all of them the same command and the same files"
+        )
 
     if resume is not None and resume.universal:
         config = {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}

@@ -35,11 +35,11 @@ class Resume:
 
 
 def choose_checkpoint(
-    settings: PretrainSettings, prepared: Prepared, folder: RunFolder, config: dict[str, Any], world_size: int
+    settings: PretrainSettings, prepared: Prepared, folder: RunFolder, world_size: int
 ) -> Resume | None:
     """The checkpoint to resume from, None to start from nothing; sets an earlier run aside for --fresh.
 
-    config: the filled DeepSpeed JSON. Prints why a newer checkpoint is skipped and what has changed since. Raises
+    Prints why a newer checkpoint is skipped and what has changed since. Raises
     CheckpointError where checkpoints exist and none can be continued.
     """
     if settings.fresh and (aside := folder.set_aside()) is not None:
@@ -60,11 +60,17 @@ def choose_checkpoint(
             damaged.rename(damaged.with_name(f"{DAMAGED}{damaged.name}"))
     for change in check_fits(checkpoint, settings, prepared):
         print(f"warning: resuming with a changed setting: {change}", flush=True)
-    stage = config["zero_optimization"]["stage"]
-    if not needs_conversion(checkpoint, world_size, stage, precision_of(config)):
+    stage = prepared.config["zero_optimization"]["stage"]
+    if not needs_conversion(checkpoint, world_size, stage, precision_of(prepared.config)):
         return Resume(checkpoint, checkpoint.folder, universal=False)
     print(f"converting {checkpoint.folder.name} from {checkpoint.world_size} to {world_size} ranks", flush=True)
     return Resume(checkpoint, convert(checkpoint), universal=True)
+
+
+def fingerprint(settings: PretrainSettings, prepared: Prepared) -> str:
+    """What every rank must have found: another one on some machine would train on other data or another model."""
+    datasets = ", ".join(prepared.dataset_ids)
+    return f"dataset {datasets}, model {prepared.model_digest}, settings {settings_digest(settings)}"
 
 
 def run_state(settings: PretrainSettings, prepared: Prepared, counters: dict[str, Any], run_id: str) -> dict[str, Any]:

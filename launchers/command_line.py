@@ -171,9 +171,22 @@ def readable(message: str, settings_class: type) -> str:
     found = re.search(r'Parser key "(\w+)".*?(?:Got value|Given value): (.*)', message)
     if found is None or found[1] not in field_types(settings_class):
         return message
-    kind = field_types(settings_class)[found[1]]
-    allowed = getattr(kind, "__name__", "") if isinstance(kind, type) else str(kind).replace("typing.", "")
-    return f"{found[1]} must be {allowed}, given {found[2]}"
+    allowed, given = in_words(field_types(settings_class)[found[1]]), found[2].partition(" - Expected")[0]
+    return f"{found[1]} must be {allowed}, given {given}"
+
+
+def in_words(kind: Any) -> str:
+    """A field's type as a user would say it: `list[float] | None` is "numbers, or null"."""
+    plain = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}
+    many = {int: "whole numbers", float: "finite numbers", str: "texts"}
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return ", or ".join(in_words(option) for option in inner)
+    if origin is typing.Literal:
+        return " or ".join(map(str, inner))
+    if origin is tuple and ... not in inner:
+        return f"{len(inner)} {many[inner[0]]}"
+    return many[inner[0]] if origin in (list, tuple) else plain.get(kind, str(kind))
 
 
 def suggestion(name: str, known: set[str]) -> str:

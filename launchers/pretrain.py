@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, exit_with_one_sentence
+from quincunx.engine.deepspeed_config import check_settings
 from quincunx.engine.environment import Environment, discover_environment
 from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers.command_line import parse_settings
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"no --recipe given: running the {DEFAULT_RECIPE} recipe ({RECIPES / DEFAULT_RECIPE}.yaml)", flush=True
             )
 
+        check_settings(settings, environment.world_size)  # answered at once: what follows takes seconds to import
         from quincunx.engine.pretraining import pretrain
 
         return pretrain(settings, environment)

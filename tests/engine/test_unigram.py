@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from quincunx.data_shards.packer import Packer
+from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.held_out import count_labels, log_probabilities
 
@@ -35,10 +36,10 @@ def test_no_label_or_one_label_still_gives_a_distribution(counts):
     assert np.exp(log_probabilities(counts)).sum() == pytest.approx(1, abs=1e-12)
 
 
-def test_every_label_of_a_batch_is_counted_once_under_its_task(shard_set):
+def test_every_label_of_a_batch_is_counted_once_under_its_task(small_shards):
     tasks = [TaskSpec(name="mkp", decoder="masked"), TaskSpec(name="dor", decoder="enhanced")]
     packer = Packer(
-        [shard_set],
+        [open_shards(small_shards)],
         tasks,
         encoder_mask_rate=0.3,
         decoder_mask_rate=0.5,

@@ -296,6 +296,11 @@ def test_an_empty_corpus_a_bad_line_and_a_missing_file_are_one_sentence_each(tmp
     with pytest.raises(SettingsError, match=r"max_tokens is 2.*executor is moon.*num_buckets is 3") as refused:
         build_shards(replace(skipping, max_tokens=2, executor="moon", num_buckets=3), **quiet)
     assert "\n" not in str(refused.value)
+    for tokenizer in ("train:0", "train:abc", "train:", "train:2000000"):
+        with pytest.raises(SettingsError, match=f"tokenizer is {tokenizer}, give train:N with N from 300 to 1000000"):
+            build_shards(replace(skipping, tokenizer=tokenizer), **quiet)
+    with pytest.raises(SettingsError, match="tokenizer_megabytes is 0, give 1 or more"):
+        build_shards(replace(skipping, tokenizer_megabytes=0), **quiet)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small file system")

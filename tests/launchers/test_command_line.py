@@ -53,8 +53,8 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
     [
         (["--rat", "1"], "unknown setting --rat, did you mean rate?"),
         (["--zzz"], "unknown setting --zzz; --help lists the settings"),
-        (["--kind", "other"], "kind must be Literal['masked', 'enhanced'], given other"),
-        (["--steps", "many"], "steps must be int | None, given many"),
+        (["--kind", "other"], "kind must be masked or enhanced, given other"),
+        (["--steps", "many"], "steps must be a whole number, or null, given many"),
         (["--rate"], "--rate takes one value, 0 given: none"),
         (["--rate", "1", "2"], "--rate takes one value, 2 given: 1 2"),
         (["rate=1"], "unexpected argument 'rate=1'; every setting is given as --name value"),
