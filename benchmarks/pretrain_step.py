@@ -42,11 +42,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def packed_step(arguments: argparse.Namespace) -> Callable[[], None]:
-    """One step of the model that trains."""
+    """One step of the model that trains, with memory handled as engine/preparation.py has it."""
     import torch
     from synthetic import make_batch, passage_lengths, recipe_tasks
 
     from quincunx.engine.encoder import ScratchShape
+    from quincunx.engine.host_memory import return_freed_memory
     from quincunx.engine.model import build_model
     from quincunx.engine.tensors import to_tensors
 
@@ -62,6 +63,7 @@ def packed_step(arguments: argparse.Namespace) -> Callable[[], None]:
         vocab_size=VOCAB_SIZE,
         pad_token_id=0,
     ).train()
+    return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     counts = torch.tensor(batch.num_labels())
 
@@ -100,10 +102,7 @@ def serve(arguments: argparse.Namespace) -> None:
     """Runs a step for every line on stdin and answers with its seconds and the process's peak memory in GB."""
     import torch
 
-    from quincunx.engine.host_memory import return_freed_memory
-
     torch.set_num_threads(arguments.threads)
-    return_freed_memory()
     step = packed_step(arguments) if arguments.model == "packed" else padded_step(arguments)
     for _ in sys.stdin:
         start = time.perf_counter()

@@ -7,7 +7,6 @@ Letters: T tokens, S sequences, M labelled rows, R rows that ask, D channels, H 
 the position table.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.encoder import LeanDropout
+from quincunx.engine.lean_modules import ActivatedLinear, LeanDropout
 from quincunx.engine.tensors import TensorTask
 from quincunx.kernels.enhanced_attention import enhanced_attention, visible_attention
 from quincunx.kernels.packed_attention import packed_attention
@@ -32,37 +31,6 @@ class LayerShape:
     eps: float
     dropout: float
     init_std: float
-
-
-class ActivatedLinear(nn.Linear):
-    """Linear(activation(x)) that keeps x alone for the backward pass and applies the activation again there.
-
-    A fifth of a decoder layer's activations, for one elementwise operation.
-    """
-
-    def __init__(self, inputs: int, outputs: int, activation: Callable[[torch.Tensor], torch.Tensor]):
-        super().__init__(inputs, outputs)
-        self.activation = activation
-
-    def forward(self, x_RF: torch.Tensor) -> torch.Tensor:
-        return _ActivatedLinear.apply(x_RF, self.weight, self.bias, self.activation)
-
-
-class _ActivatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_RF, weight_DF, bias_D, activation):
-        ctx.save_for_backward(x_RF, weight_DF)
-        ctx.activation = activation
-        return torch.addmm(bias_D, activation(x_RF), weight_DF.T)
-
-    @staticmethod
-    def backward(ctx, gradient_RD):
-        x_RF, weight_DF = ctx.saved_tensors
-        with torch.enable_grad():
-            x_RF = x_RF.detach().requires_grad_()
-            active_RF = ctx.activation(x_RF)
-        (x_gradient_RF,) = torch.autograd.grad(active_RF, x_RF, gradient_RD @ weight_DF)
-        return x_gradient_RF, gradient_RD.T @ active_RF.detach(), gradient_RD.sum(0), None
 
 
 class DecoderLayer(nn.Module):

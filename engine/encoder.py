@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import resolve_model
+from quincunx.engine.lean_modules import make_lean
 from quincunx.kernels.packed_attention import packed_attention
 
 PACKED = "quincunx_packed"
@@ -142,7 +143,7 @@ def load_encoder(
             f"the shards' tokenizer has {vocab_size} words, encoder {name} embeds "
             f"{encoder.word_embeddings.num_embeddings}; build the shards with the encoder's own tokenizer"
         )
-    _replace_dropout(encoder, dropout)
+    make_lean(encoder, dropout)
     if gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
     return encoder, head_weights(masked_lm, encoder) if has_head else None
@@ -230,22 +231,6 @@ def _check_type(name: str, config: PretrainedConfig) -> None:
             f"encoder {name!r} is of type {config.model_type}, for which transformers has no masked language model; "
             "give a bidirectional encoder (BERT, RoBERTa, ELECTRA, XLM-R, ModernBERT)"
         )
-
-
-class LeanDropout(nn.Dropout):
-    """nn.Dropout that keeps one byte an element for the backward pass; a CPU's keeps a float."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.native_dropout(x, self.p, True)[0] if self.training and self.p > 0 else x
-
-
-def _replace_dropout(module: nn.Module, rate: float | None) -> None:
-    """Makes every dropout inside `module` lean, at `rate` (None: its own)."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Dropout):
-            setattr(module, name, LeanDropout(child.p if rate is None else rate))
-        else:
-            _replace_dropout(child, rate)
 
 
 def head_weights(masked_lm: nn.Module, encoder: PackedEncoder) -> dict[str, torch.Tensor] | None:

@@ -53,8 +53,6 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
     config, micro_batch = check_settings(settings, environment.world_size)
     cuda = choose_device(settings, environment)
     config = fill_config(config, settings, micro_batch, environment.world_size, cuda)
-    if not cuda:
-        return_freed_memory()
 
     pairs = settings.shard_weights()
     shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path, _ in pairs]
@@ -77,6 +75,8 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
         num_workers=settings.num_workers,
     )
     model = make_model(settings, shard_sets[0], report=print if environment.is_main else lambda line: None)
+    if not cuda:
+        return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
     held_out = None
     if settings.held_out_every:
         held_out = load_held_out(packers["heldout"], packers["train"], settings.held_out_passages, micro_batch)

@@ -1,7 +1,7 @@
 """The LM head's output projection and its cross-entropy in one call, chunked: the [N, V] logits never exist at once.
 
 Letters: N labelled rows of the encoder and all decoders, concatenated by task; D channels; V vocabulary; K rows of one
-chunk, P the vocabulary padded to aligned rows.
+chunk.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,6 @@ import torch
 # Logits of one chunk take at most this many elements: 274 rows of BERT's vocabulary, 34 MB in float32, on a CPU; 17,589
 # rows, 1 GB in bf16, on a GPU, where small chunks would be bound by the traffic of dW.
 LARGEST_CHUNK = {"cpu": 2**23, "cuda": 2**29}
-# Rows of logits begin at multiples of this many elements: where they straddle cache lines, as 30,522 do, MKL's logits
-# product runs at 52 instead of 76 GFLOP/s (one core of an EPYC 9004). Padding columns are -inf and leave no trace.
-ROW_ALIGNMENT = 64
 
 
 def linear_cross_entropy(
@@ -51,6 +48,15 @@ def linear_cross_entropy(
     )
 
 
+def logits(hidden_KD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor) -> torch.Tensor:
+    """hidden @ weight.T + bias, [K, V]. In float32 on a CPU by oneDNN, where torch's own choice, MKL, takes twice as
+    long on AMD's processors (docs/log.md)."""
+    on_cpu = hidden_KD.device.type == "cpu" and hidden_KD.dtype == torch.float32
+    if on_cpu and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(hidden_KD, weight_VD, bias_V, "none", [], "")
+    return torch.addmm(bias_V, hidden_KD, weight_VD.T)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, wants_gradient):
@@ -67,31 +73,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_gradient_ND = torch.empty_like(hidden_ND)
             weight_gradient_VD = torch.zeros_like(weight_VD, dtype=wide)
             bias_gradient_V = torch.zeros_like(bias_V, dtype=wide)
-        num_words = weight_VD.shape[0]
-        padded_words = -(-num_words // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        workspace_KP = hidden_ND.new_empty(min(chunk_rows, num_rows), padded_words)
         for start in range(0, num_rows, chunk_rows):
             rows = slice(start, min(start + chunk_rows, num_rows))
             hidden_KD, labels_K1 = hidden_ND[rows], labels_N[rows, None]
-            logits_KP = workspace_KP[: hidden_KD.shape[0]]
-            torch.addmm(bias_V, hidden_KD, weight_VD.T, out=logits_KP[:, :num_words])
-            logits_KP[:, num_words:] = float("-inf")
-            scores_KP = logits_KP.to(wide)
-            highest_K1, target_K1 = scores_KP.amax(-1, keepdim=True), scores_KP.gather(1, labels_K1)
+            scores_KV = logits(hidden_KD, weight_VD, bias_V).to(wide)
+            highest_K1, target_K1 = scores_KV.amax(-1, keepdim=True), scores_KV.gather(1, labels_K1)
             correct_N[rows] = (target_K1 >= highest_K1)[:, 0]
-            torch.softmax(scores_KP, dim=-1, out=scores_KP)
+            torch.softmax(scores_KV, dim=-1, out=scores_KV)
             # The highest probability is at least 1 / V, so this log never sees an underflow.
-            nll_N[rows] = (highest_K1 - target_K1 - scores_KP.amax(-1, keepdim=True).log())[:, 0]
+            nll_N[rows] = (highest_K1 - target_K1 - scores_KV.amax(-1, keepdim=True).log())[:, 0]
             if not wants_gradient:
                 continue
-            scores_KP.scatter_add_(1, labels_K1, torch.full_like(target_K1, -1))  # d nll / d logits = p - onehot
-            scores_KV = scores_KP[:, :num_words]
+            scores_KV.scatter_add_(1, labels_K1, torch.full_like(target_K1, -1))  # d nll / d logits = p - onehot
             bias_gradient_V += relative_N1[rows, 0] @ scores_KV
             if wide == hidden_ND.dtype:
                 weight_gradient_VD.addmm_(scores_KV.T, hidden_KD * relative_N1[rows])
             else:
-                logits_KP.copy_(scores_KP)
-                scores_KV = logits_KP[:, :num_words]
+                scores_KV = scores_KV.to(hidden_ND.dtype)
                 weight_gradient_VD += scores_KV.T @ (hidden_KD * relative_N1[rows]).to(hidden_ND.dtype)
             torch.mm(scores_KV, weight_VD, out=hidden_gradient_ND[rows])
         if wants_gradient:
