@@ -54,3 +54,16 @@ def test_heavy_libraries_stay_in_their_files():
         for library, allowed in HEAVY.items():
             name = str(path.relative_to(ROOT))
             assert library not in roots or name in allowed, f"{name} imports {library}, allowed: {sorted(allowed)}"
+
+
+def test_what_a_reader_of_pretrain_must_open_does_not_grow():
+    """The files of ours that launchers/pretrain.py imports, transitively: the number to bring down, not up."""
+    files, queue = set(), [ROOT / "launchers" / "pretrain.py"]
+    while queue:
+        path = queue.pop()
+        if path not in files:
+            files.add(path)
+            own = (module.split(".")[1:] for module in imported_modules(path) if module.startswith("quincunx."))
+            queue += [ROOT.joinpath(*parts).with_suffix(".py") for parts in own]
+    lines = sum(len(path.read_text().splitlines()) for path in files)
+    assert len(files) <= 48 and lines <= 7_300, f"{len(files)} files, {lines} lines"
