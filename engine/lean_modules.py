@@ -1,4 +1,4 @@
-"""Modules that keep less for the backward pass than torch's own, and their place in a Hugging Face encoder.
+"""Modules that keep less than torch's own or are faster, and their place in a Hugging Face encoder.
 
 Letters: R rows, F feed-forward channels, D channels.
 """
@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from quincunx.kernels.linear import Linear, linear
 
 
 class LeanDropout(nn.Dropout):
@@ -37,7 +39,7 @@ class _ActivatedLinear(torch.autograd.Function):
     def forward(ctx, x_RF, weight_DF, bias_D, activation):
         ctx.save_for_backward(x_RF, weight_DF)
         ctx.activation = activation
-        return torch.addmm(bias_D, activation(x_RF), weight_DF.T)
+        return linear(activation(x_RF), weight_DF, bias_D)
 
     @staticmethod
     def backward(ctx, gradient_RD):
@@ -45,12 +47,12 @@ class _ActivatedLinear(torch.autograd.Function):
         with torch.enable_grad():
             x_RF = x_RF.detach().requires_grad_()
             active_RF = ctx.activation(x_RF)
-        (x_gradient_RF,) = torch.autograd.grad(active_RF, x_RF, gradient_RD @ weight_DF)
+        (x_gradient_RF,) = torch.autograd.grad(active_RF, x_RF, linear(gradient_RD, weight_DF.T))
         return x_gradient_RF, gradient_RD.T @ active_RF.detach(), gradient_RD.sum(0), None
 
 
 def make_lean(encoder: nn.Module, dropout: float | None) -> None:
-    """Replaces every dropout (rate `dropout`, None: its own) and BERT-like feed-forward inside a Hugging Face encoder.
+    """Replaces dropouts (rate `dropout`, None: its own), linears and BERT-like feed-forwards of a Hugging Face encoder.
 
     Parameters, their names and what is computed stay.
     """
@@ -58,8 +60,10 @@ def make_lean(encoder: nn.Module, dropout: float | None) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(module, name, LeanDropout(child.p if dropout is None else dropout))
+            elif type(child) is nn.Linear:
+                child.__class__ = Linear
         activation = getattr(getattr(module, "intermediate", None), "intermediate_act_fn", None)
-        if activation is not None and type(module.output.dense) is nn.Linear:  # as in BERT and its kin
+        if activation is not None and type(module.output.dense) in (nn.Linear, Linear):  # as in BERT and its kin
             module.intermediate.intermediate_act_fn = nn.Identity()
             module.output.dense.__class__ = ActivatedLinear
             module.output.dense.activation = activation

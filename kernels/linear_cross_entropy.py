@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from quincunx.kernels.linear import linear
+
 # Logits of one chunk take at most this many elements: 274 rows of BERT's vocabulary, 34 MB in float32, on a CPU; 17,589
 # rows, 1 GB in bf16, on a GPU, where small chunks would be bound by the traffic of dW.
 LARGEST_CHUNK = {"cpu": 2**23, "cuda": 2**29}
@@ -48,15 +50,6 @@ def linear_cross_entropy(
     )
 
 
-def logits(hidden_KD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor) -> torch.Tensor:
-    """hidden @ weight.T + bias, [K, V]. In float32 on a CPU by oneDNN, where torch's own choice, MKL, takes twice as
-    long on AMD's processors (docs/log.md)."""
-    on_cpu = hidden_KD.device.type == "cpu" and hidden_KD.dtype == torch.float32
-    if on_cpu and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return torch.ops.mkldnn._linear_pointwise(hidden_KD, weight_VD, bias_V, "none", [], "")
-    return torch.addmm(bias_V, hidden_KD, weight_VD.T)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, wants_gradient):
@@ -76,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, num_rows, chunk_rows):
             rows = slice(start, min(start + chunk_rows, num_rows))
             hidden_KD, labels_K1 = hidden_ND[rows], labels_N[rows, None]
-            scores_KV = logits(hidden_KD, weight_VD, bias_V).to(wide)
+            scores_KV = linear(hidden_KD, weight_VD, bias_V).to(wide)
             highest_K1, target_K1 = scores_KV.amax(-1, keepdim=True), scores_KV.gather(1, labels_K1)
             correct_N[rows] = (target_K1 >= highest_K1)[:, 0]
             torch.softmax(scores_KV, dim=-1, out=scores_KV)
