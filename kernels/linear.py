@@ -10,6 +10,16 @@ Letters: R rows, I input channels, O output channels.
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import mm_flop, register_flop_formula
+
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+if HAS_ONEDNN:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+        """torch's FLOP counter does not know the operator."""
+        return mm_flop(x_shape, (weight_shape[1], weight_shape[0]))
 
 
 def linear(x_RI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
@@ -22,7 +32,7 @@ def linear(x_RI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
 def by_onednn(x: torch.Tensor) -> bool:
     """Whether `linear` of these rows is oneDNN's."""
     is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    return is_plain and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return HAS_ONEDNN and is_plain
 
 
 class Linear(nn.Linear):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from quincunx.kernels.linear import Linear, by_onednn, linear
 
@@ -35,3 +36,10 @@ def test_an_input_without_gradient_and_a_repeated_product_are_bitwise_the_same()
     assert torch.equal(layer(x), layer(x)) and layer(x).requires_grad
     layer(x).sum().backward()
     assert layer.weight.grad.shape == (16, 64)
+
+
+def test_torchs_counter_counts_its_operations():
+    layer, x = Linear(64, 16), torch.randn(9, 64, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 9 * 64 * 16
