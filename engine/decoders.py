@@ -17,7 +17,6 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.lean_modules import ActivatedLinear, LeanDropout
 from quincunx.engine.tensors import TensorTask
 from quincunx.kernels.enhanced_attention import enhanced_attention, visible_attention
-from quincunx.kernels.linear import Linear
 from quincunx.kernels.packed_attention import packed_attention
 
 
@@ -40,13 +39,13 @@ class DecoderLayer(nn.Module):
     def __init__(self, shape: LayerShape):
         super().__init__()
         self.heads = shape.heads
-        self.query = Linear(shape.hidden, shape.hidden, bias=False)
+        self.query = nn.Linear(shape.hidden, shape.hidden, bias=False)
         # Apart from the matrix: an enhanced decoder projects h and positions separately and adds the bias once.
         self.query_bias = nn.Parameter(torch.zeros(shape.hidden))
-        self.key_value = Linear(shape.hidden, 2 * shape.hidden)
-        self.attention_output = Linear(shape.hidden, shape.hidden)
+        self.key_value = nn.Linear(shape.hidden, 2 * shape.hidden)
+        self.attention_output = nn.Linear(shape.hidden, shape.hidden)
         self.attention_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
-        self.intermediate = Linear(shape.hidden, shape.intermediate)
+        self.intermediate = nn.Linear(shape.hidden, shape.intermediate)
         self.output = ActivatedLinear(shape.intermediate, shape.hidden, ACT2FN[shape.activation])
         self.output_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
         self.dropout = LeanDropout(shape.dropout)

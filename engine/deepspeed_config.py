@@ -55,6 +55,7 @@ def check_settings(settings: PretrainSettings, world_size: int) -> tuple[dict[st
     problems = find_problems(settings) + find_conflicts(config, settings) + batch_problems
     if problems:
         raise SettingsError("; ".join(problems))
+    fill_config(config, settings, micro_batch, world_size, cuda=False)  # raises where nothing fills an "auto"
     return config, micro_batch
 
 
@@ -110,6 +111,8 @@ def find_conflicts(config: dict[str, Any], settings: PretrainSettings) -> list[s
         clauses.append(f"the DeepSpeed JSON has optimizer.type {kind}; allowed: AdamW")
     if lookup(config, "fp16.enabled") is True and lookup(config, "bf16.enabled") is True:
         clauses.append("the DeepSpeed JSON enables fp16 and bf16; choose one")
+    if lookup(config, "torch_autocast.enabled") is True:
+        clauses.append("the DeepSpeed JSON enables torch_autocast; enable bf16 instead")
     if lookup(config, "checkpoint.load_universal") is not None:
         clauses.append("the DeepSpeed JSON sets checkpoint.load_universal, which resuming decides; leave it out")
     return clauses

@@ -1,8 +1,8 @@
-"""Who this process is among the run's processes, whichever launcher started it: the one place that reads that.
+"""Who this process is among the run's processes, whichever launcher started it, and what the ranks do together.
 
 deepspeed and torchrun set RANK and WORLD_SIZE, srun sets SLURM_*, mpirun sets OMPI_*; without any of them the process
 is the whole run. What was found is written back as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is
-what torch.distributed and DeepSpeed read.
+what torch.distributed and DeepSpeed read. No other file reads a launcher's variables.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Modules that keep less than torch's own or are faster, and their place in a Hugging Face encoder.
+"""Modules that keep less for the backward pass than torch's own, and their place in a Hugging Face encoder.
 
 Letters: R rows, F feed-forward channels, D channels.
 """
@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-
-from quincunx.kernels.linear import Linear, linear
+from torch.nn import functional as F
 
 
 class LeanDropout(nn.Dropout):
@@ -30,6 +29,8 @@ class ActivatedLinear(nn.Linear):
 
     def forward(self, x_RF: torch.Tensor) -> torch.Tensor:
         """[..., F] -> [..., D]."""
+        if torch.compiler.is_compiling():  # the compiler decides itself what to keep
+            return F.linear(self.activation(x_RF), self.weight, self.bias)
         y_RD = _ActivatedLinear.apply(x_RF.flatten(0, -2), self.weight, self.bias, self.activation)
         return y_RD.unflatten(0, x_RF.shape[:-1])
 
@@ -38,8 +39,8 @@ class _ActivatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RF, weight_DF, bias_D, activation):
         ctx.save_for_backward(x_RF, weight_DF)
-        ctx.activation = activation
-        return linear(activation(x_RF), weight_DF, bias_D)
+        ctx.activation, ctx.has_bias = activation, bias_D is not None
+        return F.linear(activation(x_RF), weight_DF, bias_D)
 
     @staticmethod
     def backward(ctx, gradient_RD):
@@ -47,12 +48,12 @@ class _ActivatedLinear(torch.autograd.Function):
         with torch.enable_grad():
             x_RF = x_RF.detach().requires_grad_()
             active_RF = ctx.activation(x_RF)
-        (x_gradient_RF,) = torch.autograd.grad(active_RF, x_RF, linear(gradient_RD, weight_DF.T))
-        return x_gradient_RF, gradient_RD.T @ active_RF.detach(), gradient_RD.sum(0), None
+        (x_gradient_RF,) = torch.autograd.grad(active_RF, x_RF, gradient_RD @ weight_DF)
+        return x_gradient_RF, gradient_RD.T @ active_RF.detach(), gradient_RD.sum(0) if ctx.has_bias else None, None
 
 
 def make_lean(encoder: nn.Module, dropout: float | None) -> None:
-    """Replaces dropouts (rate `dropout`, None: its own), linears and BERT-like feed-forwards of a Hugging Face encoder.
+    """Replaces every dropout (rate `dropout`, None: its own) and BERT-like feed-forward inside a Hugging Face encoder.
 
     Parameters, their names and what is computed stay.
     """
@@ -60,10 +61,8 @@ def make_lean(encoder: nn.Module, dropout: float | None) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(module, name, LeanDropout(child.p if dropout is None else dropout))
-            elif type(child) is nn.Linear:
-                child.__class__ = Linear
         activation = getattr(getattr(module, "intermediate", None), "intermediate_act_fn", None)
-        if activation is not None and type(module.output.dense) in (nn.Linear, Linear):  # as in BERT and its kin
+        if activation is not None and type(module.output.dense) is nn.Linear:  # as in BERT and its kin
             module.intermediate.intermediate_act_fn = nn.Identity()
             module.output.dense.__class__ = ActivatedLinear
             module.output.dense.activation = activation

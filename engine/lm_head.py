@@ -7,7 +7,6 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from quincunx.kernels.linear import Linear
 from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -19,7 +18,7 @@ class LMHead(nn.Module):
 
     def __init__(self, hidden: int, embedding: int, vocab_size: int, activation: str, eps: float):
         super().__init__()
-        self.dense = Linear(hidden, embedding)
+        self.dense = nn.Linear(hidden, embedding)
         self.activation = ACT2FN[activation]
         self.norm = nn.LayerNorm(embedding, eps=eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))

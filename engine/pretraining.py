@@ -64,7 +64,7 @@ def pretrain(settings: PretrainSettings, environment: Environment) -> int:
     """Runs or resumes a pre-training on this rank; returns the process's exit code.
 
     0 done, 75 stopped on request after a checkpoint, 77 diverged (76 comes from the watchdog). Raises SettingsError,
-    DataError, CheckpointError, the first before any rank talks to another.
+    DataError, CheckpointError; a SettingsError comes before the first step.
     """
     stop_request = StopRequest(launched=environment.launcher != "python")
     prepared = prepare(settings, environment)
@@ -119,15 +119,15 @@ def start(
     backend = "nccl" if prepared.cuda else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
     control = dist.new_group(backend="gloo", timeout=patience)
-    found = fingerprint(settings, prepared)
-    told = [resume, found]
-    dist.broadcast_object_list(told, src=0, group=control)
-    resume, found_by_rank_0 = told
-    if found != found_by_rank_0:
-        raise SettingsError(
-            f"not all machines have the same files or settings: {found} here, {found_by_rank_0} on rank 0; "
-            "give all of them the same command and the same files"
-        )
+    told: list[Any] = [None] * environment.world_size
+    dist.all_gather_object(told, (resume, fingerprint(settings, prepared)), group=control)
+    resume, expected = told[0]
+    for rank, (_, found) in enumerate(told):
+        if found != expected:
+            raise SettingsError(
+                f"not all ranks have the same files and settings: rank {rank} has {found}, rank 0 {expected}; give all "
+                "machines the same command and the same files"
+            )
 
     if resume is not None and resume.universal:
         config = {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}

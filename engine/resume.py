@@ -1,5 +1,7 @@
 """Which checkpoint a run continues from, and whether it may. Rank 0 alone decides, before the ranks talk."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,12 @@ from quincunx.engine.settings import (
 
 DAMAGED = "damaged-"
 """Prefix of checkpoints that did not verify when the run was continued from an older one."""
+
+
+LOCAL_FIELDS = (
+    "shards", "output", "deepspeed", "probe", "cache", "cache_gb", "num_workers", "tracking", "run_name", "fresh",
+)  # fmt: skip
+"""Settings that machines of one run may have of their own: paths of equal files, and what rank 0 alone reads."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,12 @@ def choose_checkpoint(
 
 
 def fingerprint(settings: PretrainSettings, prepared: Prepared) -> str:
-    """What every rank must have found: another one on some machine would train on other data or another model."""
+    """What every rank must have alike: data, model, and every setting but the paths and sizes of a machine's own."""
+    common = {name: value for name, value in as_plain(settings).items() if name not in LOCAL_FIELDS}
+    common |= {"config": prepared.config, "micro_batch": prepared.micro_batch, "probe": prepared.probe is not None}
+    digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
     datasets = ", ".join(prepared.dataset_ids)
-    return f"dataset {datasets}, model {prepared.model_digest}, settings {settings_digest(settings)}"
+    return f"dataset {datasets}, model {prepared.model_digest}, settings {digest}"
 
 
 def run_state(settings: PretrainSettings, prepared: Prepared, counters: dict[str, Any], run_id: str) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from quincunx.kernels.linear import linear
-
-# Logits of one chunk take at most this many elements: 274 rows of BERT's vocabulary, 34 MB in float32, on a CPU; 17,589
+# Logits of one chunk take at most this many elements: 256 rows of BERT's vocabulary, 31 MB in float32, on a CPU; 17,589
 # rows, 1 GB in bf16, on a GPU, where small chunks would be bound by the traffic of dW.
 LARGEST_CHUNK = {"cpu": 2**23, "cuda": 2**29}
+HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile calls; not in every build of torch
 
 
 def linear_cross_entropy(
@@ -43,11 +42,24 @@ def linear_cross_entropy(
             f"{row_weights_N.shape[0]} row weights; give one of each a row"
         )
     if chunk_rows is None:
-        chunk_rows = max(1, LARGEST_CHUNK.get(hidden_ND.device.type, 2**23) // weight_VD.shape[0])
+        chunk_rows = LARGEST_CHUNK.get(hidden_ND.device.type, 2**23) // weight_VD.shape[0]
+        chunk_rows = max(1, chunk_rows // 64 * 64 or chunk_rows)
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_ND, weight_VD, bias_V))
     return _LinearCrossEntropy.apply(
         hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, tuple(task_slices), chunk_rows, wants_gradient
     )
+
+
+def logits(hidden_KD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, chunk_rows: int) -> torch.Tensor:
+    """hidden @ weight.T + bias, [K, V].
+
+    In float32 on a CPU torch takes MKL, which on AMD's processors needs twice oneDNN's time (docs/log.md). oneDNN
+    builds and keeps code for every number of rows it meets, so only whole chunks, all of one shape, go to it.
+    """
+    is_plain = hidden_KD.device.type == "cpu" and hidden_KD.dtype == torch.float32
+    if HAS_ONEDNN and is_plain and len(hidden_KD) == chunk_rows and not torch.compiler.is_compiling():
+        return torch.ops.mkldnn._linear_pointwise(hidden_KD, weight_VD, bias_V.contiguous(), "none", [], "")
+    return torch.addmm(bias_V, hidden_KD, weight_VD.T)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -69,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, num_rows, chunk_rows):
             rows = slice(start, min(start + chunk_rows, num_rows))
             hidden_KD, labels_K1 = hidden_ND[rows], labels_N[rows, None]
-            scores_KV = linear(hidden_KD, weight_VD, bias_V).to(wide)
+            scores_KV = logits(hidden_KD, weight_VD, bias_V, chunk_rows).to(wide)
             highest_K1, target_K1 = scores_KV.amax(-1, keepdim=True), scores_KV.gather(1, labels_K1)
             correct_N[rows] = (target_K1 >= highest_K1)[:, 0]
             torch.softmax(scores_KV, dim=-1, out=scores_KV)

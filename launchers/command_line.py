@@ -168,15 +168,15 @@ def check_keys(path: Path, settings_class: type) -> None:
 def readable(message: str, settings_class: type) -> str:
     """jsonargparse's refusal of a value as one sentence: the setting, what is allowed, what was given."""
     message = " ".join(message.split())
-    found = re.search(r'Parser key "(\w+)".*?(?:Got value|Given value): (.*)', message)
+    found = re.search(r'Parser key "(\w+)".*?(?:Got value|Given value):\s*(.*)', message)
     if found is None or found[1] not in field_types(settings_class):
         return message
-    allowed, given = in_words(field_types(settings_class)[found[1]]), found[2].partition(" - Expected")[0]
+    allowed, given = in_words(field_types(settings_class)[found[1]]), found[2].partition(" - Expected")[0] or "nothing"
     return f"{found[1]} must be {allowed}, given {given}"
 
 
 def in_words(kind: Any) -> str:
-    """A field's type as a user would say it: `list[float] | None` is "numbers, or null"."""
+    """A field's type as a user would say it: `list[float] | None` is "finite numbers, or null"."""
     plain = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "null"}
     many = {int: "whole numbers", float: "finite numbers", str: "texts"}
     origin, inner = typing.get_origin(kind), typing.get_args(kind)

@@ -1,9 +1,13 @@
+import json
+from dataclasses import replace
+
 import pytest
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.deepspeed_config import (
     BUNDLED,
     auto_keys,
+    check_settings,
     choose_micro_batch,
     fill_config,
     find_conflicts,
@@ -64,10 +68,11 @@ def test_a_file_that_is_no_configuration_is_refused(content, message, tmp_path):
         load_deepspeed_json(str(path))
 
 
-def test_an_auto_that_nothing_fills_is_refused():
-    config = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+def test_an_auto_that_nothing_fills_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}))
     with pytest.raises(SettingsError, match=r"zero_optimization\.reduce_bucket_size"):
-        fill_config(config, SETTINGS, micro_batch=8, world_size=1, cuda=False)
+        check_settings(replace(SETTINGS, deepspeed=str(path)), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +81,7 @@ def test_an_auto_that_nothing_fills_is_refused():
         ({"gradient_cliping": 3}, "unknown key gradient_cliping; did you mean gradient_clipping?"),
         ({"optimizer": "AdamW"}, 'has "AdamW" as optimizer; it must be an object'),
         ({"fp16": True}, "has true as fp16; it must be an object"),
+        ({"torch_autocast": {"enabled": True}}, "enables torch_autocast; enable bf16 instead"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage True; allowed: 1, 2, 3"),
         ({"train_micro_batch_size_per_gpu": "4"}, 'has "4" as train_micro_batch_size_per_gpu; allowed: a whole number'),
     ],

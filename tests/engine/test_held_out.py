@@ -78,7 +78,7 @@ def test_the_unigram_scores_the_same_tokens_by_their_frequency_as_labels_in_trai
     counts = Counter(int(label) for batch in trained for label in batch.tasks["dor"].labels)
     labels = [int(label) for batch in loaded.batches for label in batch.tasks["dor"].labels]
     total, size = sum(counts.values()), shards.manifest.vocab_size
-    # unigram.py chooses the pseudo-count from these, by leave-one-out likelihood of the counts.
+    # log_probabilities chooses the pseudo-count from these, by leave-one-out likelihood of the counts.
     candidates = [
         -np.mean([np.log((counts[label] + pseudo) / (total + pseudo * size)) for label in labels])
         for pseudo in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -18,10 +18,12 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert dropout.eval()(x) is x
 
 
-def test_an_activated_linear_is_the_activation_and_the_linear_in_value_and_gradients():
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_activated_linear_is_the_activation_and_the_linear_in_value_and_gradients(bias):
     torch.manual_seed(0)
-    plain = nn.Linear(12, 5).double()
+    plain = nn.Linear(12, 5, bias=bias).double()
     lean = ActivatedLinear(12, 5, F.gelu).double()
+    lean.bias = lean.bias if bias else None
     lean.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(2, 3, 5, dtype=torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
+from quincunx.kernels.linear_cross_entropy import HAS_ONEDNN, linear_cross_entropy
 
 SLICES = [(0, 13), (13, 13), (13, 40)]
 """Three tasks, the second without rows."""
@@ -105,3 +105,20 @@ def test_mismatched_rows_are_refused_in_one_sentence():
     hidden, weight, bias, labels, row_weights = make_inputs()
     with pytest.raises(ValueError, match="40 rows, 39 labels"):
         linear_cross_entropy(hidden, weight, bias, labels[1:], row_weights, SLICES)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="this torch was built without oneDNN's linear")
+def test_whole_chunks_by_onednn_are_the_same():
+    """130 rows in chunks of 64: two by oneDNN, one of two rows by torch, against float64 of the same numbers."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(130, 24), torch.randn(77, 24), torch.randn(77)
+    labels, row_weights = torch.randint(77, (130,)), torch.rand(130)
+
+    def run(dtype):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight, bias)]
+        loss, sums, correct = linear_cross_entropy(*leaves, labels, row_weights, [(0, 50), (50, 130)], chunk_rows=64)
+        loss.backward()
+        return [loss, sums, correct, *(leaf.grad for leaf in leaves)]
+
+    for found, expected in zip(run(torch.float32), run(torch.float64), strict=True):
+        assert torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-4)

@@ -55,6 +55,7 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
         (["--zzz"], "unknown setting --zzz; --help lists the settings"),
         (["--kind", "other"], "kind must be masked or enhanced, given other"),
         (["--steps", "many"], "steps must be a whole number, or null, given many"),
+        (["--steps", ""], "steps must be a whole number, or null, given nothing"),
         (["--rate"], "--rate takes one value, 0 given: none"),
         (["--rate", "1", "2"], "--rate takes one value, 2 given: 1 2"),
         (["rate=1"], "unexpected argument 'rate=1'; every setting is given as --name value"),

@@ -2,11 +2,13 @@
 
 import json
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -233,3 +235,17 @@ def wait_for_step(harness, process, folder, step: int) -> None:
     )
     assert process.poll() is None, folder.with_name("log").read_text()
     time.sleep(0.2)
+
+
+def test_ranks_that_were_started_differently_stop_before_they_train(tiny_shards, tmp_path, harness):
+    """As two machines of a cluster whose commands differ; both ranks leave, neither waits for the other."""
+    command = shlex.join(harness.command(tiny_shards, tmp_path / "run", launcher="python"))
+    two_ranks = [sys.executable, str(Path(__file__).parent / "spawn_ranks.py"), "2"]
+    argv = [*two_ranks, "bash", "-c", f"exec {command} --log_every $((RANK + 1))"]
+    process = harness.begin(argv, tmp_path / "log")
+    try:
+        code = process.wait(120)
+    finally:
+        harness.kill_all(process)
+    output = (tmp_path / "log").read_text()
+    assert code == 2 and "not all ranks have the same files and settings: rank 1 has dataset" in output, output
