@@ -10,7 +10,6 @@ Every rank must call run_held_out: the ranks share the batches, and under ZeRO-3
 of them, so all run the same number of forwards.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,14 +93,9 @@ def labels_by_task(batches: list[PackedBatch]) -> dict[str, np.ndarray]:
     return labels
 
 
-def count_labels(batches: Iterable[PackedBatch], vocab_size: int) -> dict[str, np.ndarray]:
+def count_labels(batches: list[PackedBatch], vocab_size: int) -> dict[str, np.ndarray]:
     """How often each id is a label of the encoder ("mlm") and of each task, int64 [vocab_size]."""
-    counts: dict[str, np.ndarray] = {}
-    for batch in batches:
-        labels = {"mlm": batch.encoder_labels} | {name: task.labels for name, task in batch.tasks.items()}
-        for name, ids in labels.items():
-            counts[name] = counts.get(name, 0) + np.bincount(ids, minlength=vocab_size)
-    return counts
+    return {name: np.bincount(ids, minlength=vocab_size) for name, ids in labels_by_task(batches).items()}
 
 
 def log_probabilities(counts: np.ndarray) -> np.ndarray:
