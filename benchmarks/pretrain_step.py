@@ -1,18 +1,19 @@
-"""One pre-training step on a CPU: seconds, passages and tokens a second, peak memory, as one JSON line.
+"""One pre-training step: seconds, passages and tokens a second, peak memory, as one JSON line.
 
     python benchmarks/pretrain_step.py --recipe master --layers 6 --hidden 384 --heads 12 --batch 8 \
         --lengths msmarco --max-tokens 144 --threads 2 --steps 10 --baseline --json out.json
 
-A step is forward, backward, clipping and AdamW, float32, random weights, synthetic ids, dropout 0.1, no DeepSpeed. With
-`--baseline` the same model is also run as it is commonly written (padded to the longest passage, logits at every
-position of the encoder and every decoder; padded_model.py), in a process of its own so that its peak memory is its own;
-the two take turns, so that a noisy machine is noisy for both.
+A step is forward, backward, clipping and AdamW, random weights, synthetic ids, dropout 0.1, no DeepSpeed. On a CPU in
+float32; on a CUDA card ours in bf16 with float32 master weights, as ZeRO has it, and TFLOP/s and MFU are told as well.
+
+With `--baseline` the recipe's published step (published_model.py: padded, logits at every position, MASTER with its
+three encoder passes; on a card under bf16 autocast) is also run, in a process of its own so that its peak memory is its
+own; the two take turns, so that a noisy machine is noisy for both.
 """
 
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,16 +34,51 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="passages a step")
     parser.add_argument("--lengths", choices=["msmarco", "full"], default="msmarco", help="mean 75 of 144, or all full")
     parser.add_argument("--max-tokens", type=int, default=144, help="longest passage, in tokens")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a card where there is one"
+    )
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed; two more come first")
-    parser.add_argument("--baseline", action="store_true", help="also the padded model with full logits")
-    parser.add_argument("--json", type=Path, help="append the line to this file too")
-    parser.add_argument("--model", choices=["packed", "padded"], help=argparse.SUPPRESS)
+    parser.add_argument("--baseline", action="store_true", help="also the published step")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", help="print the JSON line (always done); append it to this file"
+    )
+    parser.add_argument("--model", choices=["quincunx", "published"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def packed_step(arguments: argparse.Namespace) -> Callable[[], None]:
-    """One step of the model that trains, with memory handled as engine/preparation.py has it."""
+class Training:
+    """One model with its optimizer: `step()` is a training step, `flops` what its matrix products cost."""
+
+    def __init__(self, model, loss: Callable, device: str, master_weights: bool):
+        """`master_weights`: the model's are bf16, the optimizer updates float32 copies."""
+        import torch
+
+        self.parameters, self.loss = list(model.parameters()), loss
+        self.masters = self.parameters
+        if master_weights:
+            self.masters = [parameter.detach().float() for parameter in self.parameters]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, weight_decay=0.01, fused=True)
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def step(self) -> None:
+        import torch
+
+        self.loss().backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        if self.masters is not self.parameters:
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
+                master.grad, parameter.grad = parameter.grad.float(), None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.masters is not self.parameters:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.masters)
+        self.wait()
+
+
+def our_training(arguments: argparse.Namespace) -> tuple[Training, float]:
+    """The model that trains, with memory handled as engine/preparation.py has it, and the FLOPs of a step."""
     import torch
     from synthetic import make_batch, passage_lengths, recipe_tasks
 
@@ -50,6 +86,7 @@ def packed_step(arguments: argparse.Namespace) -> Callable[[], None]:
     from quincunx.engine.host_memory import return_freed_memory
     from quincunx.engine.model import build_model
     from quincunx.engine.tensors import to_tensors
+    from quincunx.engine.throughput import training_flops
 
     torch.manual_seed(0)
     lengths = passage_lengths(arguments.lengths, arguments.batch, arguments.max_tokens)
@@ -63,56 +100,55 @@ def packed_step(arguments: argparse.Namespace) -> Callable[[], None]:
         vocab_size=VOCAB_SIZE,
         pad_token_id=0,
     ).train()
-    return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    on_card = arguments.device == "cuda"
+    if on_card:
+        model = model.to("cuda", torch.bfloat16)
+    else:
+        return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
     counts = torch.tensor(batch.num_labels())
 
-    def step() -> None:
-        model(to_tensors(batch), counts).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss() -> torch.Tensor:
+        return model(to_tensors(batch, arguments.device), counts).loss
 
-    return step
+    return Training(model, loss, arguments.device, master_weights=on_card), training_flops(model, batch)
 
 
-def padded_step(arguments: argparse.Namespace) -> Callable[[], None]:
-    """One step of the same recipe as it is commonly written."""
+def published_training(arguments: argparse.Namespace) -> Training:
+    """The same recipe as it was published; memory is the C library's business, as it was."""
     import torch
-    from padded_model import PaddedModel, pad_batch
-    from synthetic import make_batch, passage_lengths
-
-    from quincunx.engine.host_memory import return_freed_memory
+    from published_model import build_published_model, make_padded_passes
+    from synthetic import passage_lengths
 
     torch.manual_seed(0)
     lengths = passage_lengths(arguments.lengths, arguments.batch, arguments.max_tokens)
-    batch = pad_batch(make_batch(arguments.recipe, lengths, VOCAB_SIZE))
+    passes = make_padded_passes(arguments.recipe, lengths, VOCAB_SIZE, arguments.max_tokens, arguments.device)
     shape = (VOCAB_SIZE, arguments.hidden, arguments.layers, arguments.heads)
-    model = PaddedModel(arguments.recipe, *shape, dropout=0.1).train()
-    return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    model = build_published_model(arguments.recipe, *shape).train().to(arguments.device)
 
-    def step() -> None:
-        model(batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+    def loss() -> torch.Tensor:
+        with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.device == "cuda"):
+            return sum(model(passes).values())
 
-    return step
+    return Training(model, loss, arguments.device, master_weights=False)
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Runs a step for every line on stdin and answers with its seconds and the process's peak memory in GB."""
+    """Runs a step for every line on stdin and answers with its seconds and the peak memory so far in GB."""
     import torch
 
+    from quincunx.engine.throughput import peak_memory_gb
+
     torch.set_num_threads(arguments.threads)
-    step = packed_step(arguments) if arguments.model == "packed" else padded_step(arguments)
+    flops = None
+    if arguments.model == "quincunx":
+        training, flops = our_training(arguments)
+    else:
+        training = published_training(arguments)
     for _ in sys.stdin:
         start = time.perf_counter()
-        step()
+        training.step()
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-        print(json.dumps([seconds, peak]), flush=True)
+        print(json.dumps([seconds, peak_memory_gb(torch.device(arguments.device)), flops]), flush=True)
 
 
 def measure(arguments: argparse.Namespace, models: list[str]) -> dict[str, dict[str, float]]:
@@ -120,7 +156,7 @@ def measure(arguments: argparse.Namespace, models: list[str]) -> dict[str, dict[
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     workers = {
         model: subprocess.Popen(
-            [sys.executable, *sys.argv, "--model", model],
+            [sys.executable, *sys.argv, "--device", arguments.device, "--model", model],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -128,7 +164,7 @@ def measure(arguments: argparse.Namespace, models: list[str]) -> dict[str, dict[
         )
         for model in models
     }
-    seconds, peak = {model: [] for model in models}, dict.fromkeys(models, 0.0)
+    seconds, peak, flops = {model: [] for model in models}, dict.fromkeys(models, 0.0), {}
     for turn in range(2 + arguments.steps):
         for model, worker in workers.items():
             worker.stdin.write("step\n")
@@ -136,7 +172,7 @@ def measure(arguments: argparse.Namespace, models: list[str]) -> dict[str, dict[
             answer = worker.stdout.readline()
             if not answer:
                 raise SystemExit(f"the {model} model ended with exit code {worker.wait()}")
-            took, peak[model] = json.loads(answer)
+            took, peak[model], flops[model] = json.loads(answer)
             if turn >= 2:
                 seconds[model].append(took)
     for worker in workers.values():
@@ -146,33 +182,49 @@ def measure(arguments: argparse.Namespace, models: list[str]) -> dict[str, dict[
     from synthetic import passage_lengths
 
     tokens = int(passage_lengths(arguments.lengths, arguments.batch, arguments.max_tokens).sum())
-    return {
-        model: {
-            "median_seconds": round(statistics.median(taken), 4),
+    figures = {}
+    for model, taken in seconds.items():
+        median = statistics.median(taken)
+        figures[model] = {
+            "median_seconds": round(median, 4),
             "minimum_seconds": round(min(taken), 4),
-            "passages_per_second": round(arguments.batch / statistics.median(taken), 3),
+            "passages_per_second": round(arguments.batch / median, 3),
             "best_passages_per_second": round(arguments.batch / min(taken), 3),
-            "tokens_per_second": round(tokens / statistics.median(taken), 1),
-            "peak_rss_gb": round(peak[model], 3),
+            "tokens_per_second": round(tokens / median, 1),
+            "peak_rss_gb" if arguments.device == "cpu" else "peak_gpu_gb": round(peak[model], 3),
         }
-        for model, taken in seconds.items()
-    }
+        if flops[model]:
+            figures[model]["tflops_per_second"] = round(flops[model] / median / 1e12, 3)
+    return figures
 
 
 def main() -> None:
     arguments = parse_arguments()
+    import torch
+
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if arguments.device == "cpu":
+            print("No CUDA card here: the step runs on the CPU in float32.", file=sys.stderr)
     if arguments.model:
         serve(arguments)
         return
-    figures = measure(arguments, ["packed", "padded"] if arguments.baseline else ["packed"])
+    figures = measure(arguments, ["quincunx", "published"] if arguments.baseline else ["quincunx"])
     from synthetic import versions
 
-    names = ("recipe", "layers", "hidden", "heads", "batch", "lengths", "max_tokens", "threads", "steps")
-    record = {name: getattr(arguments, name) for name in names} | figures["packed"]
+    from quincunx.engine.throughput import peak_flops_of
+
+    names = ("recipe", "layers", "hidden", "heads", "batch", "lengths", "max_tokens", "threads", "steps", "device")
+    ours = figures["quincunx"]
+    peak_flops = peak_flops_of(torch.device(arguments.device), 1, "bfloat16")
+    if peak_flops:
+        ours["mfu"] = round(ours["tflops_per_second"] * 1e12 / peak_flops, 3)
+    record = {name: getattr(arguments, name) for name in names} | ours
     if arguments.baseline:
-        record["padded"] = figures["padded"]
-        record["times_as_fast"] = round(figures["padded"]["median_seconds"] / figures["packed"]["median_seconds"], 2)
-        record["memory_share"] = round(figures["packed"]["peak_rss_gb"] / figures["padded"]["peak_rss_gb"], 3)
+        theirs = record["published"] = figures["published"]
+        memory = "peak_rss_gb" if arguments.device == "cpu" else "peak_gpu_gb"
+        record["times_as_fast"] = round(theirs["median_seconds"] / ours["median_seconds"], 2)
+        record["memory_share"] = round(ours[memory] / theirs[memory], 3)
     line = json.dumps(record | versions())
     print(line)
     if arguments.json:
