@@ -3,7 +3,7 @@
 
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help demo test lint format test-slow test-gpu test-two-nodes benchmarks clean
+.PHONY: help demo test lint format test-slow test-gpu test-two-nodes clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'

@@ -7,9 +7,11 @@ Letters: T tokens, S sequences, M labelled rows, R rows that ask, D channels, H 
 the position table.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -17,6 +19,7 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.lean_modules import ActivatedLinear, LeanDropout
 from quincunx.engine.tensors import TensorTask
 from quincunx.kernels.enhanced_attention import enhanced_attention, visible_attention
+from quincunx.kernels.launching import Implementation
 from quincunx.kernels.packed_attention import packed_attention
 
 
@@ -63,7 +66,7 @@ class DecoderLayer(nn.Module):
         k_TD, v_TD = self.key_value(context_TD).chunk(2, dim=-1)
         return self.split_heads(k_TD), self.split_heads(v_TD)
 
-    def finish(self, attended_RHC: torch.Tensor, residual_RD: torch.Tensor) -> torch.Tensor:
+    def forward(self, attended_RHC: torch.Tensor, residual_RD: torch.Tensor) -> torch.Tensor:
         """Everything after the attention, [R, D]."""
         attended_RD = self.dropout(self.attention_output(attended_RHC.flatten(-2)))
         attended_RD = self.attention_norm(attended_RD + residual_RD)
@@ -85,7 +88,7 @@ class MaskedDecoder(nn.Module):
             q_THC = layer.split_heads(layer.query(context_TD) + layer.query_bias)
             k_THC, v_THC = layer.keys_and_values(context_TD)
             attended = packed_attention(q_THC, k_THC, v_THC, text.cu_seqlens, text.max_length)
-            context_TD = layer.finish(attended, context_TD)
+            context_TD = layer(attended, context_TD)
         layer = self.layers[-1]
         rows_MD = context_TD.index_select(0, labels.positions)
         q_MHC = layer.split_heads(layer.query(rows_MD) + layer.query_bias)
@@ -93,49 +96,109 @@ class MaskedDecoder(nn.Module):
         attended = packed_attention(
             q_MHC, k_THC, v_THC, text.cu_seqlens, text.max_length, labels.cu_seqlens, labels.max_labels
         )
-        return layer.finish(attended, rows_MD)
+        return layer(attended, rows_MD)
 
 
 class EnhancedDecoder(nn.Module):
     """One layer with two streams (RetroMAE, Eq. 4 to 7): each row recovers its token from h and its own random context.
 
     The query stream, h + position, is also the residual; it has no LayerNorm and no dropout, so its projection is
-    h W_q + p W_q: S + P rows pass the product instead of T.
+    h W_q + p W_q: S + P rows pass the product instead of T. `decode_enhanced` runs the decoders of all tasks.
     """
 
     def __init__(self, shape: LayerShape):
         super().__init__()
         self.layers = nn.ModuleList([DecoderLayer(shape)])
 
-    def forward(
-        self,
-        context_TD: torch.Tensor,
-        h_SD: torch.Tensor,
-        positions_PD: torch.Tensor | None,
-        task: TensorTask,
-        query_TD: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Hidden states [M, D] of the task's labelled rows.
+    def queries(self, h_SD: torch.Tensor, positions_PD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two parts of the queries, [S, H, C] and [P, H, C]: row i of sequence s asks with h[s] + position[i]."""
+        layer = self.layers[0]
+        h_SD, positions_PD = layer.query(torch.cat([h_SD, positions_PD])).split([len(h_SD), len(positions_PD)])
+        return layer.split_heads(h_SD), layer.split_heads(positions_PD + layer.query_bias)
 
-        `context_TD` is the embedded, unmasked text with h at position 0; `positions_PD` the raw position table. With
-        `query_TD` (the embedded query stream of RetroMAE's FlagEmbedding fork) that is the query stream instead of
-        h + position, and `positions_PD` is not read.
-        """
-        layer, text, rows_M = self.layers[0], task.text, task.labels.positions
-        k_THC, v_THC = layer.keys_and_values(context_TD)
-        rule = (text.cu_seqlens, task.keys, task.word_ids, task.keep_thresholds, task.visibility)
-        if query_TD is None:
-            h_query, position_query = layer.query(torch.cat([h_SD, positions_PD])).split([len(h_SD), len(positions_PD)])
-            attended_THC = enhanced_attention(
-                layer.split_heads(h_query), layer.split_heads(position_query + layer.query_bias), k_THC, v_THC, *rule
-            )
-            residual_MD = h_SD.index_select(0, text.sequences.index_select(0, rows_M))
-            residual_MD = residual_MD + positions_PD.index_select(0, text.positions.index_select(0, rows_M))
-        else:
-            q_THC = layer.split_heads(layer.query(query_TD) + layer.query_bias)
-            attended_THC = visible_attention(q_THC, k_THC, v_THC, *rule)
-            residual_MD = query_TD.index_select(0, rows_M)
-        return layer.finish(attended_THC.index_select(0, rows_M), residual_MD)
+    def decode_embedded(self, query_TD: torch.Tensor, stream: "DecoderStream") -> torch.Tensor:
+        """Hidden states [M, D] with a query stream given in full (RetroMAE's FlagEmbedding fork embeds h)."""
+        layer, task = self.layers[0], stream.task
+        q_THC = layer.split_heads(layer.query(query_TD) + layer.query_bias)
+        k_THC, v_THC = layer.keys_and_values(stream.context_TD)
+        attended_THC = visible_attention(
+            q_THC, k_THC, v_THC, task.text.cu_seqlens, task.keys, task.word_ids, task.keep_thresholds, task.visibility
+        )
+        rows_M = task.labels.positions
+        return layer(attended_THC.index_select(0, rows_M), query_TD.index_select(0, rows_M))
+
+
+@dataclass(frozen=True)
+class DecoderStream:
+    """What one task's decoder reads."""
+
+    task: TensorTask
+    h_SD: torch.Tensor
+    """Sentence vectors of the task's sequences."""
+    context_TD: torch.Tensor
+    """The embedded text with h at position 0; one tensor for tasks that share it."""
+
+
+def decode_enhanced(
+    decoders: Sequence[EnhancedDecoder],
+    streams: Sequence[DecoderStream],
+    positions_PD: torch.Tensor,
+    kernels: Implementation,
+) -> list[torch.Tensor]:
+    """Hidden states [M, D] of each task's labelled rows, from one attention call over the sequences of all tasks.
+
+    `positions_PD` is the raw position table, up to the longest sequence.
+    """
+    tasks = [stream.task for stream in streams]
+    parts = [decoder.queries(stream.h_SD, positions_PD) for decoder, stream in zip(decoders, streams, strict=True)]
+    h_query_SHC, position_query_PHC = (torch.cat(part) for part in zip(*parts, strict=True))
+    key_value_TD = torch.cat(_keys_and_values([decoder.layers[0] for decoder in decoders], streams))
+    k_THC, v_THC = (decoders[0].layers[0].split_heads(half) for half in key_value_TD.chunk(2, dim=-1))
+    num_tokens = [len(task.text.input_ids) for task in tasks]
+    offsets = [sum(num_tokens[:i]) for i in range(len(tasks))]
+    cu_seqlens = torch.cat(
+        [tasks[0].text.cu_seqlens, *(tasks[i].text.cu_seqlens[1:] + offsets[i] for i in range(1, len(tasks)))]
+    )
+    position_starts_S = torch.cat(
+        [torch.full_like(task.text.cu_seqlens[1:], i * len(positions_PD)) for i, task in enumerate(tasks)]
+    )
+    if tasks[0].visibility is None:
+        rule = [torch.cat([getattr(task, name) for task in tasks]) for name in ("keys", "word_ids", "keep_thresholds")]
+    else:
+        assert len(tasks) == 1, "explicit masks replay cases of one task"
+        rule = [None, None, None, tasks[0].visibility]
+    attended_THC = enhanced_attention(
+        h_query_SHC,
+        position_query_PHC,
+        k_THC,
+        v_THC,
+        cu_seqlens,
+        *rule,
+        position_starts_S=position_starts_S,
+        max_length=max(task.text.max_length for task in tasks),
+        impl=kernels,
+    )
+    decoded = []
+    for decoder, stream, offset in zip(decoders, streams, offsets, strict=True):
+        text, rows_M = stream.task.text, stream.task.labels.positions
+        residual_MD = stream.h_SD.index_select(0, text.sequences.index_select(0, rows_M))
+        residual_MD = residual_MD + positions_PD.index_select(0, text.positions.index_select(0, rows_M))
+        decoded.append(decoder.layers[0](attended_THC.index_select(0, rows_M + offset), residual_MD))
+    return decoded
+
+
+def _keys_and_values(layers: Sequence[DecoderLayer], streams: Sequence[DecoderStream]) -> list[torch.Tensor]:
+    """K and V [T, 2 D] of each task; tasks that share their context (mkp and cmp) share the product, too."""
+    by_context: dict[int, list[int]] = {}
+    for i, stream in enumerate(streams):
+        by_context.setdefault(id(stream.context_TD), []).append(i)
+    results: dict[int, torch.Tensor] = {}
+    for members in by_context.values():
+        weight = torch.cat([layers[i].key_value.weight for i in members])
+        bias = torch.cat([layers[i].key_value.bias for i in members])
+        product = F.linear(streams[members[0]].context_TD, weight, bias)
+        results |= zip(members, product.chunk(len(members), dim=-1), strict=True)
+    return [results[i] for i in range(len(layers))]
 
 
 # Our name of a parameter of a layer -> the names of a Hugging Face BertLayer (RoBERTa, ELECTRA, XLM-R alike).

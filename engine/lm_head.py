@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from quincunx.kernels.launching import Implementation
 from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
 
 
@@ -30,19 +31,40 @@ class LMHead(nn.Module):
     def forward(
         self,
         hidden_ND: torch.Tensor,
-        word_embeddings: nn.Embedding,
+        output_weight_VE: torch.Tensor,
         labels_N: torch.Tensor,
         row_weights_N: torch.Tensor,
         task_slices: Sequence[tuple[int, int]],
+        kernels: Implementation,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weighted loss, each task's sum of negative log-likelihoods, and correct rows: see `linear_cross_entropy`.
 
-        The module of the tied weight is passed, not the weight: under ZeRO-3 the weight is partitioned, and DeepSpeed
-        gathers it for the module in whose forward it is read.
+        `output_weight_VE` is the word embedding's weight as `TiedRows` returns it.
         """
         return linear_cross_entropy(
-            self.transform(hidden_ND), word_embeddings.weight, self.bias, labels_N, row_weights_N, task_slices
+            self.transform(hidden_ND), output_weight_VE, self.bias, labels_N, row_weights_N, task_slices, impl=kernels
         )
+
+
+class TiedRows(torch.autograd.Function):
+    """Rows [T, E] of the tied weight, and the weight [V, E] itself for the output projection.
+
+    Both gradients meet here: the rows' is added into the projection's in place, so that a step makes one [V, E] tensor
+    of gradient instead of two and their sum. Under ZeRO-3 the weight is partitioned; DeepSpeed gathers it for the
+    module in whose forward it is read.
+    """
+
+    @staticmethod
+    def forward(ctx, weight_VE, ids_T):
+        ctx.save_for_backward(ids_T)
+        return weight_VE.index_select(0, ids_T), weight_VE.view_as(weight_VE)
+
+    @staticmethod
+    def backward(ctx, rows_gradient_TE, gradient_VE):
+        (ids_T,) = ctx.saved_tensors
+        if rows_gradient_TE.is_cuda:  # sorts, where index_add_ would add in any order
+            return gradient_VE.index_put_((ids_T,), rows_gradient_TE, accumulate=True), None
+        return gradient_VE.index_add_(0, ids_T, rows_gradient_TE), None
 
 
 def make_lm_head(

@@ -13,10 +13,19 @@ from torch import nn
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tasks import TaskSpec
-from quincunx.engine.decoders import EnhancedDecoder, LayerShape, MaskedDecoder, copy_last_layers
+from quincunx.engine.decoders import (
+    DecoderLayer,
+    DecoderStream,
+    EnhancedDecoder,
+    LayerShape,
+    MaskedDecoder,
+    copy_last_layers,
+    decode_enhanced,
+)
 from quincunx.engine.encoder import PackedEncoder, ScratchShape, load_encoder
-from quincunx.engine.lm_head import LMHead, make_lm_head, norm_eps
+from quincunx.engine.lm_head import LMHead, TiedRows, make_lm_head, norm_eps
 from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, empty_task
+from quincunx.kernels.launching import Implementation
 
 
 class StepOutput(NamedTuple):
@@ -45,6 +54,7 @@ class PretrainModel(nn.Module):
         query_stream: Literal["raw", "embedded"],
         dropout: float,
         max_tokens: int,
+        kernels: Implementation = "auto",
     ):
         """`max_tokens` sizes a position table of the decoders' own where the encoder has none of width D."""
         super().__init__()
@@ -53,6 +63,7 @@ class PretrainModel(nn.Module):
         self.lm_head = lm_head
         self.tasks = tuple(tasks)
         self.query_stream = query_stream
+        self.kernels = kernels
         self.task_names = ("mlm", *(task.name for task in tasks))
         shape = LayerShape(
             hidden=config.hidden_size,
@@ -98,7 +109,7 @@ class PretrainModel(nn.Module):
         """
         assert label_counts.shape == self.lambdas.shape and batch.tasks.keys() <= set(self.task_names)
         tasks = [batch.tasks.get(task.name) or empty_task(batch.encoder.input_ids.device) for task in self.tasks]
-        rows = self._labelled_rows(batch, tasks)
+        rows, output_weight_VE = self._labelled_rows(batch, tasks)
         counts = [len(part) for part in rows]
         bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
         labels_N = torch.cat([batch.encoder_labels.labels, *(task.labels.labels for task in tasks)])
@@ -106,40 +117,35 @@ class PretrainModel(nn.Module):
         row_weights_N = torch.cat([per_row[t].expand(count) for t, count in enumerate(counts)])
         loss, nll_sums, correct = self.lm_head(
             torch.cat(rows),
-            self.encoder.word_embeddings,
+            output_weight_VE,
             labels_N,
             row_weights_N,
             list(itertools.pairwise(bounds)),
+            self.kernels,
         )
         return StepOutput(loss, nll_sums, correct, torch.tensor(counts))
 
-    def _labelled_rows(self, batch: TensorBatch, tasks: list[TensorTask]) -> list[torch.Tensor]:
-        """Final hidden states [M, D] of the labelled rows of the encoder and of every task."""
+    def _labelled_rows(self, batch: TensorBatch, tasks: list[TensorTask]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Final hidden states [M, D] of the labelled rows, the encoder's and every task's; the head's weight [V, E]."""
         texts = list({id(task.text): task.text for task in tasks}.values())
-        encoder_words_TE, words_TE = self._word_vectors(batch.encoder, texts)
-        text = batch.encoder
+        ids = torch.cat([batch.encoder.input_ids, *(text.input_ids for text in texts)])
+        words_TE, output_weight_VE = TiedRows.apply(self.encoder.word_embeddings.weight, ids)
+        text, num_encoder = batch.encoder, len(batch.encoder.input_ids)
+        encoder_words_TE, words_TE = words_TE.split([num_encoder, len(ids) - num_encoder])
         hidden_TD = self.encoder(encoder_words_TE, text.positions, text.cu_seqlens, text.max_length)
         h_BD = hidden_TD.index_select(0, text.starts)
         embedded = self._embed(texts, words_TE) if tasks else {}
-        positions_PD = self._positions(max((task.text.max_length for task in tasks), default=0))
-        rows = [hidden_TD.index_select(0, batch.encoder_labels.positions)]
-        streams: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        shared: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        streams = {}
         for spec, task in zip(self.tasks, tasks, strict=True):
             key = (id(task.text), id(task.passage_index))
-            if key not in streams:
+            if key not in shared:
                 h_SD = h_BD.index_select(0, task.passage_index)
-                streams[key] = (h_SD, embedded[id(task.text)].index_copy(0, task.text.starts, h_SD))
-            rows.append(self._decode(spec, task, *streams[key], positions_PD))
-        return rows
-
-    def _word_vectors(self, encoder_text: TensorText, texts: list[TensorText]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Word embeddings of the encoder's text and of all decoder texts end to end.
-
-        One gather for all: its gradient is one [V, E] tensor instead of one for each.
-        """
-        ids = torch.cat([encoder_text.input_ids, *(text.input_ids for text in texts)])
-        num_encoder = len(encoder_text.input_ids)
-        return self.encoder.word_embeddings(ids).split([num_encoder, len(ids) - num_encoder])
+                shared[key] = (h_SD, embedded[id(task.text)].index_copy(0, task.text.starts, h_SD))
+            streams[spec.name] = DecoderStream(task, *shared[key])
+        decoded = self._decode(streams)
+        rows = [hidden_TD.index_select(0, batch.encoder_labels.positions)]
+        return rows + [decoded[spec.name] for spec in self.tasks], output_weight_VE
 
     def _embed(self, texts: list[TensorText], words_TE: torch.Tensor) -> dict[int, torch.Tensor]:
         """The embedding layer over all decoder texts at once, by the text's identity: [T, D] each."""
@@ -150,35 +156,37 @@ class PretrainModel(nn.Module):
         parts = embedded.split([len(text.input_ids) for text in texts])
         return {id(text): part for text, part in zip(texts, parts, strict=True)}
 
-    def _positions(self, length: int) -> torch.Tensor | None:
-        """Raw position vectors [P, D] of the enhanced decoders' query stream; None where nothing reads them."""
-        if self.query_stream != "raw" or all(task.decoder == "masked" for task in self.tasks):
-            return None
+    def _decode(self, streams: dict[str, DecoderStream]) -> dict[str, torch.Tensor]:
+        """Hidden states [M, D] of the labelled rows by task."""
+        decoded, enhanced = {}, []
+        for spec in self.tasks:
+            decoder, stream = self.decoders[spec.name], streams[spec.name]
+            if spec.decoder == "masked":
+                decoded[spec.name] = decoder(stream.context_TD, stream.task)
+            elif self.query_stream == "embedded":
+                text = stream.task.text
+                query_TD = self.encoder.embed(stream.h_SD.index_select(0, text.sequences), text.positions)
+                decoded[spec.name] = decoder.decode_embedded(query_TD, stream)
+            else:
+                enhanced.append(spec.name)
+        if enhanced:
+            members = [streams[name] for name in enhanced]
+            positions_PD = self._positions(max(stream.task.text.max_length for stream in members))
+            decoders = [self.decoders[name] for name in enhanced]
+            decoded |= zip(enhanced, decode_enhanced(decoders, members, positions_PD, self.kernels), strict=True)
+        return decoded
+
+    def _positions(self, length: int) -> torch.Tensor:
+        """Raw position vectors [P, D] of the enhanced decoders' query stream."""
         table, offset = self.position_table, 0
         if table is None:
             table, offset = self.encoder.position_embeddings, self.encoder.position_offset
         return table(torch.arange(offset, offset + length, device=self.lambdas.device))
 
-    def _decode(
-        self,
-        spec: TaskSpec,
-        task: TensorTask,
-        h_SD: torch.Tensor,
-        context_TD: torch.Tensor,
-        positions_PD: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Hidden states [M, D] of a task's labelled rows."""
-        decoder = self.decoders[spec.name]
-        if spec.decoder == "masked":
-            return decoder(context_TD, task)
-        query_TD = None
-        if self.query_stream == "embedded":
-            query_TD = self.encoder.embed(h_SD.index_select(0, task.text.sequences), task.text.positions)
-        return decoder(context_TD, h_SD, positions_PD, task, query_TD)
-
     def compile_parts(self) -> None:
-        """torch.compile for the encoder and every decoder, in place; names of parameters stay."""
-        for module in (self.encoder.model, *self.decoders.values()):
+        """torch.compile for the encoder and every decoder layer, in place; names of parameters stay."""
+        layers = (module for module in self.decoders.modules() if isinstance(module, DecoderLayer))
+        for module in (self.encoder.model, *layers):
             module.compile(dynamic=True)
 
 
@@ -195,6 +203,7 @@ def build_model(
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
     gradient_checkpointing: bool = False,
+    kernels: Implementation = "auto",
 ) -> PretrainModel:
     """The model of a run: `encoder` as `encoder.load_encoder` takes it, the rest as in engine/settings.py.
 
@@ -220,6 +229,7 @@ def build_model(
         query_stream=query_stream,
         dropout=dropout,
         max_tokens=max_tokens,
+        kernels=kernels,
     )
     if decoder_init == "encoder":
         stack = getattr(packed.model, "encoder", packed.model)

@@ -28,6 +28,7 @@ from quincunx.engine.host_memory import return_freed_memory
 from quincunx.engine.model import PretrainModel, build_model
 from quincunx.engine.probe import Probe, load_probe
 from quincunx.engine.settings import PretrainSettings, total_steps
+from quincunx.kernels.launching import choose
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
         world_size=environment.world_size,
         num_workers=settings.num_workers,
     )
-    model = make_model(settings, shard_sets[0], report=print if environment.is_main else lambda line: None)
+    report = print if environment.is_main else lambda line: None
+    report(f"kernels: {choose_kernels(settings, cuda)}")
+    model = make_model(settings, shard_sets[0], report)
     if not cuda:
         return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
     held_out = None
@@ -109,6 +112,14 @@ def choose_device(settings: PretrainSettings, environment: Environment) -> bool:
             f"{torch.cuda.device_count()} GPUs; start at most one rank per GPU, or take --device cpu"
         )
     return True
+
+
+def choose_kernels(settings: PretrainSettings, cuda: bool) -> str:
+    """Which kernels run, triton or torch. Raises SettingsError where Triton is demanded and cannot run."""
+    try:
+        return choose(settings.kernels, "cuda" if cuda else "cpu")
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def check_tokenizer(settings: PretrainSettings, shard_sets: list[ShardSet]) -> None:
@@ -164,6 +175,7 @@ def make_model(settings: PretrainSettings, shard_set: ShardSet, report: Callable
         vocab_size=shard_set.manifest.vocab_size,
         pad_token_id=shard_set.manifest.special_ids["pad"],
         gradient_checkpointing=settings.gradient_checkpointing,
+        kernels=settings.kernels,
     )
     if not model.lm_head.bias.any():
         start_at_unigram(model.lm_head.bias, shard_set.statistics.token_counts)

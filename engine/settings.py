@@ -22,7 +22,8 @@ MODEL_FIELDS = (
 )  # fmt: skip
 """Settings that shape the model: a checkpoint made with others does not fit."""
 MACHINE_FIELDS = (
-    "output", "deepspeed", "micro_batch", "device", "num_workers", "compile", "gradient_checkpointing", "fresh",
+    "output", "deepspeed", "micro_batch", "device", "num_workers", "compile", "kernels",
+    "gradient_checkpointing", "fresh",
     "tracking", "run_name", "log_every", "checkpoint_every", "keep_checkpoints", "probe", "probe_every",
     "held_out_every", "held_out_passages", "hang_minutes", "cache", "cache_gb", "export",
 )  # fmt: skip
@@ -139,6 +140,9 @@ class PretrainSettings:
     """Recompute the encoder's activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Who computes the LM-head loss and the enhanced decoders' attention: auto takes Triton on GPUs (Ampere or newer),
+    torch elsewhere."""
     num_workers: int = 2
     """Background threads of a rank that pack batches; the batches do not depend on it."""
     cache: str | None = None

@@ -5,13 +5,32 @@ chunk.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 
-# Logits of one chunk take at most this many elements: 256 rows of BERT's vocabulary, 31 MB in float32, on a CPU; 17,589
-# rows, 1 GB in bf16, on a GPU, where small chunks would be bound by the traffic of dW.
+from quincunx.kernels.launching import Implementation, choose
+
+Form = Literal["auto", "A", "B"]
+
+# Logits of one chunk take at most this many elements: 256 rows of BERT's vocabulary, 31 MB in float32, on a CPU; 17,536
+# rows, 1 GB in bf16, on a GPU, where small chunks would be bound by the traffic of dW (half as many rows in float32).
 LARGEST_CHUNK = {"cpu": 2**23, "cuda": 2**29}
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile calls; not in every build of torch
+
+
+class Gradients(NamedTuple):
+    """What the forward pass collects for the backward pass, in place, chunk by chunk."""
+
+    hidden_ND: torch.Tensor
+    """d nll / d hidden, still to be multiplied by `row_factors`; dtype of hidden."""
+    row_factors_N1: torch.Tensor
+    """A row's weight relative to the heaviest one; form B divides it by the row's sum of exponentials."""
+    weight_VD: torch.Tensor
+    """float32, of the relative weights."""
+    bias_V: torch.Tensor
+    """float32, of the relative weights."""
 
 
 def linear_cross_entropy(
@@ -22,6 +41,8 @@ def linear_cross_entropy(
     row_weights_N: torch.Tensor,
     task_slices: Sequence[tuple[int, int]],
     chunk_rows: int | None = None,
+    impl: Implementation = "auto",
+    form: Form = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted cross-entropy of `hidden @ weight.T + bias` against `labels`, and each task's plain sum.
 
@@ -30,24 +51,107 @@ def linear_cross_entropy(
     forward pass, chunk by chunk (`chunk_rows` rows; None: as many as LARGEST_CHUNK allows), three matrix products each
     and a workspace of one chunk of logits; where no gradient is wanted, none is computed.
 
+    `impl` "auto" takes the Triton kernels on CUDA from Ampere on and torch elsewhere, for float64 everywhere. `form`
+    says how the kernels work (linear_cross_entropy_triton.py) and means nothing to torch: "A" for every dtype, "B" for
+    bf16. Nothing waits for the device. The caller's tensors have one dtype: torch.autocast does not reach the kernels.
+
     Returns the loss sum_i weight_i * nll_i (scalar; float64 for float64 inputs, else float32), and, detached, each
     task's sum of nll [num_tasks] and its number of rows whose label has the highest logit, int64 [num_tasks]. No rows
     give zeros, and zero gradients.
 
     The gradient of a row's weight is not computed. Gradients exist once: a second backward raises.
+
+    Raises ValueError for arguments that do not fit together and, on a CPU, for labels outside the vocabulary. On a GPU,
+    where a look at them would wait for the device, such labels make the kernels' loss NaN and stop torch's.
     """
-    if hidden_ND.shape[0] != labels_N.shape[0] or row_weights_N.shape != labels_N.shape:
-        raise ValueError(
-            f"linear_cross_entropy: {hidden_ND.shape[0]} rows, {labels_N.shape[0]} labels and "
-            f"{row_weights_N.shape[0]} row weights; give one of each a row"
-        )
+    _check(hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, impl, form)
     if chunk_rows is None:
-        chunk_rows = LARGEST_CHUNK.get(hidden_ND.device.type, 2**23) // weight_VD.shape[0]
-        chunk_rows = max(1, chunk_rows // 64 * 64 or chunk_rows)
+        elements, multiple = LARGEST_CHUNK["cpu"], 64
+        if hidden_ND.is_cuda:
+            elements, multiple = LARGEST_CHUNK["cuda"] * 2 // hidden_ND.element_size(), 128
+        chunk_rows = elements // weight_VD.shape[0]
+        chunk_rows = max(1, chunk_rows // multiple * multiple or chunk_rows)
+    run_chunks = _run_chunks
+    if hidden_ND.dtype != torch.float64 and choose(impl, hidden_ND.device) == "triton":
+        from quincunx.kernels.linear_cross_entropy_triton import run_chunks as run_kernels
+
+        run_chunks = partial(run_kernels, form=form)
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_ND, weight_VD, bias_V))
     return _LinearCrossEntropy.apply(
-        hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, tuple(task_slices), chunk_rows, wants_gradient
+        hidden_ND,
+        weight_VD,
+        bias_V,
+        labels_N,
+        row_weights_N,
+        tuple(task_slices),
+        chunk_rows,
+        wants_gradient,
+        run_chunks,
     )
+
+
+def _check(hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, impl, form) -> None:
+    """Raises ValueError where arguments do not fit together; reads nothing from a GPU."""
+    if hidden_ND.dim() != 2 or weight_VD.dim() != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden is {list(hidden_ND.shape)} and weight {list(weight_VD.shape)}; "
+            "give [rows, channels] and [vocabulary, channels]"
+        )
+    num_rows, num_words = hidden_ND.shape[0], weight_VD.shape[0]
+    if bias_V.shape != (num_words,):
+        raise ValueError(
+            f"linear_cross_entropy: the bias is {list(bias_V.shape)} for {num_words} words; give one value a word"
+        )
+    if labels_N.shape != (num_rows,) or row_weights_N.shape != (num_rows,):
+        raise ValueError(
+            f"linear_cross_entropy: {num_rows} rows, {labels_N.numel()} labels and "
+            f"{row_weights_N.numel()} row weights; give one of each a row"
+        )
+    dtypes = [x.dtype for x in (hidden_ND, weight_VD, bias_V)]
+    allowed = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    if dtypes[0] not in allowed or len(set(dtypes)) > 1:
+        raise ValueError(
+            f"linear_cross_entropy: hidden, weight and bias are {', '.join(map(str, dtypes))}; "
+            "cast them to one of bfloat16, float16, float32 and float64"
+        )
+    if labels_N.dtype != torch.int64 or not row_weights_N.is_floating_point():
+        raise ValueError(
+            f"linear_cross_entropy: labels are {labels_N.dtype} and row weights {row_weights_N.dtype}; "
+            "give int64 and float32"
+        )
+    devices = {x.device for x in (hidden_ND, weight_VD, bias_V, labels_N, row_weights_N)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"linear_cross_entropy: tensors are on {' and '.join(sorted(map(str, devices)))}; move them to one device"
+        )
+    strides = [x.stride(-1) for x in (hidden_ND, weight_VD, bias_V)]
+    if hidden_ND.shape[1] > 1 and strides != [1, 1, 1]:
+        raise ValueError(
+            f"linear_cross_entropy: neighbours in hidden, weight and bias are {strides} elements apart, which must be "
+            "1; call .contiguous() first"
+        )
+    bounds = [0, *(bound for task in task_slices for bound in task), num_rows]
+    if not task_slices or bounds[::2] != bounds[1::2] or bounds != sorted(bounds):
+        raise ValueError(
+            f"linear_cross_entropy: task slices {list(task_slices)} of {num_rows} rows; "
+            "give slices that follow each other from the first row to the last"
+        )
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"linear_cross_entropy: {chunk_rows} rows a chunk; give at least 1, or None")
+    if form not in ("auto", "A", "B"):
+        raise ValueError(f"linear_cross_entropy: form {form!r} is not known; give auto, A or B")
+    if form == "B" and hidden_ND.dtype != torch.bfloat16:
+        raise ValueError(
+            f"linear_cross_entropy: form B stores exponentials, for which {hidden_ND.dtype} has no range or no kernel; "
+            "use bfloat16, or form A"
+        )
+    if impl == "triton" and hidden_ND.dtype == torch.float64:
+        raise ValueError("linear_cross_entropy: the kernels compute in float32 and tensors are float64; set impl=torch")
+    if labels_N.is_cpu and num_rows and (labels_N.min() < 0 or labels_N.max() >= num_words):
+        raise ValueError(
+            f"linear_cross_entropy: labels reach from {labels_N.min()} to {labels_N.max()}, the vocabulary from 0 to "
+            f"{num_words - 1}; give only rows with a label"
+        )
 
 
 def logits(hidden_KD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, chunk_rows: int) -> torch.Tensor:
@@ -62,44 +166,64 @@ def logits(hidden_KD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tenso
     return torch.addmm(bias_V, hidden_KD, weight_VD.T)
 
 
+def _run_chunks(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor,
+    labels_N: torch.Tensor,
+    chunk_rows: int,
+    nll_N: torch.Tensor,
+    correct_N: torch.Tensor,
+    gradients: Gradients | None,
+) -> None:
+    """Fills `nll`, `correct` (bool) and, where wanted, `gradients`: the twin in torch of the Triton kernels."""
+    wide = nll_N.dtype
+    for start in range(0, len(hidden_ND), chunk_rows):
+        rows = slice(start, min(start + chunk_rows, len(hidden_ND)))
+        hidden_KD, labels_K1 = hidden_ND[rows], labels_N[rows, None]
+        scores_KV = logits(hidden_KD, weight_VD, bias_V, chunk_rows).to(wide)
+        highest_K1, target_K1 = scores_KV.amax(-1, keepdim=True), scores_KV.gather(1, labels_K1)
+        correct_N[rows] = (target_K1 >= highest_K1)[:, 0]
+        torch.softmax(scores_KV, dim=-1, out=scores_KV)
+        # The highest probability is at least 1 / V, so this log never sees an underflow.
+        nll_N[rows] = (highest_K1 - target_K1 - scores_KV.amax(-1, keepdim=True).log())[:, 0]
+        if gradients is None:
+            continue
+        relative_K1 = gradients.row_factors_N1[rows]
+        scores_KV.scatter_add_(1, labels_K1, torch.full_like(target_K1, -1))  # d nll / d logits = p - onehot
+        gradients.bias_V.add_(relative_K1[:, 0] @ scores_KV)
+        if wide == hidden_ND.dtype:
+            gradients.weight_VD.addmm_(scores_KV.T, hidden_KD * relative_K1)
+        else:
+            scores_KV = scores_KV.to(hidden_ND.dtype)
+            gradients.weight_VD.add_(scores_KV.T @ (hidden_KD * relative_K1).to(hidden_ND.dtype))
+        torch.mm(scores_KV, weight_VD, out=gradients.hidden_ND[rows])
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, wants_gradient):
+    def forward(
+        ctx, hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, wants_gradient, run_chunks
+    ):
         num_rows = hidden_ND.shape[0]
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         row_weights_N = row_weights_N.to(wide)
         nll_N = torch.empty(num_rows, dtype=wide, device=hidden_ND.device)
         correct_N = torch.empty(num_rows, dtype=torch.bool, device=hidden_ND.device)
+        gradients = None
         if wants_gradient:
             # Rows enter dW relative to the heaviest one, so that fp16 neither over- nor underflows at 1 / N_t;
             # the common factor is put back in backward, in float32, together with any loss scale.
             heaviest = row_weights_N.max().clamp(min=1e-30) if num_rows else row_weights_N.new_ones(())
-            relative_N1 = (row_weights_N / heaviest)[:, None]
-            hidden_gradient_ND = torch.empty_like(hidden_ND)
-            weight_gradient_VD = torch.zeros_like(weight_VD, dtype=wide)
-            bias_gradient_V = torch.zeros_like(bias_V, dtype=wide)
-        for start in range(0, num_rows, chunk_rows):
-            rows = slice(start, min(start + chunk_rows, num_rows))
-            hidden_KD, labels_K1 = hidden_ND[rows], labels_N[rows, None]
-            scores_KV = logits(hidden_KD, weight_VD, bias_V, chunk_rows).to(wide)
-            highest_K1, target_K1 = scores_KV.amax(-1, keepdim=True), scores_KV.gather(1, labels_K1)
-            correct_N[rows] = (target_K1 >= highest_K1)[:, 0]
-            torch.softmax(scores_KV, dim=-1, out=scores_KV)
-            # The highest probability is at least 1 / V, so this log never sees an underflow.
-            nll_N[rows] = (highest_K1 - target_K1 - scores_KV.amax(-1, keepdim=True).log())[:, 0]
-            if not wants_gradient:
-                continue
-            scores_KV.scatter_add_(1, labels_K1, torch.full_like(target_K1, -1))  # d nll / d logits = p - onehot
-            bias_gradient_V += relative_N1[rows, 0] @ scores_KV
-            if wide == hidden_ND.dtype:
-                weight_gradient_VD.addmm_(scores_KV.T, hidden_KD * relative_N1[rows])
-            else:
-                scores_KV = scores_KV.to(hidden_ND.dtype)
-                weight_gradient_VD += scores_KV.T @ (hidden_KD * relative_N1[rows]).to(hidden_ND.dtype)
-            torch.mm(scores_KV, weight_VD, out=hidden_gradient_ND[rows])
-        if wants_gradient:
-            ctx.gradients = (hidden_gradient_ND, relative_N1, weight_gradient_VD, bias_gradient_V, heaviest)
+            gradients = Gradients(
+                hidden_ND=torch.empty_like(hidden_ND),
+                row_factors_N1=(row_weights_N / heaviest)[:, None],
+                weight_VD=torch.zeros_like(weight_VD, dtype=wide),
+                bias_V=torch.zeros_like(bias_V, dtype=wide),
+            )
+            ctx.gradients, ctx.heaviest = gradients, heaviest
             ctx.dtypes = (weight_VD.dtype, bias_V.dtype)
+        run_chunks(hidden_ND, weight_VD, bias_V, labels_N, chunk_rows, nll_N, correct_N, gradients)
         loss = (nll_N * row_weights_N).sum()
         nll_sums = torch.stack([nll_N[start:end].sum() for start, end in task_slices])
         correct = torch.stack([correct_N[start:end].sum() for start, end in task_slices])
@@ -112,10 +236,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "linear_cross_entropy: backward ran already; its gradients exist once, run forward again"
             )
-        hidden_gradient_ND, relative_N1, weight_gradient_VD, bias_gradient_V, heaviest = ctx.gradients
-        ctx.gradients = None
-        factor = loss_gradient * heaviest
-        hidden_gradient_ND = (hidden_gradient_ND * (relative_N1 * factor)).to(hidden_gradient_ND.dtype)
-        weight_gradient = weight_gradient_VD.mul_(factor).to(ctx.dtypes[0])
-        bias_gradient = bias_gradient_V.mul_(factor).to(ctx.dtypes[1])
-        return hidden_gradient_ND, weight_gradient, bias_gradient, None, None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = loss_gradient * ctx.heaviest
+        hidden_gradient_ND = gradients.hidden_ND.mul_(gradients.row_factors_N1 * factor)
+        weight_gradient_VD = gradients.weight_VD.mul_(factor).to(ctx.dtypes[0])
+        bias_gradient_V = gradients.bias_V.mul_(factor).to(ctx.dtypes[1])
+        return hidden_gradient_ND, weight_gradient_VD, bias_gradient_V, *[None] * 6

@@ -8,7 +8,14 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from quincunx.data_shards.batches import PackedText
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.decoders import EnhancedDecoder, LayerShape, MaskedDecoder, copy_last_layers
+from quincunx.engine.decoders import (
+    DecoderStream,
+    EnhancedDecoder,
+    LayerShape,
+    MaskedDecoder,
+    copy_last_layers,
+    decode_enhanced,
+)
 from quincunx.engine.tensors import TensorTask, labels_to_tensors, text_to_tensors
 
 LENGTHS = [9, 3, 14, 2]
@@ -35,6 +42,11 @@ def task():
         word_ids=torch.arange(cu_seqlens[-1], dtype=torch.int32),
         keep_thresholds=torch.from_numpy(thresholds),
     )
+
+
+def decode(decoder, context, h, table, task):
+    """One enhanced decoder on its own."""
+    return decode_enhanced([decoder], [DecoderStream(task, h, context)], table, "torch")[0]
 
 
 def random_rows(count, seed):
@@ -78,9 +90,9 @@ def test_the_low_rank_query_equals_projecting_the_whole_query_stream(task):
     decoder = EnhancedDecoder(SHAPE)
     torch.nn.init.normal_(decoder.layers[0].query_bias)
     context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
-    low_rank = decoder(context, h, table, task)
-    stream = h[task.text.sequences] + table[task.text.positions]
-    whole = decoder(context, h, None, task, query_TD=stream)
+    low_rank = decode(decoder, context, h, table, task)
+    query = h[task.text.sequences] + table[task.text.positions]
+    whole = decoder.decode_embedded(query, DecoderStream(task, h, context))
     torch.testing.assert_close(low_rank, whole, rtol=1e-5, atol=1e-5)
     inputs = [context, h, table, *decoder.parameters()]
     for a, b in zip(
@@ -93,12 +105,12 @@ def test_an_enhanced_row_does_not_see_its_own_token(task):
     """Changing the context at one position leaves that row's output as it was, and changes some other row's."""
     decoder = EnhancedDecoder(SHAPE)
     context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
-    before = decoder(context, h, table, task)
+    before = decode(decoder, context, h, table, task)
     row = 5
     position = task.labels.positions[row]
     changed = context.detach().clone()
     changed[position] += 5
-    after = decoder(changed, h, table, task)
+    after = decode(decoder, changed, h, table, task)
     same = (before == after).all(-1)
     assert same[row]
     sequence = task.text.sequences[task.labels.positions]
@@ -109,10 +121,42 @@ def test_an_enhanced_row_does_not_see_its_own_token(task):
 def test_position_zero_reaches_every_enhanced_row(task):
     decoder = EnhancedDecoder(SHAPE)
     context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
-    before = decoder(context, h, table, task)
+    before = decode(decoder, context, h, table, task)
     changed = context.detach().clone()
     changed[task.text.starts] += 5
-    assert (before != decoder(changed, h, table, task)).any(-1).all()
+    assert (before != decode(decoder, changed, h, table, task)).any(-1).all()
+
+
+def test_decoders_of_several_tasks_run_together_as_they_would_alone(task):
+    """Three tasks, two of them over one context, one over fewer sequences: outputs and all gradients."""
+    torch.manual_seed(5)
+    decoders = [EnhancedDecoder(SHAPE) for _ in range(3)]
+    for decoder in decoders:
+        torch.nn.init.normal_(decoder.layers[0].query_bias)
+    shared, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
+    short_text = text_to_tensors(PackedText(np.arange(5, 17, dtype=np.int32), np.array([0, 7, 12], np.int32)))
+    labels = labels_to_tensors(np.array([1, 2, 9]), np.array([6, 7, 8]), np.array([0, 7, 12], np.int32))
+    short = TensorTask(
+        text=short_text,
+        passage_index=torch.arange(2),
+        labels=labels,
+        keys=torch.tensor([11, -5], dtype=torch.int32),
+        word_ids=torch.arange(12, dtype=torch.int32),
+        keep_thresholds=torch.full((12,), 2**29, dtype=torch.int32),
+    )
+    other, other_h = random_rows(12, 3), random_rows(2, 4)
+    streams = [DecoderStream(task, h, shared), DecoderStream(short, other_h, other), DecoderStream(task, h, shared)]
+    together = decode_enhanced(decoders, streams, table, "torch")
+    alone = [decode_enhanced([d], [s], table, "torch")[0] for d, s in zip(decoders, streams, strict=True)]
+    inputs = [shared, h, table, other, other_h, *(p for decoder in decoders for p in decoder.parameters())]
+    gradients = []
+    for outputs in (together, alone):
+        loss = sum((i + 1) * output.square().sum() for i, output in enumerate(outputs))
+        gradients.append(torch.autograd.grad(loss, inputs))
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_copying_more_layers_than_there_are_is_refused():

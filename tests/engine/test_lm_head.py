@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from quincunx.engine.encoder import load_encoder
-from quincunx.engine.lm_head import make_lm_head
+from quincunx.engine.lm_head import TiedRows, make_lm_head
 
 SIZES = {
     "vocab_size": 99,
@@ -47,7 +47,8 @@ def test_the_head_of_a_checkpoint_is_carried_over(family, tmp_path):
     labels = torch.randint(0, 99, (40,))
     hidden = model.base_model(input_ids=ids).last_hidden_state[0]
     logits = model(input_ids=ids).logits[0]
-    loss, _, correct = head(hidden, encoder.word_embeddings, labels, torch.full((40,), 1 / 40), [(0, 40)])
+    weight, row_weights = encoder.word_embeddings.weight, torch.full((40,), 1 / 40)
+    loss, _, correct = head(hidden, weight, labels, row_weights, [(0, 40)], "torch")
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels), rtol=1e-5, atol=1e-6)
     assert correct.item() == (logits.argmax(-1) == labels).sum().item()
 
@@ -59,6 +60,21 @@ def test_the_output_weight_is_the_word_embedding(tmp_path):
     assert weights is None
     head = head_of(encoder, weights)
     assert not any(parameter.shape == (99, 32) for parameter in head.parameters())
-    head(torch.randn(3, 32), encoder.word_embeddings, torch.tensor([4, 5, 6]), torch.ones(3), [(0, 3)])[0].backward()
+    weight, labels = encoder.word_embeddings.weight, torch.tensor([4, 5, 6])
+    head(torch.randn(3, 32), weight, labels, torch.ones(3), [(0, 3)], "torch")[0].backward()
     assert encoder.word_embeddings.weight.grad.abs().sum() > 0
     assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+def test_the_two_gradients_of_the_tied_weight_add_up():
+    """Ids repeat, as words do; the reference is torch's embedding beside the weight itself."""
+    torch.manual_seed(0)
+    weight, ids, coefficients = torch.randn(7, 4), torch.tensor([3, 3, 0, 6, 3]), torch.randn(5, 4)
+    gradients = []
+    for tied in (True, False):
+        leaf = weight.clone().requires_grad_()
+        rows, output = TiedRows.apply(leaf, ids) if tied else (torch.nn.functional.embedding(ids, leaf), leaf)
+        assert torch.equal(rows, weight[ids]) and torch.equal(output, weight)
+        ((rows * coefficients).sum() + output.square().sum()).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)

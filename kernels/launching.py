@@ -1,0 +1,63 @@
+"""Which implementation of a kernel runs, chosen once at start-up, and what it takes to compile one without a GPU."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+Implementation = Literal["auto", "triton", "torch"]
+
+# Triton reads this when a kernel is decorated. Interpreted kernels run on CPU tensors, for tests: slowly, and with a
+# matrix product that is wrong in bf16, which kernels therefore widen to float32 where this is set.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OLDEST_CAPABILITY = (8, 0)
+"""Ampere: bf16 tensor cores and asynchronous copies."""
+
+
+class CompileCase(NamedTuple):
+    """A kernel as it is launched on one architecture, to be compiled ahead of time (benchmarks/compiled_kernels.py)."""
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    """Type of every parameter in the kernel's order: "*bf16", "i32", "fp32", "constexpr"..."""
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    tensor_cores: bool
+    """Whether it must use them: every kernel with a matrix product in bf16 or fp16."""
+
+
+def choose(implementation: Implementation, device: torch.device | str) -> Literal["triton", "torch"]:
+    """The implementation that runs on `device`: `auto` is Triton on CUDA devices from Ampere on, torch elsewhere.
+
+    Raises ValueError where Triton is demanded and cannot run.
+    """
+    if implementation not in ("auto", "triton", "torch"):
+        raise ValueError(f"kernels: implementation {implementation!r} is not known; give auto, triton or torch")
+    device = torch.device(device)
+    return _choose(implementation, device.type, device.index)
+
+
+@functools.cache
+def _choose(implementation: str, device_type: str, index: int | None) -> Literal["triton", "torch"]:
+    if implementation == "torch":
+        return "torch"
+    obstacle = None
+    if importlib.util.find_spec("triton") is None:
+        obstacle = "the triton package is not installed; install it (pip install triton)"
+    elif INTERPRETED:
+        return "triton" if implementation == "triton" else "torch"
+    elif device_type != "cuda":
+        obstacle = f"tensors are on {device_type}, Triton kernels run on CUDA devices"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(index)
+        obstacle = f"the device has compute capability {major}.{minor}, the kernels need 8.0 (Ampere) or newer"
+    if obstacle is None:
+        return "triton"
+    if implementation == "triton":
+        raise ValueError(f"kernels: triton cannot run: {obstacle}, or set kernels to torch or auto")
+    return "torch"
