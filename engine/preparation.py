@@ -54,6 +54,8 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
     config, micro_batch = check_settings(settings, environment.world_size)
     cuda = choose_device(settings, environment)
     config = fill_config(config, settings, micro_batch, environment.world_size, cuda)
+    report = print if environment.is_main else lambda line: None
+    report(f"kernels: {choose_kernels(settings, cuda)}")
 
     pairs = settings.shard_weights()
     shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path, _ in pairs]
@@ -75,8 +77,6 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
         world_size=environment.world_size,
         num_workers=settings.num_workers,
     )
-    report = print if environment.is_main else lambda line: None
-    report(f"kernels: {choose_kernels(settings, cuda)}")
     model = make_model(settings, shard_sets[0], report)
     if not cuda:
         return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))

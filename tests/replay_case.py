@@ -1,6 +1,6 @@
 """Replays a reference case of the published RetroMAE or MASTER code through the model that trains.
 
-    python tests/replay_case.py CASE.safetensors
+    python tests/replay_case.py CASE.safetensors [--kernels triton]
 
 A case holds weights, one batch, every loss, and gradients of their sum, float32 without dropout. Its metadata give
 `impl` (retromae or master) and `config` (BERT's configuration as JSON); its tensors are
@@ -34,6 +34,7 @@ from quincunx.engine.encoder import PACKED, PackedEncoder, head_weights
 from quincunx.engine.lm_head import make_lm_head
 from quincunx.engine.model import PretrainModel
 from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, labels_to_tensors, text_to_tensors
+from quincunx.kernels.launching import Implementation
 
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -105,7 +106,7 @@ def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def build_model(impl: str, config: dict, tensors: dict[str, torch.Tensor]) -> PretrainModel:
+def build_model(impl: str, config: dict, tensors: dict[str, torch.Tensor], kernels: Implementation) -> PretrainModel:
     """PretrainModel with the case's weights and no dropout."""
     bert_config = BertConfig(**{**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     masked_lm = AutoModelForMaskedLM.from_config(bert_config, attn_implementation=PACKED)
@@ -130,6 +131,7 @@ def build_model(impl: str, config: dict, tensors: dict[str, torch.Tensor]) -> Pr
         query_stream="raw",
         dropout=0.0,
         max_tokens=bert_config.max_position_embeddings,
+        kernels=kernels,
     )
     for task, layers in decoders.items():
         for ours, theirs in zip(model.decoders[task].layers, layers, strict=True):
@@ -191,11 +193,11 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor, floor: float = 0
     return float((ours - reference).norm() / (floor or reference.norm()))
 
 
-def replay(path: Path) -> bool:
+def replay(path: Path, kernels: Implementation) -> bool:
     """Replays the case at `path` and prints how far it is off; True where all is within tolerance."""
     metadata, tensors = read_case(path)
     impl, config = metadata["impl"], json.loads(metadata["config"])
-    model = build_model(impl, config, tensors)
+    model = build_model(impl, config, tensors, kernels)
     batch, out = under(tensors, "batch."), under(tensors, "out.")
     good, total = True, 0.0
 
@@ -244,7 +246,14 @@ def replay(path: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Replay a reference case through the model that trains.")
     parser.add_argument("case", type=Path, help="a case's .safetensors file")
-    return 0 if replay(parser.parse_args().case) else 1
+    parser.add_argument(
+        "--kernels",
+        choices=["auto", "triton", "torch"],
+        default="auto",
+        help="triton without a GPU needs TRITON_INTERPRET=1, and a small case",
+    )
+    arguments = parser.parse_args()
+    return 0 if replay(arguments.case, arguments.kernels) else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The published computations, replayed through the model that trains (cases of our own making; see fixtures/)."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,23 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 
 
-def replay(case: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, HERE / "replay_case.py", case], capture_output=True, text=True, timeout=300)
+def replay(case: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, HERE / "replay_case.py", case, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
 
 
 @pytest.mark.parametrize("impl", ["retromae", "master"])
 def test_a_reference_case_replays_within_tolerance(impl):
     result = replay(HERE / "fixtures" / f"{impl}_small.safetensors")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "within tolerance" in result.stdout
+
+
+@pytest.mark.parametrize("impl", ["retromae", "master"])
+def test_the_cases_replay_through_the_interpreted_triton_kernels(impl):
+    """RetroMAE's through both kernels, with its explicit mask; MASTER's through the LM head's."""
+    case = HERE / "fixtures" / f"{impl}_small.safetensors"
+    result = replay(case, "--kernels", "triton", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "within tolerance" in result.stdout
 

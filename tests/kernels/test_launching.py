@@ -1,0 +1,50 @@
+"""Which implementation of the kernels runs where."""
+
+import pytest
+import torch
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.preparation import choose_kernels
+from quincunx.engine.settings import PretrainSettings
+from quincunx.kernels import launching
+
+
+@pytest.fixture(autouse=True)
+def not_interpreted(monkeypatch):
+    """As on a user's machine: these tests' own process interprets kernels."""
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    launching._choose.cache_clear()
+    yield
+    launching._choose.cache_clear()
+
+
+def test_auto_takes_torch_where_there_is_no_card_and_torch_is_always_to_be_had():
+    assert launching.choose("auto", "cpu") == "torch"
+    assert launching.choose("torch", "cpu") == "torch"
+
+
+def test_triton_on_a_cpu_is_a_settings_error_that_says_what_to_do():
+    with pytest.raises(SettingsError, match=r"triton cannot run: tensors are on cpu.*set kernels to torch or auto"):
+        choose_kernels(PretrainSettings(kernels="triton"), cuda=False)
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "torch"), ((8, 0), "triton"), ((9, 0), "triton")])
+def test_auto_takes_triton_from_ampere_on(capability, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert launching.choose("auto", "cuda:0") == chosen
+
+
+def test_triton_on_an_old_card_or_without_the_package_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability 7\.5, the kernels need 8\.0"):
+        launching.choose("triton", "cuda:0")
+    launching._choose.cache_clear()
+    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="triton package is not installed"):
+        launching.choose("triton", "cuda:0")
+    assert launching.choose("auto", "cuda:0") == "torch"
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="'cuda' is not known; give auto, triton or torch"):
+        launching.choose("cuda", "cpu")
