@@ -30,7 +30,8 @@ from synthetic import ALWAYS, DECODER_RATE, passage_lengths, versions
 
 from quincunx.kernels.enhanced_attention import enhanced_attention
 from quincunx.kernels.hashing import visibility
-from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
+from quincunx.kernels.linear_cross_entropy import largest_chunk, linear_cross_entropy
+from quincunx.kernels.packed_attention import PaddedGroups
 
 # Labelled rows of 256 passages of MS MARCO lengths under the quincunx recipe, hidden size, vocabulary.
 LM_HEAD_SHAPES = {
@@ -39,7 +40,6 @@ LM_HEAD_SHAPES = {
     "modernbert-large": (98_700, 1024, 50_368),
 }
 SCALING_SHAPES = ((6_168, 30_522), (24_675, 30_522), (98_700, 30_522), (24_675, 128_256), (6_168, 250_002))
-ROOFLINE_CHUNK = 16_896
 CPU_ROWS, CPU_HIDDEN, CPU_VOCAB = 8_192, 384, 30_522
 
 
@@ -112,7 +112,7 @@ def lm_head_contenders() -> dict[str, Callable[..., torch.Tensor]]:
         "quincunx, form B": functools.partial(quincunx_head, impl="triton", form="B"),
         "quincunx, torch twin": functools.partial(quincunx_head, impl="torch"),
         "full logits": weighted_nll,
-        "full logits, torch.compile": torch.compile(weighted_nll),
+        "full logits, torch.compile": torch.compile(weighted_nll, dynamic=False),
         "torch linear_cross_entropy": torch_chunked,
         "Liger": liger,
         "cut-cross-entropy": cut_cross_entropy,
@@ -121,9 +121,9 @@ def lm_head_contenders() -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def three_products(hidden, weight) -> Callable[[], None]:
-    """The matrix products alone, in chunks as large as ours: what no implementation can be faster than."""
+    """The matrix products alone, in chunks as large as ours: what is left when the loss itself costs nothing."""
     weight = weight.detach()
-    chunks = hidden.detach().split(ROOFLINE_CHUNK)
+    chunks = hidden.detach().split(largest_chunk(hidden, len(weight)))
     # A row stride of whole cache lines, random like real gradients: zeros multiply faster.
     padded = -(-len(weight) // 128) * 128
     scores = torch.randn(len(chunks[0]), padded, device=hidden.device, dtype=hidden.dtype)[:, : len(weight)]
@@ -141,6 +141,7 @@ def three_products(hidden, weight) -> Callable[[], None]:
 
 def compare_lm_heads(rows: int, width: int, vocab: int, repeat_ms: int) -> dict:
     """Times and peak memory of every contender at one shape, bf16."""
+    torch._dynamo.reset()  # compiled rivals shall meet every shape as if it were the only one
     inputs = lm_head_inputs(rows, width, vocab, "cuda", torch.bfloat16)
     leaves = inputs[:3]
     floor = measure(three_products(*leaves[:2]), repeat_ms)
@@ -201,29 +202,28 @@ def quincunx_attention(inputs: dict, impl: str) -> torch.Tensor:
     return enhanced_attention(*inputs["leaves"], *rule, max_length=int(inputs["lengths"].max()), impl=impl)
 
 
-def padded_streams(inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v [S, H, L, C] with every query formed, and each column's place [S, L] in the packed row."""
+def padded_streams(inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PaddedGroups]:
+    """q, k and v [S, H, L, C] with every query formed, and how the packed rows were padded to the longest sequence."""
     h_SHC, position_LHC, k_THC, v_THC = inputs["leaves"]
-    starts, longest = inputs["cu_seqlens"][:-1].long(), position_LHC.shape[0]
-    columns = torch.arange(longest, device=k_THC.device)
-    places_SL = (starts[:, None] + columns).clamp(max=k_THC.shape[0] - 1)
-    q = (h_SHC[:, None] + position_LHC).transpose(1, 2)
-    return q, k_THC[places_SL].transpose(1, 2), v_THC[places_SL].transpose(1, 2), places_SL
+    lengths = inputs["lengths"]
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    padded = PaddedGroups(bounds, [np.arange(len(lengths))], k_THC.device)
+    q_SHLC = (h_SHC[:, None] + position_LHC).transpose(1, 2)
+    return q_SHLC, padded.pad(k_THC)[0], padded.pad(v_THC)[0], padded
 
 
-def dense_mask(inputs: dict, places_SL: torch.Tensor) -> torch.Tensor:
+def dense_mask(inputs: dict, padded: PaddedGroups) -> torch.Tensor:
     """bool [S, 1, L, L], made for every batch anew as a loader would."""
-    real = torch.arange(places_SL.shape[1], device=places_SL.device) < inputs["cu_seqlens"].diff()[:, None]
-    rows = torch.arange(places_SL.shape[1], dtype=torch.int32, device=places_SL.device).expand_as(places_SL)
-    thresholds = inputs["keep_thresholds"][places_SL] * real
-    visible = visibility(inputs["keys"], rows, inputs["word_ids"][places_SL], thresholds)
-    visible[:, :, 0] = True
-    return visible[:, None]
+    words_SL, thresholds_SL = (padded.pad_columns(inputs[name])[0] for name in ("word_ids", "keep_thresholds"))
+    rows_SL = torch.arange(words_SL.shape[1], dtype=torch.int32, device=words_SL.device).expand_as(words_SL)
+    visible_SLL = visibility(inputs["keys"], rows_SL, words_SL, thresholds_SL)
+    visible_SLL[:, :, 0] = True
+    return visible_SLL[:, None]
 
 
 def sdpa_dense(inputs: dict) -> torch.Tensor:
-    q, k, v, places = padded_streams(inputs)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(inputs, places))
+    q, k, v, padded = padded_streams(inputs)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(inputs, padded))
 
 
 def flex(inputs: dict) -> torch.Tensor:
@@ -232,9 +232,9 @@ def flex(inputs: dict) -> torch.Tensor:
 
     from quincunx.kernels.hashing import draw30
 
-    q, k, v, places = padded_streams(inputs)
+    q, k, v, padded = padded_streams(inputs)
     lengths, keys = inputs["cu_seqlens"].diff(), inputs["keys"]
-    words, thresholds = inputs["word_ids"][places], inputs["keep_thresholds"][places]
+    words, thresholds = (padded.pad_columns(inputs[name])[0] for name in ("word_ids", "keep_thresholds"))
 
     def sees(sequence, head, row, column):
         drawn = draw30(keys[sequence], row.int(), words[sequence, column]) < thresholds[sequence, column]
@@ -249,10 +249,11 @@ def flex(inputs: dict) -> torch.Tensor:
 def compiled_flex_attention() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def compare_attentions(lengths: np.ndarray, heads: int, channels: int, repeat_ms: int) -> dict:
+    torch._dynamo.reset()
     inputs = attention_inputs(lengths, heads, channels, "cuda", torch.bfloat16)
     contenders = {
         "quincunx": functools.partial(quincunx_attention, impl="triton"),
@@ -316,14 +317,7 @@ def cuda_parts(parts: list[str], repeat_ms: int) -> dict:
     if "scaling" in parts:
         short = repeat_ms // 4
         results["lm_head_scaling"] = {
-            f"{rows} rows, {vocab} words": compare_lm_heads(rows, 768, vocab, short)
-            for rows, vocab in (
-                (6_168, 30_522),
-                (24_675, 30_522),
-                (98_700, 30_522),
-                (24_675, 128_256),
-                (6_168, 250_002),
-            )
+            f"{rows} rows, {vocab} words": compare_lm_heads(rows, 768, vocab, short) for rows, vocab in SCALING_SHAPES
         }
         results["attention_scaling"] = {
             f"{count} sequences of {length}": compare_attentions(np.full(count, length), 12, 64, short)

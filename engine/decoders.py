@@ -179,11 +179,12 @@ def decode_enhanced(
         impl=kernels,
     )
     decoded = []
-    for decoder, stream, offset in zip(decoders, streams, offsets, strict=True):
+    for decoder, stream, attended in zip(decoders, streams, attended_THC.split(num_tokens), strict=True):
         text, rows_M = stream.task.text, stream.task.labels.positions
-        residual_MD = stream.h_SD.index_select(0, text.sequences.index_select(0, rows_M))
-        residual_MD = residual_MD + positions_PD.index_select(0, text.positions.index_select(0, rows_M))
-        decoded.append(decoder.layers[0](attended_THC.index_select(0, rows_M + offset), residual_MD))
+        # F.embedding: its gradient sums a sequence's or a position's many rows in float32 and in a fixed order.
+        residual_MD = F.embedding(text.sequences.index_select(0, rows_M), stream.h_SD)
+        residual_MD = residual_MD + F.embedding(text.positions.index_select(0, rows_M), positions_PD)
+        decoded.append(decoder.layers[0](attended.index_select(0, rows_M), residual_MD))
     return decoded
 
 

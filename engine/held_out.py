@@ -139,7 +139,7 @@ def run_held_out(model: Any, held_out: HeldOut, device: "torch.device") -> dict[
                 batch = own[turn] if turn < len(own) else held_out.batches[-1]
                 output = model(to_tensors(batch, device), unweighted)
                 if turn < len(own):
-                    totals += torch.stack([output.nll_sums, output.correct, output.counts]).to(totals)
+                    totals += torch.stack([x.to(totals) for x in (output.nll_sums, output.correct, output.counts)])
     finally:
         model.train(was_training)
     nll_sums, correct, counts = sum_over_ranks(totals).tolist()

@@ -49,9 +49,8 @@ class LMHead(nn.Module):
 class TiedRows(torch.autograd.Function):
     """Rows [T, E] of the tied weight, and the weight [V, E] itself for the output projection.
 
-    Both gradients meet here: the rows' is added into the projection's in place, so that a step makes one [V, E] tensor
-    of gradient instead of two and their sum. Under ZeRO-3 the weight is partitioned; DeepSpeed gathers it for the
-    module in whose forward it is read.
+    Both gradients meet here: the rows' is added into the projection's in place. Under ZeRO-3 the weight is partitioned;
+    DeepSpeed gathers it for the module in whose forward it is read.
     """
 
     @staticmethod
@@ -62,8 +61,13 @@ class TiedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, rows_gradient_TE, gradient_VE):
         (ids_T,) = ctx.saved_tensors
-        if rows_gradient_TE.is_cuda:  # sorts, where index_add_ would add in any order
-            return gradient_VE.index_put_((ids_T,), rows_gradient_TE, accumulate=True), None
+        if rows_gradient_TE.is_cuda:
+            # Sorts, and sums a word's rows in float32: thousands of [MASK]s would be lost in bf16, and index_add_ adds
+            # in any order.
+            rows_gradient_VE = torch.ops.aten.embedding_dense_backward(
+                rows_gradient_TE, ids_T, len(gradient_VE), padding_idx=-1, scale_grad_by_freq=False
+            )
+            return gradient_VE.add_(rows_gradient_VE), None
         return gradient_VE.index_add_(0, ids_T, rows_gradient_TE), None
 
 

@@ -28,6 +28,7 @@ from quincunx.engine.host_memory import return_freed_memory
 from quincunx.engine.model import PretrainModel, build_model
 from quincunx.engine.probe import Probe, load_probe
 from quincunx.engine.settings import PretrainSettings, total_steps
+from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
 from quincunx.kernels.launching import choose
 
 
@@ -55,7 +56,7 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
     cuda = choose_device(settings, environment)
     config = fill_config(config, settings, micro_batch, environment.world_size, cuda)
     report = print if environment.is_main else lambda line: None
-    report(f"kernels: {choose_kernels(settings, cuda)}")
+    kernels = choose_kernels(settings, cuda)
 
     pairs = settings.shard_weights()
     shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path, _ in pairs]
@@ -78,6 +79,7 @@ def prepare(settings: PretrainSettings, environment: Environment) -> Prepared:
         num_workers=settings.num_workers,
     )
     model = make_model(settings, shard_sets[0], report)
+    report(f"kernels: {describe_kernels(settings, kernels, model)}")
     if not cuda:
         return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
     held_out = None
@@ -120,6 +122,24 @@ def choose_kernels(settings: PretrainSettings, cuda: bool) -> str:
         return choose(settings.kernels, "cuda" if cuda else "cpu")
     except ValueError as error:
         raise SettingsError(str(error)) from error
+
+
+def describe_kernels(settings: PretrainSettings, kernels: str, model: PretrainModel) -> str:
+    """What computes the LM-head loss and the decoders' attention. Raises SettingsError for heads Triton cannot take."""
+    if kernels == "torch" or settings.decoder == "masked":  # masked decoders' attention is torch's own
+        return kernels
+    config = model.encoder.config
+    head_size = config.hidden_size // config.num_attention_heads
+    if settings.query_stream == "embedded":
+        return "triton for the LM-head loss, torch for attention (query_stream is embedded)"
+    if head_size in TRITON_HEAD_SIZES:
+        return "triton"
+    if settings.kernels == "triton":
+        raise SettingsError(
+            f"kernels is triton, and the encoder's heads have {head_size} channels; the attention kernel takes "
+            f"{', '.join(map(str, TRITON_HEAD_SIZES))}, set kernels to auto or torch"
+        )
+    return f"triton for the LM-head loss, torch for attention (heads of {head_size} channels)"
 
 
 def check_tokenizer(settings: PretrainSettings, shard_sets: list[ShardSet]) -> None:

@@ -208,9 +208,7 @@ def _backward_queries(
     tl.store(delta + places_M, delta_M, mask=rows_M < length)
     lse_M = tl.load(lse + places_M, mask=rows_M < length, other=float("inf"))
     grad_q_MC = tl.zeros([M, C], tl.float32)
-    # Hoisted out of the loop, the operands q and dO of 128 float32 channels would fill the registers.
-    hoist: tl.constexpr = C < 128 or q_MC.dtype != tl.float32
-    for first_column in tl.range(0, length, N, disable_licm=not hoist):
+    for first_column in range(0, length, N):
         columns_N = first_column + tl.arange(0, N)
         k_NC = _load(k, start, k_stride, columns_N, length, C)
         v_NC = _load(v, start, v_stride, columns_N, length, C)
@@ -352,6 +350,8 @@ def tiling(kernel: triton.JITFunction, dtype: torch.dtype, head_size: int, capab
     """
     if dtype == torch.float32:  # Products without tensor cores hold whole rows of their operands in registers.
         outer, inner = (16, 32) if head_size == 128 else (32, 16)
+        if head_size == 128 and kernel is _backward_queries:
+            inner = 16
         return Tiling(outer, inner, num_warps=8, num_stages=1)
     if head_size == 128:
         return Tiling(outer=64, inner=32, num_warps=8, num_stages=2)

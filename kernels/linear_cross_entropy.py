@@ -66,28 +66,34 @@ def linear_cross_entropy(
     """
     _check(hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, impl, form)
     if chunk_rows is None:
-        elements, multiple = LARGEST_CHUNK["cpu"], 64
-        if hidden_ND.is_cuda:
-            elements, multiple = LARGEST_CHUNK["cuda"] * 2 // hidden_ND.element_size(), 128
-        chunk_rows = elements // weight_VD.shape[0]
-        chunk_rows = max(1, chunk_rows // multiple * multiple or chunk_rows)
+        chunk_rows = largest_chunk(hidden_ND, weight_VD.shape[0])
     run_chunks = _run_chunks
     if hidden_ND.dtype != torch.float64 and choose(impl, hidden_ND.device) == "triton":
         from quincunx.kernels.linear_cross_entropy_triton import run_chunks as run_kernels
 
         run_chunks = partial(run_kernels, form=form)
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden_ND, weight_VD, bias_V))
-    return _LinearCrossEntropy.apply(
-        hidden_ND,
-        weight_VD,
-        bias_V,
-        labels_N,
-        row_weights_N,
-        tuple(task_slices),
-        chunk_rows,
-        wants_gradient,
-        run_chunks,
-    )
+    with torch.cuda.device_of(hidden_ND):  # Triton launches on the current device
+        return _LinearCrossEntropy.apply(
+            hidden_ND,
+            weight_VD,
+            bias_V,
+            labels_N,
+            row_weights_N,
+            tuple(task_slices),
+            chunk_rows,
+            wants_gradient,
+            run_chunks,
+        )
+
+
+def largest_chunk(hidden_ND: torch.Tensor, num_words: int) -> int:
+    """Rows of a chunk by default, for tensors like `hidden`."""
+    elements, multiple = LARGEST_CHUNK["cpu"], 64
+    if hidden_ND.is_cuda:
+        elements, multiple = LARGEST_CHUNK["cuda"] * 2 // hidden_ND.element_size(), 128
+    rows = elements // num_words
+    return max(1, rows // multiple * multiple or rows)
 
 
 def _check(hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, impl, form) -> None:

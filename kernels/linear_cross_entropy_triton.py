@@ -367,7 +367,7 @@ def _family(device: torch.device) -> int:
 
 def _statistics(logits_KP, bias_P, labels_K, nll_K, correct_K, num_words) -> tuple[torch.Tensor, torch.Tensor]:
     """Form A: fills `nll` and `correct`; the rows' highest logits, and 1 / S."""
-    highest_K, inverse_sums_K = bias_P.new_empty(2, len(labels_K))
+    highest_K, inverse_sums_K = (bias_P.new_empty(len(labels_K)) for _ in range(2))
     _statistics_kernel[(triton.cdiv(len(labels_K), POINTWISE["BLOCK_ROWS"]),)](
         logits_KP,
         bias_P,
@@ -392,8 +392,8 @@ def _exponentials(
     num_word_tiles = triton.cdiv(len(bias_P), product.words)
     num_tiles = triton.cdiv(num_rows, product.rows) * num_word_tiles
     num_row_programs = triton.cdiv(num_rows, SUMS["BLOCK_ROWS"])
-    sums_CK, maxima_CK = bias_P.new_empty(2, num_word_tiles, num_rows)
-    targets_K, highest_K, inverse_sums_K, label_gradients_K = bias_P.new_empty(4, num_rows)
+    sums_CK, maxima_CK = (bias_P.new_empty(num_word_tiles, num_rows) for _ in range(2))
+    targets_K, highest_K, inverse_sums_K, label_gradients_K = (bias_P.new_empty(num_rows) for _ in range(4))
     redo_flags = labels_K.new_empty(num_row_programs, dtype=torch.int32)
     operands = [hidden_KD, weight_VD, exponentials_KP]
     if product.descriptors:

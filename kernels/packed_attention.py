@@ -41,6 +41,8 @@ def packed_attention(
         query_cu_seqlens, max_queries = cu_seqlens, max_length
     elif window is not None:
         raise ValueError("packed_attention: a window needs queries at every token; give no query_cu_seqlens")
+    if not len(q_RHC):
+        return connected_empty(q_RHC, k_THC, v_THC)
     if q_RHC.is_cuda and q_RHC.dtype in (torch.float16, torch.bfloat16):
         return _varlen(q_RHC, k_THC, v_THC, cu_seqlens, max_length, query_cu_seqlens, max_queries, window, scale)
     return _padded(q_RHC, k_THC, v_THC, cu_seqlens, query_cu_seqlens, window, scale)
@@ -49,9 +51,12 @@ def packed_attention(
 def _varlen(q_RHC, k_THC, v_THC, cu_seqlens, max_length, query_cu_seqlens, max_queries, window, scale):
     from torch.nn.attention.varlen import varlen_attn
 
+    # Named only where they say something: torch 2.10 has neither.
     extra = {} if window is None else {"window_size": (window, window)}
+    if scale is not None and scale != q_RHC.shape[-1] ** -0.5:
+        extra["scale"] = scale
     q_RHC, k_THC, v_THC = q_RHC.contiguous(), k_THC.contiguous(), v_THC.contiguous()
-    return varlen_attn(q_RHC, k_THC, v_THC, query_cu_seqlens, cu_seqlens, max_queries, max_length, scale=scale, **extra)
+    return varlen_attn(q_RHC, k_THC, v_THC, query_cu_seqlens, cu_seqlens, max_queries, max_length, **extra)
 
 
 @torch.compiler.disable
@@ -59,8 +64,6 @@ def _padded(q_RHC, k_THC, v_THC, cu_seqlens, query_cu_seqlens, window, scale):
     key_bounds = host_bounds(cu_seqlens)
     query_bounds = key_bounds if query_cu_seqlens is cu_seqlens else host_bounds(query_cu_seqlens)
     groups = length_groups(np.diff(key_bounds), np.diff(query_bounds))
-    if not groups:
-        return connected_empty(q_RHC, k_THC, v_THC)
     keys = PaddedGroups(key_bounds, groups, q_RHC.device)
     queries = keys if query_bounds is key_bounds else PaddedGroups(query_bounds, groups, q_RHC.device)
     outputs = []

@@ -166,3 +166,13 @@ def test_two_ranks_under_zero_3_agree_with_one_process_with_uneven_shares(shards
     alone = run_held_out(model, held_out, CPU) | run_probe(model, probe, CPU)
     # Other batches, other order of float32 sums.
     assert ranks[0] == {name: pytest.approx(value, rel=1e-5) for name, value in alone.items()}
+
+
+@pytest.mark.gpu
+def test_on_a_card_the_held_out_losses_are_those_of_the_cpu(shards):
+    """Tolerance: float32 products in another order."""
+    batches = load_held_out(make_packer([shards], "heldout"), make_packer([shards], "train"), 20, 3)
+    model = make_model(shards.manifest.vocab_size)
+    alone = run_held_out(model, batches, CPU)
+    on_card = run_held_out(model.to("cuda"), batches, torch.device("cuda"))
+    assert on_card == pytest.approx(alone, rel=1e-4)

@@ -100,9 +100,10 @@ def run(model, passages, decoder, micro_batch):
     model.zero_grad()
     batches = [pack(passages[i : i + micro_batch], decoder) for i in range(0, len(passages), micro_batch)]
     counts = torch.tensor([batch.num_labels() for batch in batches]).sum(0)
+    device = model.lambdas.device
     loss, sums, correct, seen = 0.0, 0.0, 0, 0
     for batch in batches:
-        output = model(to_tensors(batch), counts)
+        output = model(to_tensors(batch, device), counts.to(device))
         output.loss.backward()
         loss, sums = loss + output.loss.detach().double(), sums + output.nll_sums.double()
         correct, seen = correct + output.correct, seen + output.counts
@@ -126,6 +127,24 @@ def test_one_batch_of_32_equals_four_of_8_in_loss_and_gradients(decoder):
     largest = max(gradient.norm() for gradient in whole.values())
     for name, gradient in whole.items():
         assert (parts[name] - gradient).norm() <= 1e-6 * largest, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoder", ["masked", "enhanced"])
+def test_on_a_card_a_step_is_that_of_the_cpu(decoder):
+    """Float32 to rounding, and bf16 near it; the last micro-batch has no dor text, one sequence has no label."""
+    passages = make_passages(12, decoder)
+    passages[8]["mkp"] |= {"positions": np.zeros(0, int), "labels": np.zeros(0, np.int32)}
+    shape = ScratchShape(hidden=64, layers=2, heads=2, max_positions=40)
+    cpu = run(make_model(decoder=decoder, from_scratch=shape), passages, decoder, 4)
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
+        model = make_model(decoder=decoder, from_scratch=shape).to("cuda", dtype)
+        card = run(model, passages, decoder, 4)
+        torch.testing.assert_close(card[0].cpu(), cpu[0], rtol=tolerance, atol=0)
+        flat, reference = (
+            torch.cat([gradients[name].cpu().double().flatten() for name in cpu[4]]) for gradients in (card[4], cpu[4])
+        )
+        assert (flat - reference).norm() <= tolerance * reference.norm()
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "modernbert"])

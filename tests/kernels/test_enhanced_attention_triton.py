@@ -210,3 +210,13 @@ def test_what_the_kernels_do_not_take_runs_in_torch_or_is_refused(device, dtype,
     torch.testing.assert_close(case.run("auto"), case.run("torch"))
     with pytest.raises(ValueError, match=rf"triton cannot run heads of {head_size} channels in {dtype}; it takes"):
         case.run()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [512, 2048, 8192])
+def test_long_sequences_err_no_more_than_the_twin(length):
+    """Against the twin in float64; heads of 64 channels as BERT has."""
+    case = Case("cuda", torch.bfloat16, lengths=(length, 33), head_size=64, heads=2)
+    truth, ours, twin = case.run("torch", torch.float64), case.run(), case.run("torch")
+    for name, exact, mine, other in zip(NAMES, truth, ours, twin, strict=True):
+        assert (mine.double() - exact).norm() <= 3 * (other.double() - exact).norm(), name

@@ -1,10 +1,12 @@
 """Which implementation of the kernels runs where."""
 
+import types
+
 import pytest
 import torch
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.preparation import choose_kernels
+from quincunx.engine.preparation import choose_kernels, describe_kernels
 from quincunx.engine.settings import PretrainSettings
 from quincunx.kernels import launching
 
@@ -43,6 +45,25 @@ def test_triton_on_an_old_card_or_without_the_package_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="triton package is not installed"):
         launching.choose("triton", "cuda:0")
     assert launching.choose("auto", "cuda:0") == "torch"
+
+
+def model_with(head_size: int):
+    config = types.SimpleNamespace(hidden_size=2 * head_size, num_attention_heads=2)
+    return types.SimpleNamespace(encoder=types.SimpleNamespace(config=config))
+
+
+def test_the_line_at_the_start_says_what_really_runs():
+    """Attention is torch's where heads or the query stream are not the kernel's; demanded Triton is then an error."""
+    for settings, head_size, line in (
+        (PretrainSettings(), 64, "triton"),
+        (PretrainSettings(), 48, "triton for the LM-head loss, torch for attention (heads of 48 channels)"),
+        (PretrainSettings(decoder="masked"), 48, "triton"),
+        (PretrainSettings(query_stream="embedded"), 64, "torch for attention (query_stream is embedded)"),
+    ):
+        assert describe_kernels(settings, "triton", model_with(head_size)).endswith(line)
+    assert describe_kernels(PretrainSettings(), "torch", model_with(48)) == "torch"
+    with pytest.raises(SettingsError, match=r"heads have 48 channels; the attention kernel takes 32, 64, 128, set"):
+        describe_kernels(PretrainSettings(kernels="triton"), "triton", model_with(48))
 
 
 def test_an_unknown_implementation_is_refused():

@@ -100,8 +100,11 @@ def test_chunks_change_nothing_but_rounding(device, dtype, form, chunk_rows):
     inputs = make_inputs(device, dtype, rows=50 if chunk_rows > 1 else 5)
     found, whole = run(inputs, form, chunk_rows), run(inputs, form)
     assert_as_good_as_eager(found, inputs, form)
-    assert torch.equal(found[4], whole[4])
-    torch.testing.assert_close(found[0], whole[0], rtol=1e-5, atol=1e-5)
+    # cuBLAS may add in another order at another number of rows: form A's stored logits, up to 6, then differ by an eps.
+    stored = form == "A" and dtype != torch.float32
+    tolerance = 2 * 6.0 * torch.finfo(dtype).eps if stored else 1e-5
+    torch.testing.assert_close(found[0], whole[0], rtol=tolerance, atol=tolerance)
+    assert stored or torch.equal(found[4], whole[4])
     for mine, other in zip(found[1:4], whole[1:4]):
         assert (mine - other).norm() <= torch.finfo(dtype).eps * 2 * other.norm()
 
