@@ -65,7 +65,12 @@ class RunFolder:
         self._lock.flush()
 
     def set_aside(self) -> Path | None:
-        """Moves everything of an earlier run into `OUTPUT.old-1`, -2 ...; that folder, None where there is nothing."""
+        """Moves everything of an earlier run into `OUTPUT.old-1`, -2 ...; that folder, None where there is nothing.
+
+        Slurm runs a requeued job's command again as it was: what lies here then is the job's own run, and stays.
+        """
+        if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            return None
         earlier = [entry for entry in self.path.iterdir() if entry.name != LOCK_FILE]
         if not earlier:
             return None

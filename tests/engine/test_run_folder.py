@@ -44,6 +44,14 @@ def test_fresh_moves_an_earlier_run_aside_and_deletes_nothing(tmp_path):
     assert [entry.name for entry in folder.path.iterdir()] == ["run.lock"]
 
 
+def test_fresh_leaves_a_requeued_jobs_own_run_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    folder = RunFolder(str(tmp_path / "run"), is_main=True)
+    (folder.path / "metrics.jsonl").write_text("an hour's work")
+    assert folder.set_aside() is None
+    assert (folder.path / "metrics.jsonl").read_text() == "an hour's work"
+
+
 def test_an_output_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot be written"):
