@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-VOCAB_SIZE = 30522
 MAX_GRAD_NORM = 1.0
 
 
@@ -34,6 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="passages a step")
     parser.add_argument("--lengths", choices=["msmarco", "full"], default="msmarco", help="mean 75 of 144, or all full")
     parser.add_argument("--max-tokens", type=int, default=144, help="longest passage, in tokens")
+    parser.add_argument("--vocabulary", type=int, default=30522, help="words")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a card where there is one"
@@ -93,14 +93,14 @@ def our_training(arguments: argparse.Namespace) -> tuple[Training, float]:
 
     torch.manual_seed(0)
     lengths = passage_lengths(arguments.lengths, arguments.batch, arguments.max_tokens)
-    batch = make_batch(arguments.recipe, lengths, VOCAB_SIZE)
+    batch = make_batch(arguments.recipe, lengths, arguments.vocabulary)
     model = build_model(
         "bert",
         recipe_tasks(arguments.recipe),
         max_tokens=arguments.max_tokens,
         dropout=0.1,
         from_scratch=ScratchShape(hidden=arguments.hidden, layers=arguments.layers, heads=arguments.heads),
-        vocab_size=VOCAB_SIZE,
+        vocab_size=arguments.vocabulary,
         pad_token_id=0,
     ).train()
     on_card = arguments.device == "cuda"
@@ -124,8 +124,8 @@ def published_training(arguments: argparse.Namespace) -> Training:
 
     torch.manual_seed(0)
     lengths = passage_lengths(arguments.lengths, arguments.batch, arguments.max_tokens)
-    passes = make_padded_passes(arguments.recipe, lengths, VOCAB_SIZE, arguments.max_tokens, arguments.device)
-    shape = (VOCAB_SIZE, arguments.hidden, arguments.layers, arguments.heads)
+    passes = make_padded_passes(arguments.recipe, lengths, arguments.vocabulary, arguments.max_tokens, arguments.device)
+    shape = (arguments.vocabulary, arguments.hidden, arguments.layers, arguments.heads)
     model = build_published_model(arguments.recipe, *shape).train().to(arguments.device)
 
     def loss() -> torch.Tensor:
@@ -221,12 +221,12 @@ def main() -> None:
 
     from quincunx.engine.throughput import peak_flops_of
 
-    names = ("recipe", "layers", "hidden", "heads", "batch", "lengths", "max_tokens", "threads", "steps", "device")
+    names = ("recipe", "layers", "hidden", "heads", "batch", "lengths", "max_tokens", "vocabulary", "threads", "steps")
     ours = figures["quincunx"]
     peak_flops = peak_flops_of(torch.device(arguments.device), 1, "bfloat16")
     if peak_flops:
         ours["mfu"] = round(ours["tflops_per_second"] * 1e12 / peak_flops, 3)
-    record = {name: getattr(arguments, name) for name in names} | ours
+    record = {name: getattr(arguments, name) for name in (*names, "device")} | ours
     if "published" in figures:
         theirs = record["published"] = figures["published"]
         memory = "peak_rss_gb" if arguments.device == "cpu" else "peak_gpu_gb"
