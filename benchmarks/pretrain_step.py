@@ -9,6 +9,9 @@ float32; on a CUDA card ours in bf16 with float32 master weights, as ZeRO has it
 With `--baseline` the recipe's published step (published_model.py: padded, logits at every position, MASTER with its
 three encoder passes; on a card under bf16 autocast) is also run, in a process of its own so that its peak memory is its
 own; the two take turns, so that a noisy machine is noisy for both.
+
+`--sweep OUTPUT` runs every recipe beside its published step, then the given recipe over growing batches, lengths and
+vocabularies, and writes OUTPUT.json, OUTPUT.md and OUTPUT.png.
 """
 
 import argparse
@@ -22,6 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 MAX_GRAD_NORM = 1.0
+SHAPE = (
+    "recipe", "layers", "hidden", "heads", "batch", "lengths", "max_tokens", "vocabulary", "threads", "steps", "device",
+)  # fmt: skip
+"""Settings that make a step what it is, and go into its record."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, nargs="?", help="print the JSON line (always done); append it to this file"
     )
+    parser.add_argument("--sweep", type=Path, metavar="OUTPUT", help="every recipe, and how a step scales")
     parser.add_argument("--model", choices=["quincunx", "published"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -157,9 +165,10 @@ def serve(arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace, models: list[str]) -> dict[str, dict[str, float]]:
     """Figures of each model, each in its own process, taking turns step by step."""
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
+    flags = [part for name in SHAPE for part in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
     workers = {
         model: subprocess.Popen(
-            [sys.executable, *sys.argv, "--device", arguments.device, "--model", model],
+            [sys.executable, __file__, *flags, "--model", model],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -205,38 +214,112 @@ def measure(arguments: argparse.Namespace, models: list[str]) -> dict[str, dict[
     return figures
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def record_of(arguments: argparse.Namespace) -> dict:
+    """The figures of one shape, beside the published step's where wanted."""
     import torch
-
-    if arguments.device == "auto":
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if arguments.device == "cpu":
-            print("No CUDA card here: the step runs on the CPU in float32.", file=sys.stderr)
-    if arguments.model:
-        serve(arguments)
-        return
-    figures = measure(arguments, ["quincunx", "published"] if arguments.baseline else ["quincunx"])
     from synthetic import versions
 
     from quincunx.engine.throughput import peak_flops_of
 
-    names = ("recipe", "layers", "hidden", "heads", "batch", "lengths", "max_tokens", "vocabulary", "threads", "steps")
+    figures = measure(arguments, ["quincunx", "published"] if arguments.baseline else ["quincunx"])
     ours = figures["quincunx"]
     peak_flops = peak_flops_of(torch.device(arguments.device), 1, "bfloat16")
     if peak_flops:
         ours["mfu"] = round(ours["tflops_per_second"] * 1e12 / peak_flops, 3)
-    record = {name: getattr(arguments, name) for name in (*names, "device")} | ours
+    record = {name: getattr(arguments, name) for name in SHAPE} | ours
     if "published" in figures:
         theirs = record["published"] = figures["published"]
         memory = "peak_rss_gb" if arguments.device == "cpu" else "peak_gpu_gb"
         record["times_as_fast"] = round(theirs["median_seconds"] / ours["median_seconds"], 2)
         record["memory_share"] = round(ours[memory] / theirs[memory], 3)
-    line = json.dumps(record | versions())
-    print(line)
-    if arguments.json:
-        with arguments.json.open("a") as file:
-            file.write(line + "\n")
+    return record | versions()
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    """Writes the records of every recipe and of growing shapes as JSON, a table and a plot."""
+    from synthetic import RECIPES
+
+    def run(**changes) -> dict:
+        record = record_of(argparse.Namespace(**vars(arguments) | changes))
+        print(json.dumps(record), flush=True)
+        return record
+
+    batch, longest = arguments.batch, arguments.max_tokens
+    parts = {"recipes": [run(recipe=recipe, baseline=True) for recipe in RECIPES]}
+    parts["batch"] = [run(batch=n, baseline=False) for n in (max(1, batch // 4), batch, 2 * batch)]
+    parts["max_tokens"] = [
+        run(max_tokens=n, lengths="full", baseline=False) for n in (longest // 2, longest, 2 * longest)
+    ]
+    parts["vocabulary"] = [run(vocabulary=n, baseline=False) for n in (8_192, 30_522, 50_368)]
+    output = arguments.sweep
+    output.with_suffix(".json").write_text(json.dumps(parts, indent=1) + "\n")
+    output.with_suffix(".md").write_text(to_markdown(parts))
+    plot(parts, output.with_suffix(".png"))
+
+
+def to_markdown(parts: dict[str, list[dict]]) -> str:
+    first = parts["recipes"][0]
+    memory = "peak_rss_gb" if first["device"] == "cpu" else "peak_gpu_gb"
+    lines = [
+        "# A pre-training step",
+        "",
+        f"{first['layers']} x {first['hidden']} on {first['device']}, medians of {first['steps']} steps; last column: the "
+        "published step's passages/s and GB, and how many times as fast ours is.",
+        "",
+        "| recipe | batch | max tokens | lengths | words | passages/s | TFLOP/s | MFU | peak GB | published |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (row for rows in parts.values() for row in rows):
+        theirs = row.get("published")
+        beside = f"{theirs['passages_per_second']}, {theirs[memory]} ({row['times_as_fast']} x)" if theirs else ""
+        cells = [row[name] for name in ("recipe", "batch", "max_tokens", "lengths", "vocabulary")]
+        cells += [row["passages_per_second"], row["tflops_per_second"], row.get("mfu", ""), row[memory], beside]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(parts: dict[str, list[dict]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    recipes = parts["recipes"]
+    places = range(len(recipes))
+    axis = axes.flat[0]
+    axis.bar([x - 0.2 for x in places], [r["passages_per_second"] for r in recipes], 0.4, label="quincunx")
+    published = [r.get("published", {}).get("passages_per_second", 0) for r in recipes]
+    axis.bar([x + 0.2 for x in places], published, 0.4, label="published step", color="tab:gray")
+    axis.set_xticks(list(places), [r["recipe"] for r in recipes])
+    axis.set_ylabel("passages/s")
+    axis.legend()
+    for axis, name in zip(axes.flat[1:], ("batch", "max_tokens", "vocabulary"), strict=True):
+        axis.plot([r[name] for r in parts[name]], [r["tokens_per_second"] for r in parts[name]], marker="o")
+        axis.set_xlabel({"batch": "passages a step", "max_tokens": "tokens a passage", "vocabulary": "words"}[name])
+        axis.set_ylabel("tokens/s")
+        axis.set_ylim(bottom=0)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.device == "auto":
+        import torch
+
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if arguments.device == "cpu":
+            print("No CUDA card here: the step runs on the CPU in float32.", file=sys.stderr)
+    if arguments.model:
+        serve(arguments)
+    elif arguments.sweep:
+        sweep(arguments)
+    else:
+        line = json.dumps(record_of(arguments))
+        print(line)
+        if arguments.json:
+            with arguments.json.open("a") as file:
+                file.write(line + "\n")
 
 
 if __name__ == "__main__":
