@@ -263,8 +263,8 @@ def to_markdown(parts: dict[str, list[dict]]) -> str:
     lines = [
         "# A pre-training step",
         "",
-        f"{first['layers']} x {first['hidden']} on {first['device']}, medians of {first['steps']} steps; last column: the "
-        "published step's passages/s and GB, and how many times as fast ours is.",
+        f"{first['layers']} x {first['hidden']} on {first['device']}, medians of {first['steps']} steps. Last column: "
+        "the published step's passages/s and GB, and how many times as fast ours is.",
         "",
         "| recipe | batch | max tokens | lengths | words | passages/s | TFLOP/s | MFU | peak GB | published |",
         "|---|---|---|---|---|---|---|---|---|---|",
