@@ -48,16 +48,16 @@ def _choose(implementation: str, device_type: str, index: int | None) -> Literal
         return "torch"
     obstacle = None
     if importlib.util.find_spec("triton") is None:
-        obstacle = "the triton package is not installed; install it (pip install triton)"
+        obstacle = "the triton package is not installed (pip install triton)"
     elif INTERPRETED:
         return "triton" if implementation == "triton" else "torch"
     elif device_type != "cuda":
-        obstacle = f"tensors are on {device_type}, Triton kernels run on CUDA devices"
+        obstacle = f"tensors are on {device_type} and Triton kernels need a CUDA device"
     elif torch.version.hip is None and torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(index)
-        obstacle = f"the device has compute capability {major}.{minor}, the kernels need 8.0 (Ampere) or newer"
+        obstacle = f"the device has compute capability {major}.{minor} and the kernels need 8.0 (Ampere) or newer"
     if obstacle is None:
         return "triton"
     if implementation == "triton":
-        raise ValueError(f"kernels: triton cannot run: {obstacle}, or set kernels to torch or auto")
+        raise ValueError(f"kernels: triton cannot run: {obstacle}; set kernels to torch or auto")
     return "torch"

@@ -38,7 +38,7 @@ def test_auto_takes_triton_from_ampere_on(capability, chosen, monkeypatch):
 
 def test_triton_on_an_old_card_or_without_the_package_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    with pytest.raises(ValueError, match=r"compute capability 7\.5, the kernels need 8\.0"):
+    with pytest.raises(ValueError, match=r"compute capability 7\.5 and the kernels need 8\.0"):
         launching.choose("triton", "cuda:0")
     launching._choose.cache_clear()
     monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
