@@ -17,15 +17,14 @@ import importlib.util
 import json
 import resource
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import turns
 from synthetic import ALWAYS, DECODER_RATE, passage_lengths, versions
 
 from quincunx.kernels.enhanced_attention import enhanced_attention
@@ -328,31 +327,17 @@ def cuda_parts(parts: list[str], repeat_ms: int) -> dict:
     return results
 
 
-def cpu_part(turns: int) -> dict:
+def cpu_part(num_turns: int) -> dict:
     """The chunked head against full logits, float32: seconds and peak memory, processes taking turns."""
     names = ("chunked", "full logits")
-    workers = {
-        name: subprocess.Popen(
-            [sys.executable, __file__, "--serve", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for name in names
-    }
-    seconds, peaks = {name: [] for name in names}, dict.fromkeys(names, 0.0)
-    for turn in range(1 + turns):
-        for name, worker in workers.items():
-            worker.stdin.write("step\n")
-            worker.stdin.flush()
-            took, peaks[name] = json.loads(worker.stdout.readline())
-            if turn:  # the first warms up
-                seconds[name].append(took)
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+    commands = {name: [sys.executable, __file__, "--serve", name] for name in names}
+    answers = turns.take_turns(commands, 1 + num_turns)
+    seconds = {name: [took for took, _ in answers[name][1:]] for name in names}  # the first warms up
     table = {
         name: {
             "median_seconds": round(statistics.median(seconds[name]), 3),
             "minimum_seconds": round(min(seconds[name]), 3),
-            "peak_gb": round(peaks[name], 3),
+            "peak_gb": round(answers[name][-1][1], 3),
         }
         for name in names
     }
@@ -375,12 +360,11 @@ def serve(name: str) -> None:
     small = tuple(x[:2].detach().requires_grad_(x.is_floating_point()) for x in inputs)
     forward_and_backward(weighted_nll, (small[0], *inputs[1:3], small[3] % CPU_VOCAB, small[4]), inputs[:3])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        forward_and_backward(function, inputs, inputs[:3])
-        took = time.perf_counter() - start
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
-        print(json.dumps([took, peak]), flush=True)
+
+    def peak_gb() -> list[float]:
+        return [(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9]
+
+    turns.serve(functools.partial(forward_and_backward, function, inputs, inputs[:3]), peak_gb)
 
 
 # ---------------------------------------------------------------- writing

@@ -18,11 +18,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+import turns
 
 MAX_GRAD_NORM = 1.0
 SHAPE = (
@@ -155,51 +155,29 @@ def serve(arguments: argparse.Namespace) -> None:
         training, flops = our_training(arguments)
     else:
         training = published_training(arguments)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        training.step()
-        seconds = time.perf_counter() - start
-        print(json.dumps([seconds, peak_memory_gb(torch.device(arguments.device)), flops]), flush=True)
+    device = torch.device(arguments.device)
+    turns.serve(training.step, lambda: [peak_memory_gb(device), flops])
 
 
 def measure(arguments: argparse.Namespace, models: list[str]) -> dict[str, dict[str, float]]:
     """Figures of each model, each in its own process, taking turns step by step."""
     environment = os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     flags = [part for name in SHAPE for part in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))]
-    workers = {
-        model: subprocess.Popen(
-            [sys.executable, __file__, *flags, "--model", model],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for model in models
-    }
-    seconds, peak, flops = {model: [] for model in models}, dict.fromkeys(models, 0.0), {}
-    for turn in range(2 + arguments.steps):
-        for model, worker in workers.items():
-            worker.stdin.write("step\n")
-            worker.stdin.flush()
-            answer = worker.stdout.readline()
-            if not answer:
-                if model == "published":  # out of memory, say: ours is still worth a line
-                    print(f"the published step ended with exit code {worker.wait()}", file=sys.stderr)
-                    workers["quincunx"].stdin.close()
-                    return measure(arguments, ["quincunx"])
-                raise SystemExit(f"our step ended with exit code {worker.wait()}")
-            took, peak[model], flops[model] = json.loads(answer)
-            if turn >= 2:
-                seconds[model].append(took)
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+    commands = {model: [sys.executable, __file__, *flags, "--model", model] for model in models}
+    try:
+        answers = turns.take_turns(commands, 2 + arguments.steps, environment)
+    except turns.ContenderEnded as ended:
+        if ended.name != "published":
+            raise SystemExit(str(ended)) from None
+        print(ended, file=sys.stderr)  # out of memory, say: ours is still worth a line
+        return measure(arguments, ["quincunx"])
 
     from synthetic import passage_lengths
 
     tokens = int(passage_lengths(arguments.lengths, arguments.batch, arguments.max_tokens).sum())
     figures = {}
-    for model, taken in seconds.items():
+    for model, turn in answers.items():
+        taken, (_, peak, flops) = [seconds for seconds, _, _ in turn[2:]], turn[-1]
         median = statistics.median(taken)
         figures[model] = {
             "median_seconds": round(median, 4),
@@ -207,10 +185,10 @@ def measure(arguments: argparse.Namespace, models: list[str]) -> dict[str, dict[
             "passages_per_second": round(arguments.batch / median, 3),
             "best_passages_per_second": round(arguments.batch / min(taken), 3),
             "tokens_per_second": round(tokens / median, 1),
-            "peak_rss_gb" if arguments.device == "cpu" else "peak_gpu_gb": round(peak[model], 3),
+            "peak_rss_gb" if arguments.device == "cpu" else "peak_gpu_gb": round(peak, 3),
         }
-        if flops[model]:
-            figures[model]["tflops_per_second"] = round(flops[model] / median / 1e12, 3)
+        if flops:
+            figures[model]["tflops_per_second"] = round(flops / median / 1e12, 3)
     return figures
 
 

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from synthetic import CLS, DECODER_RATE, ENCODER_RATE, FIRST_WORD, MASK, SEP
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 from transformers.models.bert.modeling_bert import BertLayer
 
 IGNORED = -100
-CLS, SEP, MASK, FIRST_WORD = 101, 102, 103, 999
-ENCODER_RATE, DECODER_RATE = 0.30, 0.50
 # Each encoder pass of a recipe: its mask rate, the share of the passage it reads, and the decoders that start from it
 # with the share of a passage's length that their texts have.
 PASSES = {

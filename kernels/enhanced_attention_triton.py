@@ -18,10 +18,10 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
-from quincunx.kernels.launching import INTERPRETED, CompileCase
+from quincunx.kernels.launching import CompileCase
+from quincunx.kernels.rounding_triton import WIDEN, round_to
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-WIDEN = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -57,15 +57,6 @@ def _visible(rows, columns, sequence, start, length, rule):
 
 
 @triton.jit
-def _round(x, dtype: tl.constexpr):
-    """Float32 in another dtype, to nearest even: the interpreter truncates to bf16."""
-    if WIDEN and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
 def _dot(a, b, accumulator):
     """accumulator + a b in float32; the interpreter's product of bf16 tiles is wrong."""
     if WIDEN:
@@ -94,7 +85,7 @@ def _store(x, first, rows, length, value, C: tl.constexpr):
     """Writes what `_load` would read from a contiguous [T, H, C]."""
     stride = tl.num_programs(1) * C
     places = x + first * stride + rows[:, None] * stride + tl.program_id(1) * C + tl.arange(0, C)
-    tl.store(places, _round(value, x.dtype.element_ty), mask=rows[:, None] < length)
+    tl.store(places, round_to(value, x.dtype.element_ty), mask=rows[:, None] < length)
 
 
 @triton.jit
@@ -102,7 +93,7 @@ def _load_queries(h_query, position_query, h_stride, position_stride, sequence, 
     """h + position [M, C] of this program's head: a float32 sum rounded to the tensors' dtype, as torch rounds it."""
     h_C = tl.load(h_query + sequence.to(tl.int64) * h_stride + tl.program_id(1) * C + tl.arange(0, C))
     position_MC = _load(position_query, first, position_stride, rows, length, C)
-    return _round(h_C.to(tl.float32) + position_MC.to(tl.float32), position_MC.dtype)
+    return round_to(h_C.to(tl.float32) + position_MC.to(tl.float32), position_MC.dtype)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
@@ -154,7 +145,7 @@ def _forward(
         shrink_M = tl.exp2(largest_M - larger_M)
         weights_MN = tl.exp2(scores_MN - larger_M[:, None])
         sum_M = sum_M * shrink_M + tl.sum(weights_MN, 1)
-        output_MC = _dot(_round(weights_MN, v_NC.dtype), v_NC, output_MC * shrink_M[:, None])
+        output_MC = _dot(round_to(weights_MN, v_NC.dtype), v_NC, output_MC * shrink_M[:, None])
         largest_M = larger_M
     # A row that sees nothing gives 0 / 1; every weight of its backward is masked, whatever its log-sum-exp.
     sum_M = tl.where(sum_M == 0, 1.0, sum_M)
@@ -217,7 +208,7 @@ def _backward_queries(
         weights_MN = tl.where(visible_MN, tl.exp2(scores_MN - lse_M[:, None]), 0.0)
         grad_weights_MN = _dot(grad_output_MC, tl.trans(v_NC), tl.zeros([M, N], tl.float32))
         grad_scores_MN = weights_MN * (grad_weights_MN - delta_M[:, None])
-        grad_q_MC = _dot(_round(grad_scores_MN, k_NC.dtype), k_NC, grad_q_MC)
+        grad_q_MC = _dot(round_to(grad_scores_MN, k_NC.dtype), k_NC, grad_q_MC)
     _store(grad_q, start, rows_M, length, grad_q_MC * C**-0.5, C)
 
 
@@ -271,10 +262,10 @@ def _backward_keys_values(
         scores_NM = _dot(k_NC, tl.trans(q_MC), tl.zeros([N, M], tl.float32)) * (C**-0.5 * LOG2_E)
         visible_NM = _visible(rows_M[None, :], columns_N[:, None], sequence, start, length, rule)
         weights_NM = tl.where(visible_NM, tl.exp2(scores_NM - lse_M[None, :]), 0.0)
-        grad_v_NC = _dot(_round(weights_NM, v_NC.dtype), grad_output_MC, grad_v_NC)
+        grad_v_NC = _dot(round_to(weights_NM, v_NC.dtype), grad_output_MC, grad_v_NC)
         grad_weights_NM = _dot(v_NC, tl.trans(grad_output_MC), tl.zeros([N, M], tl.float32))
         grad_scores_NM = weights_NM * (grad_weights_NM - delta_M[None, :])
-        grad_k_NC = _dot(_round(grad_scores_NM, q_MC.dtype), q_MC, grad_k_NC)
+        grad_k_NC = _dot(round_to(grad_scores_NM, q_MC.dtype), q_MC, grad_k_NC)
     _store(grad_k, start, columns_N, length, grad_k_NC * C**-0.5, C)
     _store(grad_v, start, columns_N, length, grad_v_NC, C)
 
@@ -291,7 +282,7 @@ def _sum_rows(grad_q, cu_seqlens, grad_h, width, R: tl.constexpr, W: tl.constexp
         mask_RW = (rows_R1 < end) & (channels_W < width)
         grad_RW = tl.load(grad_q + rows_R1.to(tl.int64) * width + channels_W, mask=mask_RW, other=0.0)
         sum_W += tl.sum(grad_RW.to(tl.float32), 0)
-    tl.store(grad_h + sequence * width + channels_W, _round(sum_W, grad_h.dtype.element_ty), mask=channels_W < width)
+    tl.store(grad_h + sequence * width + channels_W, round_to(sum_W, grad_h.dtype.element_ty), mask=channels_W < width)
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -312,7 +303,7 @@ def _sum_sequences(
         grad_RW = tl.load(grad_q + rows_R.to(tl.int64)[:, None] * width + channels_W, mask=mask_RW, other=0.0)
         sum_W += tl.sum(grad_RW.to(tl.float32), 0)
     places_W = grad_position + position.to(tl.int64) * width + channels_W
-    tl.store(places_W, _round(sum_W, grad_position.dtype.element_ty), mask=channels_W < width)
+    tl.store(places_W, round_to(sum_W, grad_position.dtype.element_ty), mask=channels_W < width)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])

@@ -24,6 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from quincunx.kernels.launching import INTERPRETED, CompileCase
 from quincunx.kernels.linear_cross_entropy import Form, Gradients
+from quincunx.kernels.rounding_triton import WIDEN, round_to
 
 # bf16 has all its digits from e^-87 to e^88. Within 60, E keeps those of a probability of e^-27 however low its row
 # lies, and hidden times 1 / S those of a row that weighs 1e-12 of the heaviest however high it lies. At 80 it would be
@@ -31,7 +32,6 @@ from quincunx.kernels.linear_cross_entropy import Form, Gradients
 LARGEST_LSE = tl.constexpr(60.0)
 # The bias of pad columns: their E and their gradient are exactly 0 without a mask, whatever the row's other logits are.
 PAD_BIAS = tl.constexpr(-1e30)
-WIDEN = tl.constexpr(INTERPRETED)
 PADDING = 128
 STRIPE = 512
 """Rows whose gradients of the bias one program sums."""
@@ -60,15 +60,6 @@ GROUP = 8
 """Row tiles whose programs run side by side, so that tiles of the weight are read from the L2 cache."""
 POINTWISE = {"BLOCK_ROWS": 16, "BLOCK_WORDS": 128}
 SUMS = {"BLOCK_ROWS": 32, "BLOCK_TILES": 32}
-
-
-@triton.jit
-def _round(x, dtype: tl.constexpr):
-    """float32 to `dtype`, to the nearest; the interpreter cuts bf16's digits off instead."""
-    if WIDEN and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -185,7 +176,7 @@ def _exponentials_kernel(
         exponentials = tl.exp(logits)
         tl.store(sums_CK + at, tl.sum(exponentials, 1), inside)
         if STORE:
-            exponentials = _round(exponentials, tl.bfloat16)
+            exponentials = round_to(exponentials, tl.bfloat16)
             if DESCRIPTORS:
                 exponentials_KP.store([first_row, word_tile * BLOCK_WORDS], exponentials)
             else:
@@ -285,7 +276,7 @@ def _gradient_kernel(
             inverse_sums = tl.load(inverse_sums_K + rows, inside, other=0.0)[:, None]
             gradient = tl.exp(stored + bias - row_values) * inverse_sums - is_label.to(tl.float32)
             changed = inside[:, None]
-        tl.store(at, _round(gradient, workspace_KP.dtype.element_ty), changed)
+        tl.store(at, round_to(gradient, workspace_KP.dtype.element_ty), changed)
         sums += gradient * tl.load(row_factors_K + rows, inside, other=0.0)[:, None]
     at = bias_gradient_SP + stripe * PADDED + words
     tl.store(at, tl.load(at) + tl.sum(sums, 0))
