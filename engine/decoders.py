@@ -195,9 +195,13 @@ def _keys_and_values(layers: Sequence[DecoderLayer], streams: Sequence[DecoderSt
         by_context.setdefault(id(stream.context_TD), []).append(i)
     results: dict[int, torch.Tensor] = {}
     for members in by_context.values():
+        context_TD = streams[members[0]].context_TD
+        if len(members) == 1:  # joining one matrix would copy it, and keep the copy for the backward pass
+            results[members[0]] = layers[members[0]].key_value(context_TD)
+            continue
         weight = torch.cat([layers[i].key_value.weight for i in members])
         bias = torch.cat([layers[i].key_value.bias for i in members])
-        product = F.linear(streams[members[0]].context_TD, weight, bias)
+        product = F.linear(context_TD, weight, bias)
         results |= zip(members, product.chunk(len(members), dim=-1), strict=True)
     return [results[i] for i in range(len(layers))]
 
