@@ -86,7 +86,7 @@ class Training:
 
 
 def our_training(arguments: argparse.Namespace) -> tuple[Training, float]:
-    """The model that trains, with memory handled as engine/preparation.py has it, and the FLOPs of a step.
+    """The model that trains, with memory handled as engine/pretraining.py has it, and the FLOPs of a step.
 
     A step includes moving the batch to the card; the published step finds its batch there.
     """

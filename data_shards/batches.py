@@ -61,3 +61,13 @@ class PackedBatch:
     def num_labels(self) -> list[int]:
         """Labelled tokens of this batch: the encoder's first, then each task's in order."""
         return [len(self.encoder_labels), *(len(task.labels) for task in self.tasks.values())]
+
+    @property
+    def num_passages(self) -> int:
+        """B"""
+        return len(self.sample_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the encoder reads."""
+        return len(self.encoder.input_ids)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.settings import PretrainSettings, find_problems
+from quincunx.engine.run_settings import RunSettings, require
 
 BUNDLED = Path(__file__).parent.parent / "ds_configs"
 LARGEST_DEFAULT_MICRO_BATCH = 32
@@ -45,16 +45,15 @@ KNOWN_KEYS = frozenset({
 """DeepSpeed ignores a key it does not know; here a typing error is an error."""
 
 
-def check_settings(settings: PretrainSettings, world_size: int) -> tuple[dict[str, Any], int]:
-    """(the DeepSpeed JSON as given, passages of one forward pass of one rank), once nothing contradicts anything.
+def check_settings(settings: RunSettings, problems: list[str], world_size: int) -> tuple[dict[str, Any], int]:
+    """(the DeepSpeed JSON as given, examples of one forward pass of one rank), once nothing contradicts anything.
 
+    problems: what the stage found wrong with its settings.
     Raises one SettingsError that names everything that is wrong with the settings, the JSON and the two together.
     """
     config = load_deepspeed_json(settings.deepspeed)
     micro_batch, batch_problems = choose_micro_batch(config, settings, world_size)
-    problems = find_problems(settings) + find_conflicts(config, settings) + batch_problems
-    if problems:
-        raise SettingsError("; ".join(problems))
+    require(problems + find_conflicts(config, settings) + batch_problems)
     fill_config(config, settings, micro_batch, world_size, cuda=False)  # raises where nothing fills an "auto"
     return config, micro_batch
 
@@ -76,7 +75,7 @@ def load_deepspeed_json(name: str) -> dict[str, Any]:
     return config
 
 
-def find_conflicts(config: dict[str, Any], settings: PretrainSettings) -> list[str]:
+def find_conflicts(config: dict[str, Any], settings: RunSettings) -> list[str]:
     """Every value of the JSON that contradicts the recipe or that training here cannot honour, each as one clause."""
     clauses = []
     for key, owner in OWNED_BY_RECIPE.items():
@@ -118,8 +117,8 @@ def find_conflicts(config: dict[str, Any], settings: PretrainSettings) -> list[s
     return clauses
 
 
-def choose_micro_batch(config: dict[str, Any], settings: PretrainSettings, world_size: int) -> tuple[int, list[str]]:
-    """(passages of one forward pass of one rank, what is wrong with the batch sizes).
+def choose_micro_batch(config: dict[str, Any], settings: RunSettings, world_size: int) -> tuple[int, list[str]]:
+    """(examples of one forward pass of one rank, what is wrong with the batch sizes).
 
     From the recipe, else from the JSON, else the largest divisor of the rank's share that is at most 32.
     """
@@ -136,7 +135,7 @@ def choose_micro_batch(config: dict[str, Any], settings: PretrainSettings, world
         divisors = [n for n in range(1, min(share, 4096) + 1) if share % n == 0]
         allowed = ", ".join(map(str, divisors[-8:]))
         return 1, [
-            f"micro_batch {given} does not divide the {share} passages of a rank; the largest that do: {allowed}"
+            f"micro_batch {given} does not divide the {share} examples of a rank; the largest that do: {allowed}"
         ]
     return given, []
 
@@ -147,7 +146,7 @@ def nearest_multiples(number: int, divisor: int) -> str:
 
 
 def fill_config(
-    config: dict[str, Any], settings: PretrainSettings, micro_batch: int, world_size: int, cuda: bool
+    config: dict[str, Any], settings: RunSettings, micro_batch: int, world_size: int, cuda: bool
 ) -> dict[str, Any]:
     """The JSON as DeepSpeed gets it: every "auto" replaced, what the recipe owns set.
 

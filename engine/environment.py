@@ -111,6 +111,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def choose_device(device: str, environment: Environment) -> bool:
+    """Whether a `device` setting (auto, cpu, cuda) means a GPU. Raises SettingsError where this rank has none."""
+    import torch
+
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return False
+    if not torch.cuda.is_available():
+        raise SettingsError(
+            "device is cuda and this machine has no GPU that torch can use; take --device cpu or another machine"
+        )
+    if environment.local_rank >= torch.cuda.device_count():
+        raise SettingsError(
+            f"rank {environment.rank} is number {environment.local_rank + 1} on its machine, which has "
+            f"{torch.cuda.device_count()} GPUs; start at most one rank per GPU, or take --device cpu"
+        )
+    return True
+
+
 def rank_and_world() -> tuple[int, int]:
     """(rank, number of ranks) of the process group, (0, 1) where there is none."""
     import torch.distributed as dist

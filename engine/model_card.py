@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.engine.metrics_file import numbers, read_metrics
-from quincunx.engine.settings import MACHINE_FIELDS
+from quincunx.engine.settings import PretrainSettings
 
 PLOT_FILE = "loss.png"
 # Okabe and Ito's palette, told apart by colour-blind eyes too; one colour a task wherever tasks are drawn.
@@ -17,6 +17,11 @@ COLOURS = {
     "dor": "#cc79a7",
     "gor": "#e69f00",
     "retromae": "#56b4e9",
+    "contrastive": "#0072b2",
+    "kl": "#d55e00",
+    "margin_mse": "#d55e00",
+    "listwise": "#009e73",
+    "r_drop": "#cc79a7",
 }
 
 
@@ -60,7 +65,7 @@ def probe_table(run_folder: Path) -> str:
 
 def learned_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what was learned; folders and other facts of the machine stay private."""
-    return {name: value for name, value in settings.items() if name not in {*MACHINE_FIELDS, "shards"}}
+    return {name: value for name, value in settings.items() if name not in {*PretrainSettings.MACHINE_FIELDS, "shards"}}
 
 
 def model_card(
@@ -79,12 +84,14 @@ def model_card(
         "pipeline_tag": "sentence-similarity",
         "tags": ["dense-retrieval", "pre-training", "quincunx", *settings["tasks"]],
     }
+    tasks = "masked language modelling"
+    if settings["tasks"]:
+        tasks += f" and {', '.join(settings['tasks'])}, with {settings['decoder']} decoders"
     scratch = " with random weights" if settings["from_scratch"] else ""
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {title}",
         f"A dense-retrieval encoder, pre-trained with quincunx for {step} steps of {settings['global_batch']} "
-        f"passages, starting from `{settings['encoder']}`{scratch}. Tasks: masked language modelling and "
-        f"{', '.join(settings['tasks'])}, with {settings['decoder']} decoders. It is pre-trained, not fine-tuned: "
+        f"passages, starting from `{settings['encoder']}`{scratch}. Tasks: {tasks}. It is pre-trained, not fine-tuned: "
         "train it on queries and passages before you judge its retrieval.",
         usage,
         "## Training data\n\nShard sets, by the digest of their manifest:\n\n"
@@ -142,7 +149,7 @@ def plot_losses(run_folder: Path, path: Path) -> bool:
             axes.axhline(level, color=colour, linewidth=1, linestyle=":")
     axes.set(
         xlabel="optimizer step",
-        ylabel="loss, nats per labelled token",
+        ylabel="loss, nats per labelled token or query",
         title="thin: training   dots: held out   dotted: unigram",
     )
     axes.title.set_fontsize(9)

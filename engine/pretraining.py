@@ -1,339 +1,278 @@
-"""The pre-training run: start, the loop, the end.
+"""Pre-training as a job for the loop: everything it needs before its ranks talk to each other, and its step.
 
-DeepSpeed owns accumulation, clipping, ZeRO and precision. What DeepSpeed does not do stands inline in `train`: the
-label counts that make each loss a mean over the global batch, the learning rate, dropout's seed, skipped steps, and
-stopping on request.
+What a user got wrong in the settings and the DeepSpeed JSON comes first, as one SettingsError with all of it; then the
+machine, the shards, the model. Each rank does this alone; order and random weights are functions of the seed.
 """
 
-import os
-import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 
 from quincunx.data_shards.batches import PackedBatch
-from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError, SettingsError
-from quincunx.data_shards.hashing import fold, mix
-from quincunx.engine.checkpoint import load_checkpoint
-from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
-from quincunx.engine.deepspeed_config import lookup, precision_of
-from quincunx.engine.environment import Environment
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.order import Order
+from quincunx.data_shards.packer import Packer
+from quincunx.data_shards.shards import ShardSet, open_shards
+from quincunx.data_shards.stream import Stream
+from quincunx.data_shards.tasks import check_tasks_against
+from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
+from quincunx.engine.bundle import is_bundle, load_bundle
+from quincunx.engine.deepspeed_config import check_settings, fill_config
+from quincunx.engine.environment import Environment, choose_device
 from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
-from quincunx.engine.held_out import run_held_out
-from quincunx.engine.optimizer import compile_once, learning_rate_at, parameter_groups
-from quincunx.engine.preparation import Prepared, prepare
-from quincunx.engine.probe import run_probe
-from quincunx.engine.resume import Resume, choose_checkpoint, fingerprint, run_state
+from quincunx.engine.held_out import HeldOut, load_held_out, run_held_out
+from quincunx.engine.host_memory import return_freed_memory
+from quincunx.engine.job import Evaluation
+from quincunx.engine.model import PretrainModel, StepOutput, build_model
+from quincunx.engine.probe import Probe, load_probe, run_probe
 from quincunx.engine.run_folder import RunFolder
-from quincunx.engine.settings import PretrainSettings, as_plain, find_idle_settings
-from quincunx.engine.signals import StopRequest, Watchdog
+from quincunx.engine.run_settings import total_steps
+from quincunx.engine.settings import PretrainSettings, find_idle_settings, find_problems
 from quincunx.engine.tensors import to_tensors
-from quincunx.engine.throughput import Progress, Window, peak_flops_of
-from quincunx.engine.tracking import Tracker, open_tracker, view_command
+from quincunx.engine.throughput import training_flops
+from quincunx.engine.training import run_training
+from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
+from quincunx.kernels.launching import choose
 
 
-@dataclass
-class Run:
-    """A run in progress on one rank."""
+@dataclass(frozen=True)
+class PretrainJob:
+    """A pre-training, on one rank; fields and methods as engine/job.py has them."""
 
     settings: PretrainSettings
-    environment: Environment
-    prepared: Prepared
-    folder: RunFolder
-    engine: Any
-    """The DeepSpeed engine around prepared.model."""
-    device: torch.device
-    peak_flops: float | None
-    control: Any
-    """A gloo process group: what the host must know each step never waits for a GPU."""
-    tracker: Tracker
-    progress: Progress
-    watchdog: Watchdog
-    stop_request: StopRequest
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    skipped_steps: int = 0
-    bad_steps: int = 0
-    """Skipped steps in a row, up to now."""
+    config: dict[str, Any]
+    micro_batch: int
+    total_steps: int
+    cuda: bool
+    model: PretrainModel
+    stream: Stream
+    shard_sets: list[ShardSet]
+    held_out: HeldOut | None
+    probe: Probe | None
+
+    @property
+    def dataset_ids(self) -> list[str]:
+        return [shard_set.manifest.dataset_id for shard_set in self.shard_sets]
+
+    @property
+    def dataset_weights(self) -> list[int]:
+        return [weight for _, weight in self.settings.shard_weights()]
+
+    @property
+    def task_names(self) -> list[str]:
+        return self.model.task_names
+
+    @property
+    def task_weights(self) -> list[float]:
+        return [1.0, *(task.weight for task in self.model.tasks)]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        found = []
+        if self.held_out is not None:
+            measure = partial(run_held_out, self.model, self.held_out)
+            found.append(Evaluation("held_out", self.settings.held_out_every, measure, shown=False))
+        if self.probe is not None:
+            measure = partial(run_probe, self.model, self.probe)
+            found.append(Evaluation("probe", self.settings.probe_every, measure, shown=True))
+        return found
+
+    @property
+    def warnings(self) -> list[str]:
+        return find_idle_settings(self.settings)
+
+    def describe(self) -> str:
+        tasks = " ".join(["mlm", *self.settings.tasks])
+        return f"tasks {tasks} ({self.settings.decoder}); {self.stream.order.describe(self.settings.global_batch)}"
+
+    def write_model_files(self, folder: Path) -> None:
+        save_model_files(folder, self.model, self.shard_sets[0].tokenizer_folder)
+
+    def num_labels(self, batch: PackedBatch) -> list[int]:
+        return batch.num_labels()
+
+    def forward_passes(
+        self, engine: Any, batches: list[PackedBatch], label_counts: torch.Tensor, seeds: list[int]
+    ) -> Iterator[StepOutput]:
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            yield engine(to_tensors(batch, label_counts.device), label_counts)
+
+    def flops(self, batch: PackedBatch) -> float:
+        return training_flops(self.model, batch)
+
+    def sample_ids(self, step: int) -> dict[str, list]:
+        rows = self.stream.order.global_batch(step, self.settings.global_batch)
+        return {name: getattr(rows, name).tolist() for name in rows._fields}
+
+    def compile(self) -> None:
+        self.model.compile_parts()
+
+    def export(self, folder: RunFolder) -> list[Path]:
+        export_run(folder.path, folder.export)
+        return [folder.export / "bundle" / "README.md", folder.export / PLOT_FILE]
 
 
 def pretrain(settings: PretrainSettings, environment: Environment) -> int:
-    """Runs or resumes a pre-training on this rank; returns the process's exit code.
-
-    0 done, 75 stopped on request after a checkpoint, 77 diverged (76 comes from the watchdog). Raises SettingsError,
-    DataError, CheckpointError; a SettingsError comes before the first step.
-    """
-    stop_request = StopRequest(launched=environment.launcher != "python")
-    prepared = prepare(settings, environment)
-    folder = RunFolder(settings.output, environment.is_main)
-    resume = None
-    if environment.is_main:
-        resume = choose_checkpoint(settings, prepared, folder, environment.world_size)
-        folder.write_settings(as_plain(settings))
-        save_model_files(folder.path, prepared.model, prepared.shard_sets[0].tokenizer_folder)
-    run = start(settings, environment, prepared, folder, resume, stop_request)
-    status = "failed"
-    try:
-        code = train(run)
-        status = {EXIT_PREEMPTED: "preempted", EXIT_DIVERGED: "diverged"}.get(code, "finished")
-        finish(run, code)
-        return code
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        run.progress.close()
-        run.tracker.close(status)
-        run.watchdog.close()
+    """Runs or resumes a pre-training on this rank; returns the process's exit code (engine/training.py)."""
+    return run_training(lambda: prepare(settings, environment), settings, environment)
 
 
-def start(
-    settings: PretrainSettings,
-    environment: Environment,
-    prepared: Prepared,
-    folder: RunFolder,
-    resume: Resume | None,
-    stop_request: StopRequest,
-) -> Run:
-    """Starts the process group and DeepSpeed's engine, and loads what rank 0 chose to resume from."""
-    if not prepared.cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed need not warn
-    # DeepSpeed calls collectives by the names torch renamed; a user of ours can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed.*deprecated")
-    import deepspeed
+def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob:
+    """Checks settings, JSON, shards and model, and opens them. Raises SettingsError or DataError."""
+    config, micro_batch = check_settings(settings, find_problems(settings), environment.world_size)
+    cuda = choose_device(settings.device, environment)
+    config = fill_config(config, settings, micro_batch, environment.world_size, cuda)
+    report = print if environment.is_main else lambda line: None
+    kernels = choose_kernels(settings, cuda)
 
-    config = prepared.config
-    environment.export()
-    deepspeed.utils.logger.setLevel("WARNING")
-    # A shared-memory reduction for inference, which DeepSpeed would compile for a minute and training never calls.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if lookup(config, "zero_optimization.offload_optimizer.device") == "cpu":
-        compile_once(deepspeed.ops.op_builder.CPUAdamBuilder(), environment.is_main)
-    device = torch.device("cuda", environment.local_rank) if prepared.cuda else torch.device("cpu")
-    if prepared.cuda:
-        torch.cuda.set_device(device)
-    patience = timedelta(minutes=settings.hang_minutes + 5)  # the watchdog is first: it says what hangs
-    backend = "nccl" if prepared.cuda else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
-    control = dist.new_group(backend="gloo", timeout=patience)
-    told: list[Any] = [None] * environment.world_size
-    dist.all_gather_object(told, (resume, fingerprint(settings, prepared)), group=control)
-    resume, expected = told[0]
-    for rank, (_, found) in enumerate(told):
-        if found != expected:
-            raise SettingsError(
-                f"not all ranks have the same files and settings: rank {rank} has {found}, rank 0 {expected}; give all "
-                "machines the same command and the same files"
-            )
-
-    if resume is not None and resume.universal:
-        config = {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
-    parameters = parameter_groups(prepared.model, settings.weight_decay)
-    engine, *_ = deepspeed.initialize(model=prepared.model, model_parameters=parameters, config=config)
-    if resume is not None:
-        load_checkpoint(engine, resume.folder)
-    if settings.compile:
-        prepared.model.compile_parts()
-    dist.barrier(group=control)
-    if environment.is_main:
-        remove_leftovers(folder.checkpoints)
-
-    state = resume.checkpoint.state if resume is not None else {"step": 0, "skipped_steps": 0, "bad_steps": 0}
-    tracker = open_tracker(
-        settings.tracking,
-        folder.path,
-        settings.run_name or folder.path.name,
-        as_plain(settings),
-        resume_run_id=state.get("run_id"),
-        resume_step=state["step"],
-        is_main=environment.is_main,
+    pairs = settings.shard_weights()
+    shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path, _ in pairs]
+    fields = [shard_set.manifest.fields["train"] for shard_set in shard_sets]
+    check_tasks_against(fields, settings.tasks, settings.neighbour)
+    check_tokenizer(settings, shard_sets)
+    packers = {split: make_packer(settings, shard_sets, split) for split in ("train", "heldout")}
+    order = Order(
+        settings.seed,
+        [shard_set.block_samples("train") for shard_set in shard_sets],
+        [weight for _, weight in pairs],
     )
-    run = Run(
+    stream = Stream(
+        packers["train"],
+        order,
+        global_batch=settings.global_batch,
+        micro_batch=micro_batch,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        num_workers=settings.num_workers,
+    )
+    model = make_model(settings, shard_sets[0], report)
+    report(f"kernels: {describe_kernels(settings, kernels, model)}")
+    if not cuda:
+        return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
+    held_out = None
+    if settings.held_out_every:
+        held_out = load_held_out(packers["heldout"], packers["train"], settings.held_out_passages, micro_batch)
+    return PretrainJob(
         settings=settings,
-        environment=environment,
-        prepared=prepared,
-        folder=folder,
-        engine=engine,
-        device=device,
-        peak_flops=peak_flops_of(device, environment.world_size, precision_of(config)),
-        control=control,
-        tracker=tracker,
-        progress=Progress(state["step"], prepared.total_steps, environment.is_main),
-        watchdog=Watchdog(settings.hang_minutes * 60, on_hang=lambda: tracker.close("hung")),
-        stop_request=stop_request,
-        step=state["step"],
-        skipped_steps=state["skipped_steps"],
-        bad_steps=state["bad_steps"],
+        config=config,
+        micro_batch=micro_batch,
+        total_steps=total_steps(settings, sum(order.num_samples)),
+        cuda=cuda,
+        model=model,
+        stream=stream,
+        shard_sets=shard_sets,
+        held_out=held_out,
+        probe=make_probe(settings, shard_sets[0]),
     )
-    announce(run, resume)
-    return run
 
 
-def train(run: Run) -> int:
-    """The loop, from run.step to the last step; returns 0, 75 or 77."""
-    settings, engine, prepared = run.settings, run.engine, run.prepared
-    world_size, rank = run.environment.world_size, run.environment.rank
-    window = Window(prepared.model, prepared.stream, run.device, run.peak_flops)
-    if run.step == 0:
-        evaluate(run)
-
-    for batches in prepared.stream.iterate(run.step) if run.step < prepared.total_steps else ():
-        # What all ranks must agree on: labelled tokens of the global batch, and whether any rank is asked to stop.
-        label_counts, stop = agree(run, batches)
-
-        rate = learning_rate_at(run.step, prepared.total_steps, settings.learning_rate, settings.warmup_share)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-
-        # DeepSpeed averages gradients over ranks; the losses are shares of one mean, so their gradients must be summed.
-        outputs = []
-        for micro_step, batch in enumerate(batches):
-            torch.manual_seed(dropout_seed(settings.seed, run.step, micro_step, rank))
-            output = engine(to_tensors(batch, run.device), label_counts)
-            engine.backward(output.loss * world_size, scale_wrt_gas=False)
-            engine.step()
-            outputs.append(output._replace(loss=output.loss.detach()))
-
-        run.step += 1
-        if engine.was_step_applied():
-            run.bad_steps = 0
-            window.add(batches, outputs)
-        else:
-            run.skipped_steps += 1
-            run.bad_steps += 1
-            note_skipped_step(run)
-        run.watchdog.beat()
-        run.progress.step()
-
-        diverged, last = run.bad_steps >= settings.max_bad_steps, run.step == prepared.total_steps
-        ending = diverged or stop or last
-        if ending or run.step % settings.log_every == 0:
-            log(run, window, rate)
-        if diverged:
-            run.progress.say(f"stopped: {run.bad_steps} steps in a row had a loss or gradient that is not finite")
-            return EXIT_DIVERGED
-        evaluate(run, last)
-        if ending or run.step % settings.checkpoint_every == 0:
-            save(run, ending)
-        if last:
-            break
-        if stop:
-            run.progress.say(f"stopped at step {run.step} on request; the same command continues")
-            return EXIT_PREEMPTED
-    return 0
-
-
-def agree(run: Run, batches: list[PackedBatch]) -> tuple[torch.Tensor, bool]:
-    """(labelled tokens of each task in the global batch, float32 on the device; whether any rank is asked to stop)."""
-    mine = torch.zeros(len(run.prepared.model.task_names) + 1, dtype=torch.float64)
-    for batch in batches:
-        mine[:-1] += torch.tensor(batch.num_labels(), dtype=torch.float64)
-    mine[-1] = run.stop_request.pending()
-    dist.all_reduce(mine, group=run.control)
-    return mine[:-1].to(run.device, torch.float32), bool(mine[-1] > 0)
-
-
-def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
-    """Seed of one forward's dropout: a resumed run at the same number of ranks draws the same."""
-    return int(fold(fold(fold(mix(seed), step), micro_step), rank))
-
-
-def note_skipped_step(run: Run) -> None:
-    """Writes down a step whose loss or gradient was not finite on some rank, with all its sample ids. Rank 0 only."""
-    if not run.environment.is_main:
-        return
-    rows = run.prepared.stream.order.global_batch(run.step - 1, run.settings.global_batch)
-    record = {"step": run.step, **{name: getattr(rows, name).tolist() for name in rows._fields}}
-    run.tracker.log(run.step, "event", {"event": "skipped_step", "in_a_row": run.bad_steps})
-    run.progress.say(f"step {run.step} skipped: its loss or gradient is not finite ({run.bad_steps} in a row)")
+def choose_kernels(settings: PretrainSettings, cuda: bool) -> str:
+    """Which kernels run, triton or torch. Raises SettingsError where Triton is demanded and cannot run."""
     try:
-        run.folder.note_skipped_step(record)
-    except OSError as error:
-        run.progress.say(f"the skipped step's sample ids could not be written down: {error}")
+        return choose(settings.kernels, "cuda" if cuda else "cpu")
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
-def log(run: Run, window: Window, rate: float) -> None:
-    """One line of training metrics, means since the last one."""
-    metrics = window.metrics()
-    metrics["learning_rate"] = rate
-    metrics["grad_norm"] = float(run.engine.get_global_grad_norm())
-    metrics["skipped_steps"] = run.skipped_steps
-    run.tracker.log(run.step, "train", metrics)
-    if run.environment.is_main:
-        run.progress.log(run.step, metrics)
+def describe_kernels(settings: PretrainSettings, kernels: str, model: PretrainModel) -> str:
+    """What computes the LM-head loss and the decoders' attention. Raises SettingsError for heads Triton cannot take."""
+    if kernels == "torch" or settings.decoder == "masked":  # masked decoders' attention is torch's own
+        return kernels
+    config = model.encoder.config
+    head_size = config.hidden_size // config.num_attention_heads
+    if settings.query_stream == "embedded":
+        return "triton for the LM-head loss, torch for attention (query_stream is embedded)"
+    if head_size in TRITON_HEAD_SIZES:
+        return "triton"
+    if settings.kernels == "triton":
+        raise SettingsError(
+            f"kernels is triton, and the encoder's heads have {head_size} channels; the attention kernel takes "
+            f"{', '.join(map(str, TRITON_HEAD_SIZES))}, set kernels to auto or torch"
+        )
+    return f"triton for the LM-head loss, torch for attention (heads of {head_size} channels)"
 
 
-def evaluate(run: Run, last: bool = False) -> None:
-    """Held-out loss and retrieval probe where they are due: before the first step, every so many, after the last."""
-    settings, prepared = run.settings, run.prepared
-
-    def due(every: int) -> bool:
-        return bool(every) and (last or run.step % every == 0)
-
-    if prepared.held_out is not None and due(settings.held_out_every):
-        run.tracker.log(run.step, "held_out", run_held_out(prepared.model, prepared.held_out, run.device))
-        run.watchdog.beat()
-    if prepared.probe is not None and due(settings.probe_every):
-        metrics = run_probe(prepared.model, prepared.probe, run.device)
-        run.tracker.log(run.step, "probe", metrics)
-        run.progress.say(f"step {run.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        run.watchdog.beat()
-
-
-def save(run: Run, ending: bool) -> None:
-    """Commits a checkpoint of this step; a failure is said and recorded, and training goes on.
-
-    Raises CheckpointError, on every rank, where it was the run's last chance (`ending`).
-    """
-    counters = {"step": run.step, "skipped_steps": run.skipped_steps, "bad_steps": run.bad_steps}
-    run_id = [run.tracker.run_id]
-    dist.broadcast_object_list(run_id, src=0, group=run.control)
-    state = run_state(run.settings, run.prepared, counters, run_id[0])
-    failure = save_checkpoint(
-        run.engine, run.control, run.folder.checkpoints, run.step, state, run.settings.keep_checkpoints
-    )
-    if failure is not None:
-        run.tracker.log(run.step, "event", {"event": "checkpoint_failed", "reason": failure})
-        if ending:
-            raise CheckpointError(
-                f"the checkpoint of the run's last step, {run.step}, could not be saved ({failure}); make room and run "
-                "the same command, which goes on from the newest one that was saved"
+def check_tokenizer(settings: PretrainSettings, shard_sets: list[ShardSet]) -> None:
+    """Raises SettingsError where a pre-trained encoder does not read the tokens that the shards hold."""
+    if settings.from_scratch:
+        return
+    ours = tokenizer_digest(load_tokenizer(settings.encoder))
+    for shard_set in shard_sets:
+        if shard_set.manifest.tokenizer_digest != ours:
+            raise SettingsError(
+                f"{shard_set.path} was built with another tokenizer than encoder {settings.encoder} has; "
+                f"build the shards with --tokenizer {settings.encoder}, or take --from_scratch"
             )
-        run.progress.say(f"CHECKPOINT OF STEP {run.step} COULD NOT BE SAVED ({failure}); training goes on without it")
-    run.watchdog.beat()
 
 
-def announce(run: Run, resume: Resume | None) -> None:
-    """Says on rank 0 what is about to run, and records it."""
-    settings, environment = run.settings, run.environment
-    for sentence in find_idle_settings(settings):
-        run.progress.say(f"warning: {sentence}")
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.prepared.model.parameters())
-    accumulation = settings.global_batch // (run.prepared.micro_batch * environment.world_size)
-    run.progress.say(
-        f"{parameters / 1e6:.1f} M parameters, tasks mlm {' '.join(settings.tasks)} ({settings.decoder}); "
-        f"{settings.global_batch} passages a step = {environment.world_size} ranks x {run.prepared.micro_batch} x "
-        f"{accumulation}; {run.prepared.stream.order.describe(settings.global_batch)}"
+def make_packer(settings: PretrainSettings, shard_sets: list[ShardSet], split: str) -> Packer:
+    return Packer(
+        shard_sets,
+        settings.task_specs(),
+        encoder_mask_rate=settings.encoder_mask_rate,
+        decoder_mask_rate=settings.decoder_mask_rate,
+        corruption=settings.corruption,
+        neighbour=settings.neighbour,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        split=split,
     )
-    run.progress.say(f"watch it with: {view_command(settings.tracking, run.folder.path)}")
-    event = {"event": "started", "world_size": environment.world_size, "total_steps": run.prepared.total_steps}
-    if resume is not None:
-        event |= {"event": "resumed", "checkpoint": resume.checkpoint.folder.name, "universal": resume.universal}
-        run.progress.say(f"resuming at step {run.step} of {run.prepared.total_steps} from {resume.checkpoint.folder}")
-    run.tracker.log(run.step, "event", event)
-    run.tracker.artifact(run.folder.settings_file)
 
 
-def finish(run: Run, code: int) -> None:
-    """Leaves the process group together with the other ranks; rank 0 then exports a finished run."""
-    dist.barrier(group=run.control)
-    dist.destroy_process_group()
-    if code == 0 and run.environment.is_main and run.settings.export:
-        run.watchdog.close()
-        export_run(run.folder.path, run.folder.export)
-        for name in ("bundle/README.md", PLOT_FILE):
-            run.tracker.artifact(run.folder.export / name)
-        run.progress.say(f"exported to {run.folder.export}")
+def make_model(settings: PretrainSettings, shard_set: ShardSet, report: Callable[[str], None]) -> PretrainModel:
+    """The run's model, its random weights drawn from the seed, so that they are the same on every rank."""
+    from quincunx.engine.encoder import ScratchShape
+
+    shape = None
+    if settings.from_scratch:
+        shape = ScratchShape(
+            hidden=settings.hidden_size,
+            layers=settings.num_layers,
+            heads=settings.num_heads,
+            intermediate=settings.intermediate_size or 4 * settings.hidden_size,
+            max_positions=settings.max_positions or settings.max_tokens,
+        )
+    torch.manual_seed(settings.seed)
+    model = build_model(
+        settings.encoder,
+        settings.task_specs(),
+        max_tokens=settings.max_tokens,
+        decoder_layers=settings.decoder_layers,
+        decoder_init=settings.decoder_init,
+        query_stream=settings.query_stream,
+        dropout=settings.dropout,
+        from_scratch=shape,
+        vocab_size=shard_set.manifest.vocab_size,
+        pad_token_id=shard_set.manifest.special_ids["pad"],
+        gradient_checkpointing=settings.gradient_checkpointing,
+        kernels=settings.kernels,
+    )
+    if not model.lm_head.bias.any():
+        start_at_unigram(model.lm_head.bias, shard_set.statistics.token_counts)
+    if is_bundle(settings.encoder) and not settings.from_scratch:
+        load_bundle(model, Path(settings.encoder), report)
+    return model
+
+
+def start_at_unigram(bias_V: torch.nn.Parameter, token_counts: np.ndarray) -> None:
+    """Sets a fresh LM head's bias to the log frequencies of the corpus's tokens.
+
+    The first loss then stands near the unigram cross-entropy instead of log V, and the first hundred steps need not
+    teach word frequencies to the embeddings, which an encoder brings trained (docs/log.md has the curves).
+    """
+    counts = torch.ones(len(bias_V), dtype=torch.float64)
+    counts[: len(token_counts)] += torch.from_numpy(token_counts.astype(np.float64))
+    with torch.no_grad():
+        bias_V.copy_((counts / counts.sum()).log())
+
+
+def make_probe(settings: PretrainSettings, shard_set: ShardSet) -> Probe | None:
+    if settings.probe is None or not settings.probe_every:
+        return None
+    return load_probe(settings.probe, load_tokenizer(shard_set.tokenizer_folder), settings.max_tokens)

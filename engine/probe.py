@@ -1,29 +1,32 @@
 """The retrieval probe: does [CLS] find the right passage yet? A small BEIR set is searched while pre-training runs.
 
 A BEIR folder holds corpus.jsonl ({"_id", "title", "text"}), queries.jsonl ({"_id", "text"}) and qrels/*.tsv (query-id,
-corpus-id, score). Its texts are tokenised once; each probe encodes them, searches exactly by cosine, and reports
-MRR@10 and nDCG@10 as ir-measures computes them. Nothing is fine-tuned: read the curve, not the level.
+corpus-id, score). Its texts are tokenised once; each probe encodes them, searches exactly, and reports MRR@10 and
+nDCG@10 as ir-measures computes them. Pre-training fine-tunes nothing: read the curve there, not the level.
 
 Every rank must call run_probe: the ranks share the encoding, and under ZeRO-3 each forward gathers weights from all of
 them, so all run the same number of forwards.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quincunx.data_shards.batches import PackedText
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.environment import gather_rows, rank_and_world
+from quincunx.engine.packing import batches_by_length, pack, tokenise
 
 if TYPE_CHECKING:
     import torch
 
-BATCH_TOKENS = 8192
+    from quincunx.engine.tensors import TensorText
+
+    Encode = Callable[[TensorText, str], torch.Tensor]
+
 SEARCH_DEPTH = 100  # deeper than the measures' 10, so that ir-measures settles ties at rank 10 itself
 QUERIES_A_SEARCH = 256
 QRELS_NAMES = ("test.tsv", "dev.tsv", "train.tsv")
@@ -38,15 +41,18 @@ class Probe:
     texts: list[np.ndarray]
     """int32 [n] each; len(doc_ids) + len(query_ids) of them"""
     batches: list[np.ndarray]
-    """int64 indices into `texts`, longest texts first, at most BATCH_TOKENS tokens each"""
+    """int64 indices into `texts`, passages' or queries', longest texts first, at most packing.BATCH_TOKENS tokens"""
     qrels: list[Any]
     """ir_measures.Qrel"""
 
 
-def load_probe(folder: Path, tokenizer: Any, max_tokens: int) -> Probe:
-    """Reads and tokenises a BEIR folder; of qrels/ it takes test.tsv, else dev.tsv, else train.tsv.
+def load_probe(
+    folder: Path, tokenizer: Any, max_tokens: int, max_query_tokens: int | None = None, split: str | None = None
+) -> Probe:
+    """Reads and tokenises a BEIR folder; of qrels/ it takes SPLIT.tsv, without a split test.tsv, dev.tsv or train.tsv.
 
-    max_tokens: texts are cut there, [CLS] and [SEP] included. A title stands before its text.
+    max_tokens: texts are cut there, [CLS] and [SEP] included, queries at max_query_tokens. A title stands before its
+    text.
 
     Raises:
         DataError: a file is missing or malformed (file and line named), or no judged query has a judged passage here.
@@ -55,7 +61,7 @@ def load_probe(folder: Path, tokenizer: Any, max_tokens: int) -> Probe:
     corpus = {
         str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in _rows(folder, "corpus.jsonl")
     }
-    qrels = [qrel for qrel in _read_qrels(folder) if qrel.doc_id in corpus]
+    qrels = [qrel for qrel in _read_qrels(folder, split) if qrel.doc_id in corpus]
     judged = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
     queries = {str(row["_id"]): row["text"] for row in _rows(folder, "queries.jsonl") if str(row["_id"]) in judged}
     qrels = [qrel for qrel in qrels if qrel.query_id in queries]
@@ -64,8 +70,10 @@ def load_probe(folder: Path, tokenizer: Any, max_tokens: int) -> Probe:
             f"the probe {folder} judges no passage of its corpus as relevant to one of its queries: give a BEIR folder "
             "whose qrels name ids of its own corpus.jsonl and queries.jsonl"
         )
-    texts = tokenise([*corpus.values(), *queries.values()], tokenizer, max_tokens)
-    return Probe(list(corpus), list(queries), texts, batches_by_length(texts), qrels)
+    docs = tokenise(list(corpus.values()), tokenizer, max_tokens)
+    asked = tokenise(list(queries.values()), tokenizer, max_query_tokens or max_tokens)
+    batches = [*batches_by_length(docs), *(len(docs) + batch for batch in batches_by_length(asked))]
+    return Probe(list(corpus), list(queries), [*docs, *asked], batches, qrels)
 
 
 def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -86,12 +94,13 @@ def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _read_qrels(folder: Path) -> list[Any]:
+def _read_qrels(folder: Path, split: str | None) -> list[Any]:
     from ir_measures import Qrel
 
-    path = next((path for name in QRELS_NAMES if (path := folder / "qrels" / name).is_file()), None)
+    names = QRELS_NAMES if split is None else (f"{split}.tsv",)
+    path = next((path for name in names if (path := folder / "qrels" / name).is_file()), None)
     if path is None:
-        raise DataError(f"the probe {folder} has none of qrels/{', qrels/'.join(QRELS_NAMES)}: give one of them")
+        raise DataError(f"the probe {folder} has no qrels/{', qrels/'.join(names)}: give such a file")
     qrels = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         columns = line.split("\t")
@@ -107,50 +116,25 @@ def _read_qrels(folder: Path) -> list[Any]:
     return qrels
 
 
-def tokenise(texts: list[str], tokenizer: Any, max_tokens: int) -> list[np.ndarray]:
-    """int32 [n] per text: [CLS], the text's tokens cut to max_tokens - 2, [SEP]."""
-    rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    return [np.array([cls, *row[: max_tokens - 2], sep], np.int32) for row in rows]
+def encode_texts(encode: "Encode", probe: Probe, device: "torch.device") -> "torch.Tensor":
+    """float32 [texts, D] on `device`, the vectors of all texts, the same on every rank.
 
-
-def batches_by_length(texts: list[np.ndarray], batch_tokens: int = BATCH_TOKENS) -> list[np.ndarray]:
-    """Cuts the texts, longest first, into batches of at most `batch_tokens` tokens (one text at least)."""
-    order = sorted(range(len(texts)), key=lambda index: (-len(texts[index]), index))
-    batches, batch, tokens = [], [], 0
-    for index in order:
-        if batch and tokens + len(texts[index]) > batch_tokens:
-            batches.append(np.array(batch))
-            batch, tokens = [], 0
-        batch.append(index)
-        tokens += len(texts[index])
-    return [*batches, np.array(batch)]
-
-
-def pack(texts: list[np.ndarray]) -> PackedText:
-    """The texts laid end to end."""
-    cu_seqlens = np.cumsum([0, *map(len, texts)]).astype(np.int32)
-    return PackedText(input_ids=np.concatenate(texts), cu_seqlens=cu_seqlens)
-
-
-def encode_texts(model: Any, probe: Probe, device: "torch.device") -> "torch.Tensor":
-    """float32 [texts, D] on `device`, the [CLS] vectors of all texts, the same on every rank.
-
-    Rank r encodes batches r, r + ranks, ...; one that has a batch fewer encodes the last (shortest) batch once more.
+    Rank r encodes batches r, r + ranks, ...; one that has a batch fewer encodes the last batch once more.
     """
     import torch
 
     from quincunx.engine.tensors import text_to_tensors
 
     rank, world = rank_and_world()
-    own = probe.batches[rank::world]
     rounds = -(-len(probe.batches) // world)
     vectors = []
     with torch.no_grad():  # not inference_mode, whose tensors ZeRO-3 cannot gather into
         for turn in range(rounds):
-            batch = own[turn] if turn < len(own) else probe.batches[-1]
-            encoded = model.encode(text_to_tensors(pack([probe.texts[index] for index in batch]), device))
-            if turn < len(own):
+            number = rank + turn * world
+            batch = probe.batches[min(number, len(probe.batches) - 1)]
+            kind = "passage" if batch[0] < len(probe.doc_ids) else "query"
+            encoded = encode(text_to_tensors(pack([probe.texts[index] for index in batch]), device), kind)
+            if number < len(probe.batches):
                 vectors.append(encoded.float())
     width = encoded.shape[1]
     mine = torch.cat(vectors) if vectors else torch.empty(0, width, device=device)
@@ -162,14 +146,8 @@ def encode_texts(model: Any, probe: Probe, device: "torch.device") -> "torch.Ten
 
 
 def search(queries_QD: "torch.Tensor", docs_ND: "torch.Tensor", depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search by cosine: (scores float32 [Q, depth], doc indices int64 [Q, depth]), best first."""
-    from torch.nn.functional import normalize
-
-    docs_ND = normalize(docs_ND, dim=1)
-    found = [
-        (normalize(part, dim=1) @ docs_ND.T).topk(min(depth, len(docs_ND)), dim=1)
-        for part in queries_QD.split(QUERIES_A_SEARCH)
-    ]
+    """Exact search by dot product: (scores float32 [Q, depth], doc indices int64 [Q, depth]), best first."""
+    found = [(part @ docs_ND.T).topk(min(depth, len(docs_ND)), dim=1) for part in queries_QD.split(QUERIES_A_SEARCH)]
     return (
         np.concatenate([part.values.cpu().numpy() for part in found]),
         np.concatenate([part.indices.cpu().numpy() for part in found]),
@@ -188,16 +166,23 @@ def measure(probe: Probe, scores: np.ndarray, indices: np.ndarray) -> dict[str, 
     return {"probe/mrr@10": values[ir_measures.RR @ 10], "probe/ndcg@10": values[ir_measures.nDCG @ 10]}
 
 
-def run_probe(model: Any, probe: Probe, device: "torch.device") -> dict[str, float]:
+def run_probe(
+    model: Any, probe: Probe, device: "torch.device", *, encode: "Encode | None" = None, cosine: bool = True
+) -> dict[str, float]:
     """{"probe/mrr@10", "probe/ndcg@10"} of the model as it stands, on every rank. Every rank must call it.
 
-    model: the PretrainModel, left in the mode it was in.
+    model: left in the mode it was in. encode: gives the vectors [S, D] of packed queries or passages (default:
+    the [CLS] vectors of a PretrainModel). cosine: search by cosine, else by dot product.
     """
+    from torch.nn.functional import normalize
+
     was_training = model.training
     model.eval()
     try:
-        vectors = encode_texts(model, probe, device)
+        vectors = encode_texts(encode or (lambda text, kind: model.encode(text)), probe, device)
     finally:
         model.train(was_training)
+    if cosine:
+        vectors = normalize(vectors, dim=1)
     num_docs = len(probe.doc_ids)
     return measure(probe, *search(vectors[num_docs:], vectors[:num_docs], SEARCH_DEPTH))

@@ -9,7 +9,8 @@ import torch
 
 from quincunx.data_shards.batches import PackedBatch
 from quincunx.engine.environment import sum_over_ranks
-from quincunx.engine.model import PretrainModel, StepOutput
+from quincunx.engine.job import Job, StepOutput
+from quincunx.engine.model import PretrainModel
 
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIE": 756e12, "GH200": 989e12, "H100": 989e12, "A100": 312e12,
@@ -22,33 +23,32 @@ PEAK_FLOPS = {
 class Window:
     """Sums over the steps since the last log line; tensors stay on the device until `metrics` is called."""
 
-    def __init__(self, model: PretrainModel, stream, device: torch.device, peak_flops: float | None):
+    def __init__(self, job: Job, device: torch.device, peak_flops: float | None):
         """peak_flops: of all ranks' cards together, None where it is not known (a CPU): no mfu then."""
-        self._model, self._stream, self._device, self._peak = model, stream, device, peak_flops
-        self._weights = [1.0, *(task.weight for task in model.tasks)]
+        self._job, self._device, self._peak = job, device, peak_flops
         self._start()
 
     def _start(self) -> None:
-        num_tasks = len(self._model.task_names)
+        num_tasks = len(self._job.task_names)
         self._sums = torch.zeros(2, num_tasks, dtype=torch.float64, device=self._device)
         self._counts = np.zeros(num_tasks)
         self._passages = self._tokens = self._flops = self._cut = 0.0
-        self._began, self._waited = time.monotonic(), self._stream.wait_seconds
+        self._began, self._waited = time.monotonic(), self._job.stream.wait_seconds
 
-    def add(self, batches: list[PackedBatch], outputs: list[StepOutput]) -> None:
+    def add(self, batches: list, outputs: list[StepOutput]) -> None:
         """One applied optimizer step of this rank."""
         for batch, output in zip(batches, outputs, strict=True):
             self._sums += torch.stack([output.nll_sums, output.correct]).to(self._sums)
-            self._counts += batch.num_labels()
-            self._passages += len(batch.sample_ids)
-            self._tokens += len(batch.encoder.input_ids)
+            self._counts += self._job.num_labels(batch)
+            self._passages += batch.num_passages
+            self._tokens += batch.num_tokens
             self._cut += batch.num_cut_texts
-            self._flops += training_flops(self._model, batch) if self._peak else 0.0
+            self._flops += self._job.flops(batch) if self._peak else 0.0
 
     def metrics(self) -> dict[str, float]:
         """Means over all ranks since the last call, and starts anew; every rank must call it.
 
-        loss/TASK in nats per labelled token, accuracy/TASK, loss/total (weighted), passages_per_second,
+        loss/TASK in nats per labelled token (or query), accuracy/TASK, loss/total (weighted), passages_per_second,
         tokens_per_second (the encoder's), cut_texts (longer than max_tokens), mfu; of this rank data_wait_share of its
         time and memory_gb.
         """
@@ -56,20 +56,21 @@ class Window:
         mine = torch.cat([self._sums.flatten(), torch.tensor(rest, dtype=torch.float64, device=self._device)])
         totals = sum_over_ranks(mine).cpu().numpy()
         seconds = max(time.monotonic() - self._began, 1e-9)
-        names, n = self._model.task_names, len(self._counts)
+        names, n = self._job.task_names, len(self._counts)
         nll_sums, correct, counts = totals[:n], totals[n : 2 * n], totals[2 * n : 3 * n]
         passages, tokens, flops, cut = totals[3 * n :]
         metrics = {f"loss/{name}": nll_sums[i] / counts[i] for i, name in enumerate(names) if counts[i]}
         metrics |= {f"accuracy/{name}": correct[i] / counts[i] for i, name in enumerate(names) if counts[i]}
         if metrics:
             losses = (
-                weight * metrics.get(f"loss/{name}", 0.0) for weight, name in zip(self._weights, names, strict=True)
+                weight * metrics.get(f"loss/{name}", 0.0)
+                for weight, name in zip(self._job.task_weights, names, strict=True)
             )
             metrics["loss/total"] = sum(losses)
         metrics["passages_per_second"] = passages / seconds
         metrics["tokens_per_second"] = tokens / seconds
         metrics["cut_texts"] = cut
-        metrics["data_wait_share"] = (self._stream.wait_seconds - self._waited) / seconds
+        metrics["data_wait_share"] = (self._job.stream.wait_seconds - self._waited) / seconds
         metrics["memory_gb"] = peak_memory_gb(self._device)
         if self._peak:
             metrics["mfu"] = flops / seconds / self._peak
@@ -83,10 +84,9 @@ def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
     Recomputation (gradient checkpointing) does not count, as usual for MFU. benchmarks/flops.py counts what is run.
     """
     config = model.encoder.config
-    width, layers = config.hidden_size, config.num_hidden_layers
+    width = config.hidden_size
     inner = getattr(config, "intermediate_size", 4 * width)
-    lengths = np.diff(batch.encoder.cu_seqlens).astype(np.float64)
-    multiply_adds = layers * ((4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum())
+    multiply_adds = encoder_multiply_adds(config, np.diff(batch.encoder.cu_seqlens))
     rows = float(sum(batch.num_labels()))
     words = model.encoder.word_embeddings
     multiply_adds += rows * (words.num_embeddings + width) * words.embedding_dim
@@ -102,6 +102,14 @@ def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
         multiply_adds += 2 * width**2 * tokens + (2 * width**2 + 2 * width * inner) * labels
         multiply_adds += 2 * width * squares * (labels / tokens if tokens else 0.0)
     return 3 * 2 * multiply_adds
+
+
+def encoder_multiply_adds(config: Any, lengths: np.ndarray) -> float:
+    """Multiply-adds of one forward of an encoder over texts of these lengths, matrix products only."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", 4 * width)
+    lengths = lengths.astype(np.float64)
+    return layers * ((4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum())
 
 
 def peak_flops_of(device: torch.device, world_size: int, precision: str) -> float | None:

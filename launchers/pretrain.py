@@ -9,24 +9,23 @@ Exit codes: 0 done, 2 settings, 3 data, 4 checkpoint, 75 stopped on request afte
 """
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, exit_with_one_sentence
 from quincunx.engine.deepspeed_config import check_settings
-from quincunx.engine.environment import Environment, discover_environment
-from quincunx.engine.settings import PretrainSettings
+from quincunx.engine.environment import discover_environment
+from quincunx.engine.settings import PretrainSettings, find_problems
 from quincunx.launchers.command_line import parse_settings
+from quincunx.launchers.ranks import say_once, without_local_rank
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 DEFAULT_RECIPE = "demo"
-RANK_0_SPEAKS_FIRST_SECONDS = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs this rank; returns its exit code."""
-    arguments = [word for word in (sys.argv[1:] if argv is None else argv) if not is_local_rank(word)]
+    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
     environment = discover_environment()
     try:
         settings = parse_settings(
@@ -42,28 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"no --recipe given: running the {DEFAULT_RECIPE} recipe ({RECIPES / DEFAULT_RECIPE}.yaml)", flush=True
             )
 
-        check_settings(settings, environment.world_size)  # answered at once: what follows takes seconds to import
+        check_settings(settings, find_problems(settings), environment.world_size)  # at once: imports take seconds
         from quincunx.engine.pretraining import pretrain
 
         return pretrain(settings, environment)
     except (SettingsError, DataError, CheckpointError) as error:
         raise say_once(error, environment) from None
-
-
-def is_local_rank(word: str) -> bool:
-    """`--local_rank=N`, which the deepspeed launcher adds and which stands in the environment too."""
-    return word.split("=")[0] in ("--local_rank", "--local-rank")
-
-
-def say_once(error: Exception, environment: Environment) -> Exception:
-    """The error as this rank should say it: rank 0 at once; others later and by name, should rank 0 not have it.
-
-    All ranks find the same error in the same files, and the launcher ends them as soon as the first one leaves.
-    """
-    if environment.is_main:
-        return error
-    time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
-    return type(error)(f"rank {environment.rank}: {error}")
 
 
 if __name__ == "__main__":

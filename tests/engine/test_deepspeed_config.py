@@ -47,7 +47,7 @@ def test_batches_that_cannot_be_divided_name_what_could():
     assert problems == ["global_batch 64 is not divisible by the 3 ranks; nearest: 63 or 66"]
     _, problems = choose_micro_batch({"train_micro_batch_size_per_gpu": 7}, PretrainSettings(global_batch=12), 1)
     assert problems == [
-        "micro_batch 7 does not divide the 12 passages of a rank; the largest that do: 1, 2, 3, 4, 6, 12"
+        "micro_batch 7 does not divide the 12 examples of a rank; the largest that do: 1, 2, 3, 4, 6, 12"
     ]
 
 
@@ -72,7 +72,7 @@ def test_an_auto_that_nothing_fills_is_refused(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}))
     with pytest.raises(SettingsError, match=r"zero_optimization\.reduce_bucket_size"):
-        check_settings(replace(SETTINGS, deepspeed=str(path)), world_size=1)
+        check_settings(replace(SETTINGS, deepspeed=str(path)), [], world_size=1)
 
 
 @pytest.mark.parametrize(

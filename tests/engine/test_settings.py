@@ -2,16 +2,8 @@ import dataclasses
 
 import pytest
 
-from quincunx.engine.settings import (
-    MACHINE_FIELDS,
-    MODEL_FIELDS,
-    STREAM_FIELDS,
-    PretrainSettings,
-    find_idle_settings,
-    find_problems,
-    settings_digest,
-    total_steps,
-)
+from quincunx.engine.run_settings import settings_digest, total_steps
+from quincunx.engine.settings import PretrainSettings, find_idle_settings, find_problems
 
 GOOD = PretrainSettings(steps=10)
 
@@ -30,7 +22,7 @@ def test_the_defaults_are_in_range_once_a_length_is_given():
 @pytest.mark.parametrize(
     ("values", "clause"),
     [
-        ({"tasks": []}, "tasks is empty"),
+        ({"tasks": ["mlm"]}, "tasks has unknown mlm"),
         ({"tasks": ["mkp", "mkp"]}, "names a task twice"),
         ({"task_weights": [1.0, 2.0]}, "task_weights has 2 numbers for 1 tasks"),
         ({"encoder_mask_rate": 1.0}, "encoder_mask_rate is 1.0; it must lie between 0 and 1"),
@@ -73,5 +65,11 @@ def test_the_digest_follows_what_is_learned_and_nothing_else():
     assert settings_digest(changed(output="elsewhere", log_every=3)) == settings_digest(GOOD)
     assert settings_digest(changed(learning_rate=2e-4)) != settings_digest(GOOD)
     names = {field.name for field in dataclasses.fields(PretrainSettings)}
-    assert {*MACHINE_FIELDS, *MODEL_FIELDS, *STREAM_FIELDS} <= names
-    assert not {*MACHINE_FIELDS} & {*MODEL_FIELDS, *STREAM_FIELDS}
+    assert {
+        *GOOD.MACHINE_FIELDS,
+        *GOOD.MODEL_FIELDS,
+        *GOOD.STREAM_FIELDS,
+        *GOOD.LOCAL_FIELDS,
+        *GOOD.DATA_FIELDS,
+    } <= names
+    assert not {*GOOD.MACHINE_FIELDS} & {*GOOD.MODEL_FIELDS, *GOOD.STREAM_FIELDS}

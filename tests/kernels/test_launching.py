@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.preparation import choose_kernels, describe_kernels
+from quincunx.engine.pretraining import choose_kernels, describe_kernels
 from quincunx.engine.settings import PretrainSettings
 from quincunx.kernels import launching
 

@@ -23,6 +23,7 @@ from quincunx.engine.environment import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHER = str(ROOT / "launchers" / "pretrain.py")
+FINETUNE = str(ROOT / "launchers" / "finetune.py")
 BIN = Path(sys.executable).parent
 MARK = "QUINCUNX_TEST_COMMAND"
 TINY = {
@@ -90,7 +91,15 @@ def lines(folder: Path, kind: str = "train") -> dict[int, dict]:
 
 
 def command(shards: Path, folder: Path, ranks: int = 1, launcher: str = "ranks", stage: str = "zero2", **settings):
-    """A tiny run's command line, settings over TINY; launcher: python (one process), ranks, deepspeed or torchrun."""
+    """A tiny pre-training's command line, settings over TINY; the rest as in training_command."""
+    settings = {**TINY, "shards": [str(shards)], **settings}
+    return training_command(LAUNCHER, folder, settings, ranks, launcher, stage)
+
+
+def training_command(
+    script: str, folder: Path, settings: dict, ranks: int = 1, launcher: str = "ranks", stage: str = "zero2"
+) -> list[str]:
+    """The command line of a training launcher; launcher: python (one process), ranks, deepspeed or torchrun."""
     before = {
         "python": [sys.executable],
         "ranks": [sys.executable, str(Path(__file__).parent / "spawn_ranks.py"), str(ranks), sys.executable],
@@ -102,8 +111,8 @@ def command(shards: Path, folder: Path, ranks: int = 1, launcher: str = "ranks",
     }[launcher]  # fmt: skip
     recipe = folder.parent / f"{folder.name}.yaml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(json.dumps({**TINY, "shards": [str(shards)], "output": str(folder), **settings}))
-    return [*before, LAUNCHER, "--deepspeed", f"ds_configs/{stage}.json", "--recipe", str(recipe)]
+    recipe.write_text(json.dumps({"output": str(folder), **settings}))
+    return [*before, script, "--deepspeed", f"ds_configs/{stage}.json", "--recipe", str(recipe)]
 
 
 def begin(argv: list[str], log: Path, **environment: str) -> subprocess.Popen:
@@ -119,9 +128,13 @@ def begin(argv: list[str], log: Path, **environment: str) -> subprocess.Popen:
 
 
 def run(shards: Path, folder: Path, timeout: float = 240, environment: dict | None = None, **arguments) -> Finished:
-    """Runs a tiny training to its end; kills all of it should it not end."""
+    """Runs a tiny pre-training to its end; kills all of it should it not end."""
+    return run_command(command(shards, folder, **arguments), folder, timeout, environment)
+
+
+def run_command(argv: list[str], folder: Path, timeout: float = 240, environment: dict | None = None) -> Finished:
+    """Runs a training command to its end; kills all of it should it not end."""
     log = folder.parent / f"{folder.name}.log"
-    argv = command(shards, folder, **arguments)
     process = begin(argv, log, **(environment or {}))
     try:
         code = process.wait(timeout)
@@ -152,7 +165,7 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
             words = [*Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"), b"", b""]
         except OSError:
             continue
-        if LAUNCHER.encode() in (words[1], words[2]):  # `python [-u] launchers/pretrain.py ...`
+        if any(script.encode() in (words[1], words[2]) for script in (LAUNCHER, FINETUNE)):  # `python [-u] SCRIPT ...`
             found.append(pid)
     return found
 
@@ -188,5 +201,9 @@ def committed(folder: Path) -> list[Path]:
 @pytest.fixture(scope="session")
 def harness() -> SimpleNamespace:
     """The functions above, since test modules cannot import a conftest."""
-    functions = (begin, command, committed, kill_all, lines, ranks_of, run, send, members, wait_until)
-    return SimpleNamespace(**{function.__name__: function for function in functions}, tiny=TINY, launcher=LAUNCHER)
+    functions = (
+        begin, command, committed, kill_all, lines, ranks_of, run, run_command, send, members, training_command,
+        wait_until,
+    )  # fmt: skip
+    named = {function.__name__: function for function in functions}
+    return SimpleNamespace(**named, tiny=TINY, launcher=LAUNCHER, finetune=FINETUNE)

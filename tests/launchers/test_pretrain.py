@@ -88,7 +88,7 @@ def test_all_problems_of_recipe_and_json_come_in_one_sentence(tmp_path):
         "optimizer.params.lr to 0.001, which learning_rate decides",
         "train_micro_batch_size_per_gpu to 2 and the recipe micro_batch to 3",
         "zero_optimization.stage 0; allowed: 1, 2, 3",
-        "micro_batch 3 does not divide the 2048 passages of a rank",
+        "micro_batch 3 does not divide the 2048 examples of a rank",
     ):
         assert clause in answer, answer
     assert "betas" not in answer

@@ -7,15 +7,17 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.engine.checkpoint import find_newest, verify
 from quincunx.engine.environment import discover_environment
-from quincunx.engine.preparation import prepare
+from quincunx.engine.pretraining import prepare
 from quincunx.engine.resume import check_fits
 from quincunx.engine.settings import PretrainSettings
+from quincunx.engine.training import digest_of
 
 NO_DROPOUT = {"dropout": 0.0, "checkpoint_every": 2, "keep_checkpoints": 9}
 
@@ -51,7 +53,7 @@ def test_a_run_records_settings_metrics_and_checkpoints(through):
     checkpoint = find_newest(through.folder / "checkpoints")
     assert checkpoint.step == 6 and checkpoint.world_size == 2 and checkpoint.zero_stage == 2
     assert checkpoint.precision == "float32" and checkpoint.state["settings"]["global_batch"] == 8
-    assert (through.folder / "settings.yaml").read_text().startswith("shards:")
+    assert (through.folder / "settings.yaml").read_text().startswith("output:")
 
 
 def test_resume_on_the_same_ranks_is_bit_identical(through, tiny_shards, tmp_path, harness):
@@ -98,22 +100,30 @@ def test_a_checkpoint_of_another_run_is_refused(through, tiny_shards, tmp_path, 
 
     checkpoint = find_newest(folder / "checkpoints")
     settings = PretrainSettings(**{**harness.tiny, "shards": [str(tiny_shards)], "output": str(folder)})
-    prepared = prepare(settings, discover_environment({}))
-    assert check_fits(checkpoint, settings, prepared) == []
+    job = prepare(settings, discover_environment({}))
+    digest = digest_of(job.model)
+    assert check_fits(checkpoint, job, digest) == []
     for changes, clause in (
         ({"seed": 7}, "belongs to another run: seed was 42 and is 7"),
         ({"tasks": ["mkp"]}, "tasks was \\['mkp', 'cmp', 'npr', 'dor'\\] and is \\['mkp'\\]"),
         ({"global_batch": 16}, "global_batch was 8 and is 16"),
-        ({"shards": [f"{tiny_shards}:2"]}, "was trained on dataset .* .weights .1.., the shards given"),
+        ({"shards": [f"{tiny_shards}:2"]}, "was trained on dataset .* .weights .1.., this one is"),
     ):
         with pytest.raises(CheckpointError, match=clause):
-            check_fits(checkpoint, dataclasses.replace(settings, **changes), prepared)
-    for part, clause in ({"dataset_ids": ["x"]}, "the shards given are x"), ({"model_digest": "x"}, "other shapes"):
-        with pytest.raises(CheckpointError, match=clause):
-            check_fits(checkpoint, settings, dataclasses.replace(prepared, **part))
-    assert check_fits(checkpoint, dataclasses.replace(settings, learning_rate=0.5, log_every=9), prepared) == [
+            check_fits(checkpoint, dataclasses.replace(job, settings=dataclasses.replace(settings, **changes)), digest)
+    with pytest.raises(CheckpointError, match="this one is x"):
+        check_fits(checkpoint, SimpleNamespace(**parts_of(job) | {"dataset_ids": ["x"]}), digest)
+    with pytest.raises(CheckpointError, match="other shapes"):
+        check_fits(checkpoint, job, "x")
+    harmless = dataclasses.replace(settings, learning_rate=0.5, log_every=9)
+    assert check_fits(checkpoint, dataclasses.replace(job, settings=harmless), digest) == [
         "learning_rate was 0.001 and is 0.5"
     ]
+
+
+def parts_of(job) -> dict:
+    """What check_fits reads of a job."""
+    return {"settings": job.settings, "dataset_ids": job.dataset_ids, "dataset_weights": job.dataset_weights}
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_with_its_reason(through, tiny_shards, tmp_path, harness):

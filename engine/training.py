@@ -1,0 +1,335 @@
+"""A training run of any stage: start, the loop, the end.
+
+DeepSpeed owns accumulation, clipping, ZeRO and precision. What DeepSpeed does not do stands inline in `train`: the
+label counts that make each loss a mean over the global batch, the learning rate, dropout's seed, skipped steps, and
+stopping on request. What differs between stages (model, data, losses, evaluations, export) is the stage's `Job`:
+engine/pretraining.py has pre-training's, engine/retrieval/finetuning.py those of fine-tuning.
+"""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError, SettingsError
+from quincunx.data_shards.hashing import fold, mix
+from quincunx.engine.checkpoint import load_checkpoint
+from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
+from quincunx.engine.deepspeed_config import lookup, precision_of
+from quincunx.engine.environment import Environment
+from quincunx.engine.job import Job
+from quincunx.engine.optimizer import compile_once, learning_rate_at, parameter_groups
+from quincunx.engine.resume import Resume, choose_checkpoint, fingerprint, run_state
+from quincunx.engine.run_folder import RunFolder
+from quincunx.engine.run_settings import RunSettings, as_plain
+from quincunx.engine.signals import StopRequest, Watchdog
+from quincunx.engine.throughput import Progress, Window, peak_flops_of
+from quincunx.engine.tracking import Tracker, open_tracker, view_command
+
+
+@dataclass
+class Run:
+    """A run in progress on one rank."""
+
+    job: Job
+    environment: Environment
+    folder: RunFolder
+    engine: Any
+    """The DeepSpeed engine around job.model."""
+    model_digest: str
+    device: torch.device
+    peak_flops: float | None
+    control: Any
+    """A gloo process group: what the host must know each step never waits for a GPU."""
+    tracker: Tracker
+    progress: Progress
+    watchdog: Watchdog
+    stop_request: StopRequest
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    skipped_steps: int = 0
+    bad_steps: int = 0
+    """Skipped steps in a row, up to now."""
+
+
+def run_training(prepare: Callable[[], Job], settings: RunSettings, environment: Environment) -> int:
+    """Runs or resumes a training on this rank; returns the process's exit code.
+
+    prepare: makes the job; it is called once signals are watched.
+    0 done, 75 stopped on request after a checkpoint, 77 diverged (76 comes from the watchdog). Raises SettingsError,
+    DataError, CheckpointError; a SettingsError comes before the first step.
+    """
+    stop_request = StopRequest(launched=environment.launcher != "python")
+    job = prepare()
+    folder = RunFolder(settings.output, environment.is_main)
+    model_digest = digest_of(job.model)
+    resume = None
+    if environment.is_main:
+        resume = choose_checkpoint(job, model_digest, folder, environment.world_size)
+        folder.write_settings(as_plain(settings))
+        job.write_model_files(folder.path)
+    run = start(job, model_digest, environment, folder, resume, stop_request)
+    status = "failed"
+    try:
+        code = train(run)
+        status = {EXIT_PREEMPTED: "preempted", EXIT_DIVERGED: "diverged"}.get(code, "finished")
+        finish(run, code)
+        return code
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        run.progress.close()
+        run.tracker.close(status)
+        run.watchdog.close()
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    """16 hex digits of the names and shapes of a model's parameters, before DeepSpeed partitions them."""
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+
+
+def start(
+    job: Job,
+    model_digest: str,
+    environment: Environment,
+    folder: RunFolder,
+    resume: Resume | None,
+    stop_request: StopRequest,
+) -> Run:
+    """Starts the process group and DeepSpeed's engine, and loads what rank 0 chose to resume from."""
+    settings, config = job.settings, job.config
+    if not job.cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed need not warn
+    # DeepSpeed calls collectives by the names torch renamed; a user of ours can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed.*deprecated")
+    import deepspeed
+
+    environment.export()
+    deepspeed.utils.logger.setLevel("WARNING")
+    # A shared-memory reduction for inference, which DeepSpeed would compile for a minute and training never calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if lookup(config, "zero_optimization.offload_optimizer.device") == "cpu":
+        compile_once(deepspeed.ops.op_builder.CPUAdamBuilder(), environment.is_main)
+    device = torch.device("cuda", environment.local_rank) if job.cuda else torch.device("cpu")
+    if job.cuda:
+        torch.cuda.set_device(device)
+    patience = timedelta(minutes=settings.hang_minutes + 5)  # the watchdog is first: it says what hangs
+    backend = "nccl" if job.cuda else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
+    control = dist.new_group(backend="gloo", timeout=patience)
+    told: list[Any] = [None] * environment.world_size
+    dist.all_gather_object(told, (resume, fingerprint(job, model_digest)), group=control)
+    resume, expected = told[0]
+    for rank, (_, found) in enumerate(told):
+        if found != expected:
+            raise SettingsError(
+                f"not all ranks have the same files and settings: rank {rank} has {found}, rank 0 {expected}; give all "
+                "machines the same command and the same files"
+            )
+
+    if resume is not None and resume.universal:
+        config = {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
+    parameters = parameter_groups(job.model, settings.weight_decay)
+    engine, *_ = deepspeed.initialize(model=job.model, model_parameters=parameters, config=config)
+    if resume is not None:
+        load_checkpoint(engine, resume.folder)
+    if settings.compile:
+        job.compile()
+    dist.barrier(group=control)
+    if environment.is_main:
+        remove_leftovers(folder.checkpoints)
+
+    state = resume.checkpoint.state if resume is not None else {"step": 0, "skipped_steps": 0, "bad_steps": 0}
+    tracker = open_tracker(
+        settings.tracking,
+        folder.path,
+        settings.run_name or folder.path.name,
+        as_plain(settings),
+        resume_run_id=state.get("run_id"),
+        resume_step=state["step"],
+        is_main=environment.is_main,
+    )
+    run = Run(
+        job=job,
+        environment=environment,
+        folder=folder,
+        engine=engine,
+        model_digest=model_digest,
+        device=device,
+        peak_flops=peak_flops_of(device, environment.world_size, precision_of(config)),
+        control=control,
+        tracker=tracker,
+        progress=Progress(state["step"], job.total_steps, environment.is_main),
+        watchdog=Watchdog(settings.hang_minutes * 60, on_hang=lambda: tracker.close("hung")),
+        stop_request=stop_request,
+        step=state["step"],
+        skipped_steps=state["skipped_steps"],
+        bad_steps=state["bad_steps"],
+    )
+    announce(run, resume)
+    return run
+
+
+def train(run: Run) -> int:
+    """The loop, from run.step to the last step; returns 0, 75 or 77."""
+    job, settings, engine = run.job, run.job.settings, run.engine
+    world_size, rank = run.environment.world_size, run.environment.rank
+    window = Window(job, run.device, run.peak_flops)
+    if run.step == 0:
+        evaluate(run)
+
+    for batches in job.stream.iterate(run.step) if run.step < job.total_steps else ():
+        # What all ranks must agree on: labelled tokens of the global batch, and whether any rank is asked to stop.
+        label_counts, stop = agree(run, batches)
+
+        rate = learning_rate_at(run.step, job.total_steps, settings.learning_rate, settings.warmup_share)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+
+        # DeepSpeed averages gradients over ranks; the losses are shares of one mean, so their gradients must be summed.
+        outputs = []
+        seeds = [dropout_seed(settings.seed, run.step, micro_step, rank) for micro_step in range(len(batches))]
+        for output in job.forward_passes(engine, batches, label_counts, seeds):
+            engine.backward(output.loss * world_size, scale_wrt_gas=False)
+            engine.step()
+            outputs.append(output._replace(loss=output.loss.detach()))
+
+        run.step += 1
+        if engine.was_step_applied():
+            run.bad_steps = 0
+            window.add(batches, outputs)
+        else:
+            run.skipped_steps += 1
+            run.bad_steps += 1
+            note_skipped_step(run)
+        run.watchdog.beat()
+        run.progress.step()
+
+        diverged, last = run.bad_steps >= settings.max_bad_steps, run.step == job.total_steps
+        ending = diverged or stop or last
+        if ending or run.step % settings.log_every == 0:
+            log(run, window, rate)
+        if diverged:
+            run.progress.say(f"stopped: {run.bad_steps} steps in a row had a loss or gradient that is not finite")
+            return EXIT_DIVERGED
+        evaluate(run, last)
+        if ending or run.step % settings.checkpoint_every == 0:
+            save(run, ending)
+        if last:
+            break
+        if stop:
+            run.progress.say(f"stopped at step {run.step} on request; the same command continues")
+            return EXIT_PREEMPTED
+    return 0
+
+
+def agree(run: Run, batches: list) -> tuple[torch.Tensor, bool]:
+    """(what each loss is a mean over in the global batch, float32 on the device; whether any rank is asked to stop)."""
+    mine = torch.zeros(len(run.job.task_names) + 1, dtype=torch.float64)
+    for batch in batches:
+        mine[:-1] += torch.tensor(run.job.num_labels(batch), dtype=torch.float64)
+    mine[-1] = run.stop_request.pending()
+    dist.all_reduce(mine, group=run.control)
+    return mine[:-1].to(run.device, torch.float32), bool(mine[-1] > 0)
+
+
+def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Seed of one forward's dropout: a resumed run at the same number of ranks draws the same."""
+    return int(fold(fold(fold(mix(seed), step), micro_step), rank))
+
+
+def note_skipped_step(run: Run) -> None:
+    """Writes down a step whose loss or gradient was not finite on some rank, with all its sample ids. Rank 0 only."""
+    if not run.environment.is_main:
+        return
+    record = {"step": run.step, **run.job.sample_ids(run.step - 1)}
+    run.tracker.log(run.step, "event", {"event": "skipped_step", "in_a_row": run.bad_steps})
+    run.progress.say(f"step {run.step} skipped: its loss or gradient is not finite ({run.bad_steps} in a row)")
+    try:
+        run.folder.note_skipped_step(record)
+    except OSError as error:
+        run.progress.say(f"the skipped step's sample ids could not be written down: {error}")
+
+
+def log(run: Run, window: Window, rate: float) -> None:
+    """One line of training metrics, means since the last one."""
+    metrics = window.metrics()
+    metrics["learning_rate"] = rate
+    metrics["grad_norm"] = float(run.engine.get_global_grad_norm())
+    metrics["skipped_steps"] = run.skipped_steps
+    run.tracker.log(run.step, "train", metrics)
+    if run.environment.is_main:
+        run.progress.log(run.step, metrics)
+
+
+def evaluate(run: Run, last: bool = False) -> None:
+    """The job's evaluations where they are due: before the first step, every so many, after the last."""
+    for kind, every, measure, shown in run.job.evaluations:
+        if not every or not (last or run.step % every == 0):
+            continue
+        metrics = measure(run.device)
+        run.tracker.log(run.step, kind, metrics)
+        if shown:
+            run.progress.say(f"step {run.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        run.watchdog.beat()
+
+
+def save(run: Run, ending: bool) -> None:
+    """Commits a checkpoint of this step; a failure is said and recorded, and training goes on.
+
+    Raises CheckpointError, on every rank, where it was the run's last chance (`ending`).
+    """
+    counters = {"step": run.step, "skipped_steps": run.skipped_steps, "bad_steps": run.bad_steps}
+    run_id = [run.tracker.run_id]
+    dist.broadcast_object_list(run_id, src=0, group=run.control)
+    state = run_state(run.job, run.model_digest, counters, run_id[0])
+    keep = run.job.settings.keep_checkpoints
+    failure = save_checkpoint(run.engine, run.control, run.folder.checkpoints, run.step, state, keep)
+    if failure is not None:
+        run.tracker.log(run.step, "event", {"event": "checkpoint_failed", "reason": failure})
+        if ending:
+            raise CheckpointError(
+                f"the checkpoint of the run's last step, {run.step}, could not be saved ({failure}); make room and run "
+                "the same command, which goes on from the newest one that was saved"
+            )
+        run.progress.say(f"CHECKPOINT OF STEP {run.step} COULD NOT BE SAVED ({failure}); training goes on without it")
+    run.watchdog.beat()
+
+
+def announce(run: Run, resume: Resume | None) -> None:
+    """Says on rank 0 what is about to run, and records it."""
+    job, settings, environment = run.job, run.job.settings, run.environment
+    for sentence in job.warnings:
+        run.progress.say(f"warning: {sentence}")
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in job.model.parameters())
+    accumulation = settings.global_batch // (job.micro_batch * environment.world_size)
+    run.progress.say(
+        f"{parameters / 1e6:.1f} M parameters, {job.describe()}; {settings.global_batch} examples a step = "
+        f"{environment.world_size} ranks x {job.micro_batch} x {accumulation}"
+    )
+    run.progress.say(f"watch it with: {view_command(settings.tracking, run.folder.path)}")
+    event = {"event": "started", "world_size": environment.world_size, "total_steps": job.total_steps}
+    if resume is not None:
+        event |= {"event": "resumed", "checkpoint": resume.checkpoint.folder.name, "universal": resume.universal}
+        run.progress.say(f"resuming at step {run.step} of {job.total_steps} from {resume.checkpoint.folder}")
+    run.tracker.log(run.step, "event", event)
+    run.tracker.artifact(run.folder.settings_file)
+
+
+def finish(run: Run, code: int) -> None:
+    """Leaves the process group together with the other ranks; rank 0 then exports a finished run."""
+    dist.barrier(group=run.control)
+    dist.destroy_process_group()
+    if code == 0 and run.environment.is_main and run.job.settings.export:
+        run.watchdog.close()
+        for path in run.job.export(run.folder):
+            run.tracker.artifact(path)
+        run.progress.say(f"exported to {run.folder.export}")
