@@ -12,20 +12,29 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from itertools import count
 from queue import SimpleQueue
+from typing import Any, Protocol
 
-from quincunx.data_shards.batches import PackedBatch
+import numpy as np
+
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.order import Order, Rows
-from quincunx.data_shards.packer import Packer
 
 STEPS_AHEAD_PER_WORKER = 2
+
+
+class Packs(Protocol):
+    """What makes micro-batches, purely and from any thread: data_shards/packer.py, engine/retrieval/examples.py."""
+
+    def pack(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> Any:
+        """The micro-batch of some rows of the order (order.Rows, each [B]); it counts its num_cut_texts."""
 
 
 class Stream:
     """One rank's share of the global batches of `order`, packed by `packer`.
 
-    global_batch: passages of an optimizer step over all ranks. micro_batch: passages of one forward on this rank.
-    num_workers: threads that work ahead, 0 = none; at most 2 steps a worker (at least 2) are held ready.
+    global_batch: samples (passages, or queries with their candidates) of an optimizer step over all ranks. micro_batch:
+    samples of one forward on this rank. num_workers: threads that work ahead, 0 = none; at most 2 steps a worker (at
+    least 2) are held ready.
 
     wait_seconds: time that the consumer of `iterate` has waited for batches, in all. num_cut_texts: texts cut at
     max_tokens in the batches it has received.
@@ -36,7 +45,7 @@ class Stream:
 
     def __init__(
         self,
-        packer: Packer,
+        packer: Packs,
         order: Order,
         *,
         global_batch: int,
@@ -47,8 +56,8 @@ class Stream:
     ):
         if global_batch < 1 or micro_batch < 1 or global_batch % (world_size * micro_batch):
             raise SettingsError(
-                f"a global batch of {global_batch} passages cannot be cut into micro-batches of {micro_batch} on "
-                f"{world_size} ranks: give a global batch that is a multiple of {world_size * max(micro_batch, 1)}"
+                f"a global batch of {global_batch} cannot be cut into micro-batches of {micro_batch} on {world_size} "
+                f"ranks: give a global batch that is a multiple of {world_size * max(micro_batch, 1)}"
             )
         if num_workers < 0:
             raise SettingsError(f"num_workers is {num_workers}; allowed are integers from 0")
@@ -60,7 +69,7 @@ class Stream:
         self.wait_seconds = 0.0
         self.num_cut_texts = 0
 
-    def step(self, step: int) -> list[PackedBatch]:
+    def step(self, step: int) -> list[Any]:
         """This rank's micro-batches of an optimizer step, counted from 0.
 
         Raises:
@@ -72,7 +81,7 @@ class Stream:
             for start in range(0, len(rows.sample_ids), self.micro_batch)
         ]
 
-    def iterate(self, start_step: int = 0) -> Iterator[list[PackedBatch]]:
+    def iterate(self, start_step: int = 0) -> Iterator[list[Any]]:
         """The micro-batches of start_step, start_step + 1, ... without end.
 
         A worker's exception is raised here, at the step it belongs to. Closing the generator, or dropping it, ends the
@@ -106,7 +115,7 @@ class Stream:
             for _ in range(self.num_workers):
                 tasks.put(None)
 
-    def _received(self, batches: list[PackedBatch], started: float) -> list[PackedBatch]:
+    def _received(self, batches: list[Any], started: float) -> list[Any]:
         self.wait_seconds += time.perf_counter() - started
         self.num_cut_texts += sum(batch.num_cut_texts for batch in batches)
         return batches

@@ -16,8 +16,10 @@ def tokenise(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[np.n
     tokenizer: a fast one of Hugging Face; whatever truncation and padding it was used with before is switched off.
     """
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
+    if backend.truncation is not None:  # setting them changes what other threads share
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array([cls, *encoding.ids[: max_tokens - 2], sep], np.int32) for encoding in encodings]

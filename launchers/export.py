@@ -1,4 +1,4 @@
-"""Exports a run's newest checkpoint: Hugging Face encoder, sentence-transformers model, full pre-training bundle.
+"""Exports a run's newest checkpoint: a pre-trained encoder in three forms, or a fine-tuned retriever or reranker.
 
 python launchers/export.py --run runs/pretrain --output exported
 """
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.engine.run_folder import SETTINGS_FILE
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -15,23 +16,37 @@ class ExportSettings:
     """Settings of an export."""
 
     run: str
-    """Run folder, the --output of pretrain.py."""
+    """Run folder, the --output of pretrain.py or finetune.py."""
     output: str | None = None
-    """Folder to write encoder/, sentence-transformers/ and bundle/ into (default: RUN/export)."""
+    """Folder to write encoder/, sentence-transformers/ and bundle/, or retriever/, or reranker/ into (default:
+    RUN/export)."""
     normalise: bool = False
-    """The sentence-transformers model gives vectors of length 1."""
+    """The sentence-transformers model of a pre-trained encoder gives vectors of length 1."""
 
 
 def main() -> None:
     settings = parse_settings(ExportSettings, __doc__.split("\n")[0])
+    output = Path(settings.output or Path(settings.run, "export"))
+    if is_finetuned(Path(settings.run)):
+        from quincunx.engine.retrieval.finetune_export import export_finetuned
+
+        print(f"Exported {settings.run}: {export_finetuned(Path(settings.run), output)[0].parent}")
+        return
     from quincunx.engine.export import export_run
 
-    output = Path(settings.output or Path(settings.run, "export"))
     checkpoint = export_run(Path(settings.run), output, settings.normalise)
     print(f"Exported step {checkpoint.step} of {settings.run}:")
     print(f"  {output / 'encoder'}  for transformers: AutoModel.from_pretrained")
     print(f"  {output / 'sentence-transformers'}  for sentence-transformers: SentenceTransformer")
     print(f"  {output / 'bundle'}  to go on pre-training: pretrain.py --encoder {output / 'bundle'}")
+
+
+def is_finetuned(run_folder: Path) -> bool:
+    """Whether finetune.py made the run: its settings name a stage."""
+    import yaml
+
+    settings = run_folder / SETTINGS_FILE
+    return settings.is_file() and "stage" in yaml.safe_load(settings.read_text())
 
 
 if __name__ == "__main__":

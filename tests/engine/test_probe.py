@@ -91,15 +91,6 @@ def test_perfect_and_useless_vectors_score_one_and_zero(tokenizer, beir_folder):
     assert away == {"probe/mrr@10": 0.0, "probe/ndcg@10": 0.0}
 
 
-def test_batches_hold_every_text_once_within_the_budget_longest_first():
-    lengths = [5, 90, 17, 17, 40, 8, 64, 33]
-    batches = batches_by_length([np.zeros(length, np.int32) for length in lengths], batch_tokens=80)
-    order = [index for batch in batches for index in batch]
-    assert sorted(order) == list(range(len(lengths)))
-    assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
-    assert all(len(batch) == 1 or sum(lengths[index] for index in batch) <= 80 for batch in batches)
-
-
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
@@ -107,7 +98,7 @@ def test_batches_hold_every_text_once_within_the_budget_longest_first():
         ("queries.jsonl", "no json\n", r"queries.jsonl line 1 "),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\td0\n", r"test.tsv line 2 "),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\telsewhere\t1\n", r"judges no passage"),
-        ("qrels/test.tsv", None, r"none of qrels/test.tsv"),
+        ("qrels/test.tsv", None, r"no qrels/test.tsv"),
         ("corpus.jsonl", None, r"no corpus.jsonl"),
     ],
 )

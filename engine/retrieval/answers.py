@@ -1,0 +1,116 @@
+"""Answer match as open-domain question answering reports it: does a passage contain an answer, as a run of words?
+
+DPR's rule (Karpukhin et al., "Dense Passage Retrieval for Open-Domain Question Answering", section 5): text and answer
+are normalised to NFD, cut into words (letters, digits and marks) and single other characters, lower-cased; an answer
+matches where its words follow each other in the text. The title is not searched.
+"""
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.engine.retrieval.collection import Collection
+from quincunx.engine.retrieval.judgements import Run
+from quincunx.engine.retrieval.measures import Evaluation
+
+MAX_NAMED = 3
+
+
+@lru_cache(maxsize=1)
+def _word_pattern() -> Any:
+    import regex
+
+    return regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words and single other characters of the NFD-normalised text."""
+    return [word.lower() for word in _word_pattern().findall(unicodedata.normalize("NFD", text))]
+
+
+def _as_phrase(text: str) -> str:
+    """The words between single spaces, a space at both ends; no word holds a space, so containment is exact."""
+    return f" {' '.join(words(text))} "
+
+
+@lru_cache(maxsize=1 << 16)
+def _answer_phrase(answer: str) -> str:
+    return _as_phrase(answer)
+
+
+@lru_cache(maxsize=1 << 16)
+def _answer_pattern(answer: str) -> Any:
+    import regex
+
+    try:
+        return regex.compile(
+            unicodedata.normalize("NFD", answer), flags=regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
+        )
+    except regex.error as error:
+        raise DataError(
+            f"the answer {answer!r} is no regular expression ({error}): mend it or match plain text"
+        ) from None
+
+
+def has_answer(text: str, answers: Iterable[str], is_regex: bool = False) -> bool:
+    """Whether the text contains one of the answers; an answer without any word matches nothing.
+
+    is_regex: the answers are regular expressions (CuratedTREC's), searched without regard to case.
+    """
+    if is_regex:
+        normal = unicodedata.normalize("NFD", text)
+        return any(_answer_pattern(answer).search(normal) is not None for answer in answers)
+    phrase = _as_phrase(text)
+    return any(wanted in phrase for answer in answers if (wanted := _answer_phrase(answer)).strip())
+
+
+def answer_ranks(
+    run: Run, answers: Mapping[str, Sequence[str]], passages: Collection, depth: int, is_regex: bool = False
+) -> dict[str, int | None]:
+    """For each question the rank (from 1) of the first passage with an answer among the best `depth`, else None.
+
+    A question that the run does not answer has None. Equal scores are ordered by passage id.
+
+    passages: read with titles=False.
+
+    Raises:
+        DataError: the run names a passage that is not there.
+    """
+    ranks: dict[str, int | None] = {}
+    for query_id, wanted in answers.items():
+        scores = run.get(query_id, {})
+        best = sorted(scores, key=lambda id: (-scores[id], id))[:depth]
+        rows = passages.rows(best)
+        if (rows < 0).any():
+            unknown = [id for id, row in zip(best, rows) if row < 0]
+            raise DataError(
+                f"the run names passages that {passages.name} does not have (first: {', '.join(unknown[:MAX_NAMED])}): "
+                "give the corpus that was searched"
+            )
+        texts = map(passages.text_at, rows)
+        ranks[query_id] = next((rank for rank, text in enumerate(texts, 1) if has_answer(text, wanted, is_regex)), None)
+    return ranks
+
+
+def answer_hits(
+    run: Run,
+    answers: Mapping[str, Sequence[str]],
+    passages: Collection,
+    depths: Sequence[int] = (20, 100),
+    is_regex: bool = False,
+) -> Evaluation:
+    """AnswerHit@d for each depth d: is an answer in one of the best d passages (1 or 0), per question and on average.
+
+    See answer_ranks for arguments and errors.
+    """
+    if not depths or min(depths) < 1:
+        raise SettingsError(f"answer depths are {list(depths)}: give whole numbers from 1")
+    ranks = answer_ranks(run, answers, passages, max(depths), is_regex)
+    per_query = {
+        f"AnswerHit@{depth}": {id: float(rank is not None and rank <= depth) for id, rank in ranks.items()}
+        for depth in depths
+    }
+    means = {name: sum(values.values()) / len(values) for name, values in per_query.items()}
+    return Evaluation(means, per_query)

@@ -1,0 +1,311 @@
+"""The reranker: a Hugging Face sequence-classification model that reads (query, passage) pairs, packed.
+
+The encoder runs on one row of T tokens without padding (engine/encoder.py); the [CLS] rows go to the model's own head.
+Checked against the padded models of BERT, RoBERTa, ELECTRA, XLM-R and ModernBERT, and against sentence-transformers'
+CrossEncoder on the exported folder (tests/engine/retrieval/test_cross_encoder.py). Scores are raw logits.
+
+Letters: T tokens of all pairs, S pairs, D channels, C labels.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from quincunx.data_shards.batches import PackedText
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
+from quincunx.engine.encoder import PACKED, PackedEncoder, _fetch
+from quincunx.engine.lean_modules import make_lean
+from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack
+from quincunx.engine.retrieval.dual_encoder import Precision, mean_pool
+from quincunx.engine.tensors import TensorText, text_to_tensors
+
+FAMILIES = ("bert", "roberta", "electra", "xlm-roberta", "modernbert")
+ACTIVATION = "torch.nn.modules.linear.Identity"
+TRUNCATION = "longest_first"  # as sentence-transformers cuts a pair: token by token from the longer of the two
+
+
+class CrossEncoder(nn.Module):
+    """A sequence-classification model of transformers (`model`, its weights under their own names) on packed pairs."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        encoder = PackedEncoder(model.base_model)
+        self.position_offset = encoder.position_offset
+        self.max_length = encoder.max_length
+        """Longest pair in tokens, special tokens counted."""
+        self.has_types = getattr(model.config, "type_vocab_size", 0) > 1
+
+    @property
+    def num_labels(self) -> int:
+        return self.config.num_labels
+
+    def forward(self, pairs: TensorText, token_types_T: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits: [S] of a model with one label, else [S, C].
+
+        `token_types_T` int64 is 0 up to the query's [SEP] and 1 after it; None means all 0. A model without token types
+        does not look at it.
+        """
+        arguments = {} if token_types_T is None or not self.has_types else {"token_type_ids": token_types_T[None]}
+        hidden_TD = self.model.base_model(
+            input_ids=pairs.input_ids[None],
+            position_ids=pairs.positions[None] + self.position_offset,
+            cu_seqlens=pairs.cu_seqlens,
+            max_length=pairs.max_length,
+            **arguments,
+        ).last_hidden_state[0]
+        logits_SC = self._head(hidden_TD, pairs)
+        return logits_SC[:, 0] if logits_SC.shape[1] == 1 else logits_SC
+
+    def _head(self, hidden_TD: torch.Tensor, pairs: TensorText) -> torch.Tensor:
+        """[S, C]: what the model's own head makes of the pairs, each cut down to the one row that the head reads."""
+        model = self.model
+        if self.config.model_type == "modernbert":
+            mean = self.config.classifier_pooling == "mean"
+            pooled_SD = mean_pool(hidden_TD, pairs) if mean else hidden_TD[pairs.starts]
+            return model.classifier(model.drop(model.head(pooled_SD)))
+        first_S1D = hidden_TD[pairs.starts][:, None]
+        if self.config.model_type == "bert":
+            return model.classifier(model.dropout(model.base_model.pooler(first_S1D)))
+        return model.classifier(first_S1D)
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """What a reranker's folder holds, loaded for use."""
+
+    model: CrossEncoder
+    tokenizer: Any
+    max_tokens: int
+    """Pairs are cut there, special tokens counted."""
+    digest: str
+    """16 hex digits of the weights and the tokenizer, as loaded."""
+
+
+def load_reranker(
+    name: str,
+    *,
+    num_labels: int = 1,
+    max_tokens: int | None = None,
+    dropout: float | None = None,
+    gradient_checkpointing: bool = False,
+    allow_fresh_head: bool = True,
+) -> Reranker:
+    """Loads a sequence-classification model, or puts a new head on any encoder of the five families.
+
+    name: a Hugging Face name or folder, or `package:NAME/FOLDER`; a pre-training run's export/encoder is one. A new
+        head (and BERT's pooler, where the folder has none) draws its weights from torch's global generator.
+    max_tokens: the longest pair; None takes the tokenizer's own limit, at most the model's positions.
+    dropout: replaces every dropout rate of the model, head included; None leaves them.
+
+    Raises:
+        SettingsError: not found, another family, another number of labels, an incomplete encoder, max_tokens beyond the
+            model's positions or too small for a pair, or a fresh head where `allow_fresh_head` is False.
+    """
+    config = _fetch(AutoConfig.from_pretrained, name)
+    if config.model_type not in FAMILIES or getattr(config, "is_decoder", False):
+        raise SettingsError(
+            f"reranker {name!r} is of type {config.model_type}: give a bidirectional model of {', '.join(FAMILIES)}"
+        )
+    has_head = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
+    if has_head and config.num_labels != num_labels:
+        raise SettingsError(
+            f"{name!r} gives {config.num_labels} labels, {num_labels} wanted: give a model with {num_labels}, or an "
+            "encoder without a classification head"
+        )
+    model, report = _fetch(
+        AutoModelForSequenceClassification.from_pretrained,
+        name,
+        num_labels=num_labels,
+        output_loading_info=True,
+        attn_implementation=PACKED,
+        dtype=torch.float32,
+    )
+    _check_weights(name, model, report["missing_keys"], has_head, allow_fresh_head)
+    encoder = CrossEncoder(model)
+    tokenizer = load_tokenizer(name)
+    own_limit = tokenizer.init_kwargs.get("model_max_length") or encoder.max_length  # load_tokenizer lifts the other
+    max_tokens = _pair_length(name, encoder, own_limit, max_tokens)
+    tokenizer.backend_tokenizer.encode_special_tokens = False  # text that spells [SEP] is one, as for its other users
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise SettingsError(
+            f"{name!r}: its tokenizer has {len(tokenizer)} words, its model embeds "
+            f"{model.get_input_embeddings().num_embeddings}; give a folder whose tokenizer is the model's own"
+        )
+    make_lean(model, dropout)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Reranker(encoder, tokenizer, max_tokens, _digest(encoder, tokenizer))
+
+
+def _check_weights(name: str, model: nn.Module, missing: list[str], has_head: bool, allow_fresh_head: bool) -> None:
+    base = model.base_model_prefix + "."
+    pooler = base + "pooler."
+    lost = [key for key in missing if key.startswith(base) and not key.startswith(pooler) and "position_ids" not in key]
+    if lost:
+        raise SettingsError(
+            f"{name!r} lacks weights of its encoder ({', '.join(lost[:3])}); give a complete checkpoint"
+        )
+    fresh = [key for key in missing if not key.startswith(base) or key.startswith(pooler)]
+    if fresh and has_head:
+        raise SettingsError(f"{name!r} lacks weights of its head ({', '.join(fresh[:3])}); give a complete checkpoint")
+    if fresh and not allow_fresh_head:
+        raise SettingsError(
+            f"{name!r} is an encoder without a classification head, so its scores would be random: give a reranker, "
+            "such as the output of finetune.py --stage reranker"
+        )
+
+
+def _pair_length(name: str, encoder: CrossEncoder, own_limit: int, max_tokens: int | None) -> int:
+    """The longest pair in tokens: as asked, else the tokenizer's own limit and the model's positions."""
+    if max_tokens is None:
+        return min(own_limit, encoder.max_length)
+    if not 8 <= max_tokens <= encoder.max_length:
+        raise SettingsError(
+            f"max_tokens is {max_tokens}, reranker {name!r} takes pairs of 8 to {encoder.max_length} tokens; set "
+            "max_tokens in that range"
+        )
+    return max_tokens
+
+
+def _digest(model: CrossEncoder, tokenizer: Any) -> str:
+    digest = xxhash.xxh3_64()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(weight.shape)} ".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(f"{model.config.model_type} {getattr(model.config, 'classifier_pooling', None)} ".encode())
+    digest.update(tokenizer_digest(tokenizer).encode())
+    return digest.hexdigest()
+
+
+def save_reranker(
+    folder: Path,
+    model: CrossEncoder,
+    state: dict[str, torch.Tensor] | None,
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    card: str,
+) -> None:
+    """Writes a folder that load_reranker, transformers and sentence-transformers' CrossEncoder load; replaces one.
+
+    state: weights as `model.state_dict()` names them (a consolidated checkpoint's); None takes the model's own.
+    card: README.md.
+
+    CrossEncoder(folder).predict gives the raw logits: the folder names the identity as its activation. Raises
+    SettingsError where `folder` exists and is no model folder.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise SettingsError(f"{folder} holds something else than a model: give a new folder, or move that one away")
+    staging = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.architectures = [type(model.model).__name__]
+    config.dtype = "float32"
+    config.sentence_transformers = {"activation_fn": ACTIVATION}
+    config.save_pretrained(staging)
+    own = model.state_dict() if state is None else state
+    weights = {name.removeprefix("model."): weight.float().contiguous().cpu() for name, weight in own.items()}
+    expected = {name.removeprefix("model.") for name in model.state_dict()}
+    assert weights.keys() == expected, f"not this model's weights: {sorted(weights.keys() ^ expected)[:3]}"
+    save_file(weights, staging / "model.safetensors", {"format": "pt"})
+    limit, tokenizer.model_max_length = tokenizer.model_max_length, max_tokens
+    tokenizer.save_pretrained(staging)
+    tokenizer.model_max_length = limit
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(staging, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def tokenise_pairs(
+    tokenizer: Any, queries: Sequence[str], passages: Sequence[str], max_tokens: int
+) -> tuple[list[np.ndarray], list[np.ndarray] | None, int]:
+    """Every pair's ids int32 [n] and token types int64 [n] (None: the tokenizer gives none), and how many were cut.
+
+    The tokenizer's own pair form: [CLS] query [SEP] passage [SEP], RoBERTa's <s> query </s></s> passage </s>. Pairs
+    beyond max_tokens lose tokens from the longer side.
+    """
+    if not len(queries):
+        return [], None, 0
+    rows = tokenizer(
+        list(queries),
+        list(passages),
+        truncation=TRUNCATION,
+        max_length=max_tokens,
+        padding=False,
+        return_attention_mask=False,
+    )
+    ids = [np.array(row, np.int32) for row in rows["input_ids"]]
+    types = [np.array(row, np.int64) for row in rows["token_type_ids"]] if "token_type_ids" in rows else None
+    num_cut = sum(len(row) == max_tokens and bool(rows.encodings[n].overflowing) for n, row in enumerate(ids))
+    return ids, types, num_cut
+
+
+def pack_pairs(
+    tokenizer: Any, queries: Sequence[str], passages: Sequence[str], max_tokens: int
+) -> tuple[PackedText, np.ndarray | None, int]:
+    """Pair n is (queries[n], passages[n]): (packed pairs, token types int64 [T] or None, number of pairs cut)."""
+    ids, types, num_cut = tokenise_pairs(tokenizer, queries, passages, max_tokens)
+    return pack(ids), None if types is None else np.concatenate(types), num_cut
+
+
+def score_pairs(
+    reranker: Reranker,
+    pairs: Sequence[tuple[str, str]],
+    device: torch.device | str = "cpu",
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] | None = None,
+    precision: Precision = "float32",
+) -> np.ndarray:
+    """float32 [N] (or [N, C]): the logits of (query, passage) pairs, in their order; the rest as score_tokenised."""
+    queries, passages = zip(*pairs, strict=True) if len(pairs) else ((), ())
+    ids, types, _ = tokenise_pairs(reranker.tokenizer, queries, passages, reranker.max_tokens)
+    return score_tokenised(reranker.model, ids, types, device, batch_tokens, progress, precision)
+
+
+def score_tokenised(
+    model: CrossEncoder,
+    ids: list[np.ndarray],
+    types: list[np.ndarray] | None,
+    device: torch.device | str = "cpu",
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] | None = None,
+    precision: Precision = "float32",
+) -> np.ndarray:
+    """float32 [N] (or [N, C]): the logits of N pairs as tokenise_pairs gives them.
+
+    Pairs are packed longest first, at most `batch_tokens` tokens together. `precision` "bfloat16" runs under autocast.
+    `progress` is told the number of pairs of every batch done. Leaves the model on `device`, in evaluation mode.
+    """
+    model, device = model.to(device).eval(), torch.device(device)
+    scores = np.empty((len(ids),) if model.num_labels == 1 else (len(ids), model.num_labels), np.float32)
+    batches, logits = batches_by_length(ids, batch_tokens), []
+    for batch in batches:
+        packed = text_to_tensors(pack([ids[n] for n in batch]), device)
+        types_T = None if types is None else torch.from_numpy(np.concatenate([types[n] for n in batch])).to(device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            logits.append(model(packed, types_T).float())
+        if progress is not None:
+            progress(len(batch))
+    if batches:
+        scores[np.concatenate(batches)] = torch.cat(logits).cpu().numpy()  # one copy: a GPU never waits before
+    return scores

@@ -1,0 +1,298 @@
+"""Query and passage encoder: packed texts in, one vector each out; as a module to train and as a folder to use.
+
+A folder is what sentence-transformers reads and writes: one encoder for both sides (Transformer, Pooling, Normalize) or
+two (its Router, with the routes query and document). `retriever.json` beside it keeps what sentence-transformers has no
+place for: that queries are cut shorter than passages.
+
+Letters: T tokens, S sequences, B queries, N passages, D channels.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.torch import save_file
+from tokenizers import normalizers
+from torch import nn
+from torch.nn.functional import normalize
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
+from quincunx.engine.encoder import PackedEncoder, load_encoder
+from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack, tokenise
+from quincunx.engine.retrieval.sentence_folder import fetch_folder, read_sentence_folder, write_sentence_folder
+from quincunx.engine.tensors import TensorText, text_to_tensors
+
+Kind = Literal["query", "passage"]
+Pooling = Literal["cls", "mean"]
+Precision = Literal["float32", "bfloat16"]
+
+
+class DualEncoder(nn.Module):
+    """Query and passage encoder (one object where shared) to vectors.
+
+    Parameters are called `passage.model...` and, where the towers are separate, `query.model...`.
+    """
+
+    def __init__(self, passage: PackedEncoder, query: PackedEncoder | None, pooling: Pooling, normalise: bool):
+        super().__init__()
+        self.passage = passage
+        self.query = query
+        self.pooling = pooling
+        self.normalise = normalise
+
+    @property
+    def shared(self) -> bool:
+        """Whether one encoder reads queries and passages."""
+        return self.query is None
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.passage.config.hidden_size
+
+    def tower(self, kind: Kind) -> PackedEncoder:
+        return self.passage if kind == "passage" or self.query is None else self.query
+
+    def encode_packed(self, text: TensorText, kind: Kind) -> torch.Tensor:
+        """[S, D] in the model's dtype: [CLS] or mean of all tokens, of length 1 where `normalise`."""
+        encoder = self.tower(kind)
+        vectors_TE = encoder.word_embeddings(text.input_ids)
+        hidden_TD = encoder(vectors_TE, text.positions, text.cu_seqlens, text.max_length)
+        pooled_SD = hidden_TD.index_select(0, text.starts) if self.pooling == "cls" else mean_pool(hidden_TD, text)
+        return normalize(pooled_SD.float(), dim=1).to(pooled_SD.dtype) if self.normalise else pooled_SD
+
+    def forward(self, queries: TensorText, passages: TensorText) -> tuple[torch.Tensor, torch.Tensor]:
+        """([B, D], [N, D]); a shared encoder reads both in one pass, queries first."""
+        if not self.shared:
+            return self.encode_packed(queries, "query"), self.encode_packed(passages, "passage")
+        num_queries, num_passages = len(queries.starts), len(passages.starts)
+        return self.encode_packed(join(queries, passages), "passage").split([num_queries, num_passages])
+
+
+def mean_pool(hidden_TD: torch.Tensor, text: TensorText) -> torch.Tensor:
+    """[S, D], the mean over each sequence's tokens, [CLS] and [SEP] among them; summed in float32."""
+    sums_SD = hidden_TD.new_zeros(len(text.starts), hidden_TD.shape[1], dtype=torch.float32)
+    sums_SD = sums_SD.index_add(0, text.sequences, hidden_TD.float())
+    return (sums_SD / text.cu_seqlens.diff()[:, None]).to(hidden_TD.dtype)
+
+
+def join(first: TensorText, second: TensorText) -> TensorText:
+    """One packed text of both, the sequences of `first` before those of `second`."""
+    num_tokens, num_sequences = len(first.input_ids), len(first.starts)
+    return TensorText(
+        input_ids=torch.cat([first.input_ids, second.input_ids]),
+        positions=torch.cat([first.positions, second.positions]),
+        sequences=torch.cat([first.sequences, second.sequences + num_sequences]),
+        starts=torch.cat([first.starts, second.starts + num_tokens]),
+        cu_seqlens=torch.cat([first.cu_seqlens, second.cu_seqlens[1:] + num_tokens]),
+        max_length=max(first.max_length, second.max_length),
+    )
+
+
+@dataclass(frozen=True)
+class Retriever:
+    """A dual encoder with everything that turns texts into its vectors."""
+
+    model: DualEncoder
+    tokenizer: Any
+    """A fast tokenizer of Hugging Face, the same for both sides."""
+    max_query_tokens: int
+    """[CLS] and [SEP] counted, as in max_passage_tokens; longer texts are cut."""
+    max_passage_tokens: int
+    digest: str
+    """16 hex digits, see model_digest."""
+    query_prompt: str = ""
+    """Text put before every query."""
+    passage_prompt: str = ""
+
+    def max_tokens(self, kind: Kind) -> int:
+        return self.max_query_tokens if kind == "query" else self.max_passage_tokens
+
+    def prompt(self, kind: Kind) -> str:
+        return self.query_prompt if kind == "query" else self.passage_prompt
+
+
+def model_digest(model: DualEncoder, tokenizer: Any) -> str:
+    """xxh3_64 (16 hex digits) of weights, pooling, normalisation and tokenizer: who shares it gives equal vectors."""
+    digest = xxhash.xxh3_64(f"{model.pooling} {model.normalise} {tokenizer_digest(tokenizer)}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def encode_texts(
+    retriever: Retriever,
+    texts: Sequence[str],
+    kind: Kind,
+    *,
+    device: torch.device | str = "cpu",
+    batch_tokens: int = BATCH_TOKENS,
+    precision: Precision = "float32",
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """float32 [texts, D], in the order of `texts`; the model is moved to `device` and left in the mode it was in.
+
+    batch_tokens: most tokens of one packed forward. precision: bfloat16 runs the encoder under autocast. progress: told
+    how many texts each forward encoded.
+    """
+    model = retriever.model.to(device)
+    prompt = retriever.prompt(kind)
+    rows = tokenise(
+        [prompt + text for text in texts] if prompt else texts, retriever.tokenizer, retriever.max_tokens(kind)
+    )
+    batches = batches_by_length(rows, batch_tokens)
+    if not batches:
+        return np.empty((0, model.width), np.float32)
+    encoded = []
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),  # not inference_mode, whose tensors ZeRO-3 cannot gather into
+            torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"),
+        ):
+            for batch in batches:
+                text = text_to_tensors(pack([rows[index] for index in batch]), device)
+                encoded.append(model.encode_packed(text, kind).float())
+                if progress is not None:
+                    progress(len(batch))
+    finally:
+        model.train(was_training)
+    vectors = np.empty((len(rows), model.width), np.float32)
+    vectors[np.concatenate(batches)] = torch.cat(encoded).cpu().numpy()  # one copy, so that a GPU never waits before
+    return vectors
+
+
+def load_retriever(
+    name: str,
+    *,
+    pooling: Pooling | None = None,
+    normalise: bool | None = None,
+    max_query_tokens: int | None = None,
+    max_passage_tokens: int | None = None,
+    dropout: float | None = None,
+    gradient_checkpointing: bool = False,
+) -> Retriever:
+    """Loads a sentence-transformers folder, or a plain Hugging Face encoder, for use or as a start for training.
+
+    name: a folder, a hub id, or `package:NAME/FOLDER`. What is None stays as the folder says; a plain encoder has
+    pooling "cls", is normalised, and reads texts as long as its positions reach. dropout and gradient_checkpointing
+    matter in training only. The model comes in evaluation mode, in float32.
+
+    Raises:
+        SettingsError: not found, modules that are not supported, or more tokens than the encoder has positions.
+    """
+    folder = fetch_folder(name)
+    layout = read_sentence_folder(folder)
+    passage_folder = layout.passage.folder if layout else folder
+    tokenizer = _tokenizer_for_search(str(passage_folder), layout is not None and layout.passage.lower_case)
+    options = {"dropout": dropout, "gradient_checkpointing": gradient_checkpointing, "vocab_size": len(tokenizer)}
+    passage = load_encoder(str(passage_folder), **options)[0]
+    query = load_encoder(str(layout.query.folder), **options)[0] if layout and layout.query else None
+    if query is not None:
+        other = _tokenizer_for_search(str(layout.query.folder), layout.query.lower_case)
+        if tokenizer_digest(other) != tokenizer_digest(tokenizer):
+            raise SettingsError(f"the two towers of {name} have different tokenizers; give one where they agree")
+    limits = {}
+    for kind, encoder, given, said in (
+        ("query", query or passage, max_query_tokens, layout and layout.max_query_tokens),
+        ("passage", passage, max_passage_tokens, layout and layout.max_passage_tokens),
+    ):
+        if given is not None and not 3 <= given <= encoder.max_length:
+            raise SettingsError(
+                f"max_{kind}_tokens is {given}; {name} reads 3 to {encoder.max_length} tokens: give a number among them"
+            )
+        limits[kind] = given or min(said or encoder.max_length, encoder.max_length)
+    model = DualEncoder(
+        passage,
+        query,
+        pooling or (layout.passage.pooling if layout else "cls"),
+        (layout.passage.normalise if layout else True) if normalise is None else normalise,
+    )
+    return Retriever(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        max_query_tokens=limits["query"],
+        max_passage_tokens=limits["passage"],
+        digest=model_digest(model, tokenizer),
+        query_prompt=layout.query_prompt if layout else "",
+        passage_prompt=layout.passage_prompt if layout else "",
+    )
+
+
+def _tokenizer_for_search(name: str, lower_case: bool) -> Any:
+    """The tokenizer as its users know it: a text that spells a special token gets that token."""
+    tokenizer = load_tokenizer(name)
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = False
+    if lower_case:
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
+        )
+    return tokenizer
+
+
+def save_retriever(
+    folder: Path,
+    model: DualEncoder,
+    state: dict[str, torch.Tensor] | None,
+    tokenizer: Any,
+    *,
+    max_query_tokens: int,
+    max_passage_tokens: int,
+    card: str,
+) -> None:
+    """Writes a folder that SentenceTransformer and load_retriever load; replaces `folder` at once, when all is written.
+
+    state: weights by their names in `model` (a checkpoint's), None for those it has. card: README.md. One encoder for
+    both sides has one max_seq_length in sentence-transformers, the larger of the two: only load_retriever cuts queries
+    at max_query_tokens.
+    """
+    folder = Path(folder)
+    state = model.state_dict() if state is None else state
+    staging = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    places = write_sentence_folder(
+        staging,
+        width=model.width,
+        pooling=model.pooling,
+        normalise=model.normalise,
+        max_query_tokens=max_query_tokens,
+        max_passage_tokens=max_passage_tokens,
+        separate=not model.shared,
+    )
+    for kind, place in places.items():
+        encoder = model.tower(kind).model
+        prefix = f"{kind}.model."
+        weights = {
+            key.removeprefix(prefix): value.detach().float().cpu().contiguous()
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+        assert set(weights) == set(encoder.state_dict()), "the state is not of this model"
+        save_file(weights, place / "model.safetensors", {"format": "pt"})
+        config = copy.deepcopy(encoder.config)
+        config.architectures, config.dtype = [type(encoder).__name__], torch.float32
+        config.save_pretrained(place)
+        own_tokenizer = copy.deepcopy(tokenizer)
+        own_tokenizer.backend_tokenizer.encode_special_tokens = False
+        own_tokenizer.model_max_length = json.loads((place / "sentence_bert_config.json").read_text())["max_seq_length"]
+        own_tokenizer.save_pretrained(place)
+    (staging / "README.md").write_text(card, encoding="utf-8")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(staging, folder)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,213 @@
+"""The layout of a sentence-transformers folder, read and written as plain files, without that library.
+
+modules.json lists the modules: Transformer, Pooling and perhaps Normalize, or a Router with the routes query and
+document (router_config.json), each of which lists the same. retriever.json is ours: {"max_query_tokens",
+"max_passage_tokens"}.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.tokenizer import resolve_model
+
+OWN_FILE = "retriever.json"
+SETTINGS_FILE = "config_sentence_transformers.json"
+MODULE_CLASS = "sentence_transformers.models.{}"  # the name that every version of the library knows
+PASSAGE_PROMPTS = ("document", "passage", "corpus")  # in the order in which the library looks for them
+POOLINGS = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One Transformer with its pooling."""
+
+    folder: Path
+    pooling: str
+    normalise: bool
+    lower_case: bool
+    max_tokens: int | None
+    """None where nothing in the folder says."""
+
+
+@dataclass(frozen=True)
+class SentenceFolder:
+    """What a folder says about a retriever."""
+
+    passage: Tower
+    query: Tower | None
+    """None where one encoder reads both sides."""
+    query_prompt: str
+    passage_prompt: str
+    max_query_tokens: int | None
+    max_passage_tokens: int | None
+
+
+def fetch_folder(name: str) -> Path:
+    """The folder that a model's name means; a hub id is downloaded or found in the cache. Raises SettingsError."""
+    source = resolve_model(name)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SettingsError(
+            f"model {name!r} could not be loaded ({reason}); give a folder, a package:NAME/FOLDER, or a model of the "
+            "Hugging Face hub that this machine reaches or has cached"
+        ) from error
+
+
+def read_sentence_folder(folder: Path) -> SentenceFolder | None:
+    """The layout of `folder`, None where it has no modules.json.
+
+    A folder that scores by cosine counts as normalised even without the module Normalize: the ranking is the same.
+
+    Raises:
+        SettingsError: a module that is not supported (Dense, another pooling), or files that contradict each other.
+    """
+    if not (folder / "modules.json").is_file():
+        return None
+    settings = _read(folder / SETTINGS_FILE)
+    modules = [(_kind(module["type"]), folder / module["path"]) for module in _read(folder / "modules.json", list)]
+    cosine = settings.get("similarity_fn_name") == "cosine"
+    if modules and modules[0][0] == "Router":
+        routes, rest = _read_routes(modules[0][1]), modules[1:]
+        passage, query = (_read_tower(folder, [*routes[name], *rest], cosine) for name in ("document", "query"))
+        for what in ("pooling", "normalise", "lower_case"):
+            if getattr(passage, what) != getattr(query, what):
+                raise SettingsError(
+                    f"{folder} has {what} {getattr(query, what)} for queries and {getattr(passage, what)} for "
+                    "documents; give a model whose two towers agree in it"
+                )
+    else:
+        passage, query = _read_tower(folder, modules, cosine), None
+    prompts = settings.get("prompts") or {}
+    default = prompts.get(settings.get("default_prompt_name"), "")
+    own = _read(folder / OWN_FILE)
+    return SentenceFolder(
+        passage=passage,
+        query=query,
+        query_prompt=prompts.get("query", default),
+        passage_prompt=next((prompts[name] for name in PASSAGE_PROMPTS if name in prompts), default),
+        max_query_tokens=own.get("max_query_tokens") or (query or passage).max_tokens,
+        max_passage_tokens=own.get("max_passage_tokens") or passage.max_tokens,
+    )
+
+
+def _read(path: Path, kind: type = dict) -> Any:
+    """The JSON of `path`, an empty one where there is no such file."""
+    if not path.is_file():
+        return kind()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingsError(f"{path} is no JSON ({error}); restore it from where the model came from") from error
+    if not isinstance(content, kind):
+        raise SettingsError(f"{path} must hold a JSON {kind.__name__}; restore it from where the model came from")
+    return content
+
+
+def _kind(type_name: str) -> str:
+    return type_name.rpartition(".")[2]
+
+
+def _read_routes(folder: Path) -> dict[str, list[tuple[str, Path]]]:
+    """The modules of the routes query and document."""
+    config = _read(folder / "router_config.json")
+    structure, types = config.get("structure", {}), config.get("types", {})
+    if not {"query", "document"} <= set(structure):
+        raise SettingsError(
+            f"the Router of {folder} has the routes {', '.join(structure) or 'none'}; give a model with the routes "
+            "query and document"
+        )
+    return {
+        route: [(_kind(types[name]), folder / name) for name in structure[route]] for route in ("query", "document")
+    }
+
+
+def _read_tower(folder: Path, modules: list[tuple[str, Path]], cosine: bool) -> Tower:
+    kinds = [kind for kind, _ in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise SettingsError(
+            f"{folder} is made of {', '.join(kinds) or 'no modules'}; only Transformer, Pooling and then perhaps "
+            "Normalize are supported: give such a model, or its plain encoder folder with pooling and normalise set"
+        )
+    transformer, pooling = modules[0][1], _read(modules[1][1] / "config.json")
+    mode = pooling.get("pooling_mode")
+    if mode is None:  # as older versions write it
+        chosen = [name for name, value in pooling.items() if name.startswith("pooling_mode_") and value]
+        mode = POOLINGS.get(chosen[0], chosen[0]) if len(chosen) == 1 else " and ".join(chosen) or "mean"
+    if mode not in POOLINGS.values():
+        raise SettingsError(f"{folder} pools by {mode}; cls and mean are supported")
+    if not pooling.get("include_prompt", True):
+        raise SettingsError(f"{folder} keeps its prompt out of the pooling, which is not supported; give another model")
+    # sentence_bert_config.json, or named for another family in old folders (sentence_roberta_config.json)
+    config = next((_read(path) for path in sorted(transformer.glob("sentence_*_config.json"))), {})
+    limits = (config.get("max_seq_length"), _read(transformer / "tokenizer_config.json").get("model_max_length"))
+    return Tower(
+        folder=transformer,
+        pooling=mode,
+        normalise="Normalize" in kinds or cosine,
+        lower_case=bool(config.get("do_lower_case")),
+        max_tokens=next((int(limit) for limit in limits if limit), None),
+    )
+
+
+def write_sentence_folder(
+    folder: Path,
+    *,
+    width: int,
+    pooling: str,
+    normalise: bool,
+    max_query_tokens: int,
+    max_passage_tokens: int,
+    separate: bool,
+) -> dict[str, Path]:
+    """Writes every file of the layout but the encoders' own; returns where those belong.
+
+    {"passage": folder of the encoder and tokenizer}, and "query" where the towers are `separate`.
+    """
+    pooling_config = {
+        "word_embedding_dimension": width,
+        **{name: mode == pooling for name, mode in POOLINGS.items()},
+    }
+    if separate:
+        places = {
+            "query": (folder / "query_0_Transformer", folder / "query_1_Pooling", max_query_tokens),
+            "passage": (folder / "document_0_Transformer", folder / "document_1_Pooling", max_passage_tokens),
+        }
+        modules = [("", "Router")]
+        structure = {"query": ["query_0_Transformer", "query_1_Pooling"]}
+        structure["document"] = ["document_0_Transformer", "document_1_Pooling"]
+        types = {name: MODULE_CLASS.format(name.rpartition("_")[2]) for names in structure.values() for name in names}
+        parameters = {"default_route": "document", "allow_empty_key": True}
+        _write(folder / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
+    else:
+        longest = max(max_query_tokens, max_passage_tokens)
+        places = {"passage": (folder, folder / "1_Pooling", longest)}
+        modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    for place, pooling_place, max_tokens in places.values():
+        _write(place / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+        _write(pooling_place / "config.json", pooling_config)
+    if normalise:
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+        (folder / modules[-1][0]).mkdir()
+    listed = [
+        {"idx": index, "name": str(index), "path": path, "type": MODULE_CLASS.format(kind)}
+        for index, (path, kind) in enumerate(modules)
+    ]
+    _write(folder / "modules.json", listed)
+    _write(folder / SETTINGS_FILE, {"similarity_fn_name": "cosine" if normalise else "dot", "prompts": {}})
+    _write(folder / OWN_FILE, {"max_query_tokens": max_query_tokens, "max_passage_tokens": max_passage_tokens})
+    return {kind: place for kind, (place, _, _) in places.items()}
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,104 @@
+"""Measures a run against judgements: every mean with its interval, and against a second run with paired tests.
+
+    python launchers/evaluate.py --run RUN --qrels QRELS                                 # MRR@10, nDCG@10, MAP, recalls
+    python launchers/evaluate.py --run RUN --qrels QRELS --compare OTHER_RUN --output result.json --per_query all.tsv
+    python launchers/evaluate.py --run RUN --qrels 2019qrels-pass.txt --relevant_from 2   # TREC DL
+    python launchers/evaluate.py --run RUN --answers nq-test.csv --corpus psgs_w100.tsv   # answer match at 20 and 100
+
+Values are ir-measures' own. See docs/evaluation.md.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.launchers.command_line import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Settings of an evaluation."""
+
+    run: str
+    """Run in TREC's format (qid Q0 pid rank score tag), also .gz."""
+    qrels: str | None = None
+    """Judgements: BEIR tsv, TREC or MS MARCO qrels."""
+    compare: str | None = None
+    """A second run; differences are run minus this one."""
+    measures: tuple[str, ...] = ("MRR@10", "nDCG@10", "MAP", "R@50", "R@100", "R@1000")
+    """Names of ir-measures, or MRR, MAP, Recall for RR, AP, R."""
+    relevant_from: int = 1
+    """Lowest grade that counts as relevant for MRR, MAP, recall, precision (TREC DL: 2); nDCG uses the grades."""
+    output: str | None = None
+    """File (.json) for everything that is printed, with digests of the files."""
+    per_query: str | None = None
+    """File (.jsonl or .tsv) for the values of every query."""
+    queries: str | None = None
+    """Queries, to check that qrels and runs name no others: BEIR folder, jsonl, tsv."""
+    corpus: str | None = None
+    """Passages, to check that qrels and runs name no others, and for answer match: BEIR folder, tsv, jsonl, parquet."""
+    unknown_ids: Literal["stop", "drop"] = "stop"
+    """What to do with lines of qrels and runs that name unknown queries or passages."""
+    no_positives: Literal["stop", "keep", "drop"] = "stop"
+    """What to do with judged queries without a relevant passage: keep counts them as 0, as ir-measures does."""
+    answers: str | None = None
+    """Answers for answer match: DPR's .json or .csv, or JSONL with query_id and answers; needs --corpus."""
+    answer_depths: tuple[int, ...] = (20, 100)
+    """Depths of answer match."""
+    answer_regex: bool = False
+    """Answers are regular expressions (CuratedTREC)."""
+
+
+def main() -> None:
+    settings = parse_settings(EvaluateSettings, __doc__.split("\n")[0])
+    inputs = {name: getattr(settings, name) for name in ("run", "qrels", "compare", "answers")}
+    inputs = {name: path for name, path in inputs.items() if path is not None}
+    if settings.qrels is None and settings.answers is None:
+        raise SettingsError("nothing to judge by: give --qrels, or --answers with --corpus, or all of them")
+    if settings.answers is not None and settings.corpus is None:
+        raise SettingsError("answer match reads the passages: give --corpus beside --answers")
+    if settings.relevant_from < 1:
+        raise SettingsError(f"relevant_from is {settings.relevant_from}: give a grade of 1 or more")
+
+    from quincunx.engine.retrieval import evaluation
+    from quincunx.engine.retrieval.collection import read_passages, read_queries
+    from quincunx.engine.retrieval.judgements import read_answers
+    from quincunx.engine.retrieval.measures import measure_name
+
+    evaluation.check_outputs(settings.output, settings.per_query, inputs)
+    measures = tuple(measure_name(name, settings.relevant_from) for name in settings.measures)
+    queries = read_queries(settings.queries) if settings.queries is not None else None
+    # Answers are searched in the text alone, as DPR does; for ids it makes no difference.
+    passages = read_passages(settings.corpus, titles=False) if settings.corpus is not None else None
+    drop = settings.unknown_ids == "drop"
+    qrels, dropped = None, {}
+    if settings.qrels is not None:
+        qrels, dropped["qrels"] = evaluation.load_qrels(settings.qrels, queries, passages, drop, settings.no_positives)
+    judgement = evaluation.Judgement(
+        qrels=qrels,
+        measures=measures,
+        relevant_from=settings.relevant_from,
+        answers=read_answers(settings.answers) if settings.answers is not None else None,
+        passages=passages,
+        answer_depths=settings.answer_depths,
+        answer_regex=settings.answer_regex,
+    )
+    results = []
+    for name in ("run", "compare"):
+        if name in inputs:
+            run, dropped[name] = evaluation.load_run(inputs[name], queries, passages, drop)
+            results.append(evaluation.judge(run, judgement))
+    record = evaluation.make_record(results[0], inputs, settings.relevant_from, *results[1:]) | {"dropped": dropped}
+    print(evaluation.format_table(record))
+    for source, counts in dropped.items():
+        for what, count in counts.items():
+            if count and (what != "queries_without_positives" or settings.no_positives == "drop"):
+                print(f"left out of the {source}: {count} {what.replace('_', ' ')}")
+    if settings.per_query is not None:
+        evaluation.write_per_query(settings.per_query, *results)
+    if settings.output is not None:
+        evaluation.write_record(settings.output, record)
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

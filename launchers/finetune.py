@@ -1,0 +1,57 @@
+"""Fine-tunes a retriever or a reranker on queries with mined negatives; the same command resumes.
+
+    deepspeed launchers/finetune.py --stage retriever1 --encoder runs/quincunx/export/encoder \\
+        --candidates bm25_negatives.jsonl --corpus corpus.jsonl --queries queries.jsonl --output runs/retriever1
+
+Stages, each with its published settings (recipes/finetune/), any of which a flag or --recipe FILE.yaml changes:
+retriever1 (BM25's negatives), retriever2 (retriever1's), reranker, distil (the reranker's scores). docs/finetuning.md
+tells the whole chain. torchrun, srun and plain python work as with pretrain.py.
+
+Exit codes: 0 done, 2 settings, 3 data, 4 checkpoint, 75 stopped on request after a checkpoint, 76 hung, 77 diverged.
+"""
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, exit_with_one_sentence
+from quincunx.engine.deepspeed_config import check_settings
+from quincunx.engine.environment import discover_environment
+from quincunx.engine.retrieval.finetune_settings import STAGES, FinetuneSettings, find_problems
+from quincunx.launchers.command_line import parse_settings
+from quincunx.launchers.ranks import say_once, without_local_rank
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "finetune"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs this rank; returns its exit code."""
+    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
+    environment = discover_environment()
+    try:
+        settings = parse_settings(
+            FinetuneSettings,
+            __doc__,
+            arguments,
+            config_flag="--recipe",
+            config_folder=RECIPES,
+            default_config=stage_named_in(arguments),
+        )
+        check_settings(settings, find_problems(settings), environment.world_size)  # at once: imports take seconds
+        from quincunx.engine.retrieval.finetuning import finetune
+
+        return finetune(settings, environment)
+    except (SettingsError, DataError, CheckpointError) as error:
+        raise say_once(error, environment) from None
+
+
+def stage_named_in(arguments: Sequence[str]) -> str:
+    """The recipe to start from: that of `--stage`, else retriever1's."""
+    words = " ".join(arguments).replace("=", " ").split()
+    named = [value for flag, value in itertools.pairwise(words) if flag == "--stage"]
+    return named[-1] if named and named[-1] in STAGES else STAGES[0]
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

@@ -1,0 +1,134 @@
+"""BM25: the published formula, bm25s' scores, an index that is the same after saving, and the collections' numbers."""
+
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.engine.retrieval import bm25
+from quincunx.engine.retrieval.collection import make_collection, read_passages, read_queries
+from quincunx.engine.retrieval.judgements import read_qrels
+from quincunx.engine.retrieval.measures import evaluate
+
+WORDS = ["lift", "drag", "wing", "flow", "heat", "plate", "shock", "jet", "nose", "cone"]
+
+
+def random_texts(seed: int, count: int) -> list[str]:
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, generator.integers(0, 12))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def passages():
+    texts = random_texts(0, 200)
+    assert "" in texts
+    return make_collection([f"p{k}" for k in range(200)], texts, "made")
+
+
+def formula(texts: list[str], query: list[str], k1: float, b: float) -> np.ndarray:
+    """Lucene's BM25: idf = log(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b |d| / mean |d|))."""
+    counts = [Counter(text.split()) for text in texts]
+    mean = sum(map(Counter.total, counts)) / len(texts)
+    scores = np.zeros(len(texts))
+    for word in query:
+        df = sum(word in count for count in counts)
+        idf = math.log(1 + (len(texts) - df + 0.5) / (df + 0.5))
+        for d, count in enumerate(counts):
+            length = 1 - b + b * count.total() / mean
+            scores[d] += idf * count[word] / (count[word] + k1 * length) if count[word] else 0
+    return scores
+
+
+@pytest.mark.parametrize(("k1", "b"), [(1.5, 0.75), (0.9, 0.4)])
+def test_scores_are_lucenes_formula_and_the_best_come_first(passages, k1, b):
+    index = bm25.build(passages, k1, b)
+    queries = ["lift drag", "the wing, the wing", "cone"]
+    scores_QD, rows_QD = bm25.search(index, queries, 300)
+    for query, scores, rows in zip(queries, scores_QD, rows_QD):
+        expected = formula(passages.texts(), [word.strip(",") for word in query.split() if word != "the"], k1, b)
+        found = rows >= 0
+        assert found.sum() == (expected > 0).sum() and not scores[~found].any()
+        np.testing.assert_allclose(scores[found], expected[rows[found]], rtol=1e-5)  # float32 sums
+        order = list(zip(-scores[found], rows[found]))
+        assert order == sorted(order), "best first, equal scores by row"
+
+
+def test_scores_are_those_of_bm25s_to_the_bit(passages):
+    index = bm25.build(passages)
+    scores_QD, rows_QD = bm25.search(index, ["lift drag jet lift"], 200)
+    own = index.retriever.get_scores(["lift", "drag", "jet", "lift"])
+    found = rows_QD[0] >= 0
+    assert np.array_equal(own[rows_QD[0][found]], scores_QD[0][found]) and found.sum() == (own > 0).sum()
+
+
+def test_a_cut_among_equal_scores_keeps_the_first_rows():
+    scores = np.array([1, 3, 2, 2, 0, 2, 3, 2], np.float32)
+    for depth in range(1, 10):
+        assert bm25.best_rows(scores, depth).tolist() == [1, 6, 2, 3, 5, 7, 0][:depth]
+
+
+def test_stemming_and_stop_words_and_queries_without_a_known_word(passages):
+    index = bm25.build(make_collection(["a", "b"], ["Flying wings of the plane", "a house"], "two"))
+    scores, rows = bm25.search(index, ["WING flies", "the of", "", "xyzzy"], 3)
+    assert rows.tolist() == [[0, -1, -1], [-1, -1, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert scores[0, 0] > 0 and not scores[1:].any()
+    assert bm25.search(index, [], 3)[1].shape == (0, 3)
+
+
+def test_an_index_is_the_same_after_saving_and_is_replaced_whole(passages, tmp_path):
+    index = bm25.build(passages, 0.9, 0.4)
+    bm25.save(index, tmp_path / "index")
+    bm25.save(index, tmp_path / "index")
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    loaded = bm25.load(tmp_path / "index", passages.digest)
+    assert (loaded.k1, loaded.b, loaded.count, loaded.collection_digest) == (0.9, 0.4, 200, passages.digest)
+    queries = random_texts(1, 20)
+    for built, found in zip(bm25.search(index, queries, 50), bm25.search(loaded, queries, 50)):
+        assert np.array_equal(built, found)
+
+
+def test_an_index_of_another_collection_or_damaged_or_absent_is_refused(passages, tmp_path):
+    bm25.save(bm25.build(passages), tmp_path / "index")
+    other = make_collection(["x"], ["lift"], "other")
+    with pytest.raises(DataError, match=f"built from collection {passages.digest}.*given is {other.digest}"):
+        bm25.load(tmp_path / "index", other.digest)
+    data = bytearray((tmp_path / "index" / "data.csc.index.npy").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "index" / "data.csc.index.npy").write_bytes(data)
+    with pytest.raises(DataError, match=r"data\.csc\.index\.npy is missing or does not match manifest\.json"):
+        bm25.load(tmp_path / "index")
+    with pytest.raises(DataError, match="is no BM25 index"):
+        bm25.load(tmp_path / "nothing")
+
+
+def test_settings_and_folders_that_do_not_fit_are_refused(passages, tmp_path):
+    for k1, b in [(-1, 0.5), (1, 1.5), (float("nan"), 0.5)]:
+        with pytest.raises(SettingsError, match="give k1 of 0 or more and b from 0 to 1"):
+            bm25.build(passages, k1, b)
+    with pytest.raises(DataError, match="holds a word that is no stop word"):
+        bm25.build(make_collection(["a", "b"], ["", "the of"], "empty"))
+    with pytest.raises(SettingsError, match="depth is 0"):
+        bm25.search(bm25.build(passages), ["lift"], 0)
+    (tmp_path / "letter.txt").write_text("keep me")
+    with pytest.raises(SettingsError, match="is no BM25 index"):
+        bm25.save(bm25.build(passages), tmp_path)
+    assert (tmp_path / "letter.txt").read_text() == "keep me"
+
+
+@pytest.mark.skipif("QUINCUNX_DATA" not in os.environ, reason="QUINCUNX_DATA is the folder of the collections")
+@pytest.mark.parametrize(("k1", "b", "expected"), [(1.5, 0.75, 0.686), (0.9, 0.4, 0.676)])
+def test_scifact_has_the_known_ndcg(k1, b, expected):
+    folder = Path(os.environ["QUINCUNX_DATA"], "scifact")
+    passages, queries, qrels = read_passages(folder), read_queries(folder), read_qrels(folder / "qrels" / "test.tsv")
+    texts = queries.texts(queries.rows(qrels))
+    scores_QD, rows_QD = bm25.search(bm25.build(passages, k1, b), texts, 100)
+    run = {
+        query_id: {passages.id_at(row): float(score) for row, score in zip(rows, scores) if row >= 0}
+        for query_id, rows, scores in zip(qrels, rows_QD, scores_QD)
+    }
+    # 0.002: the room the issue gives for other versions of stemmer and stop words
+    assert evaluate(run, qrels, ["nDCG@10"]).means["nDCG@10"] == pytest.approx(expected, abs=0.002)

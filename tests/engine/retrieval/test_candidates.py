@@ -1,0 +1,128 @@
+"""Candidate files: what is written is read back, SimLM's shape too; what is wrong is named, nothing overwritten."""
+
+import json
+
+import pytest
+
+from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.engine.retrieval import candidates
+from quincunx.engine.retrieval.candidates import (
+    Candidates,
+    check_negatives,
+    check_scores,
+    read_candidates,
+    read_manifest,
+    write_candidates,
+)
+
+ROWS = [
+    Candidates("q1", ("p1", "p2"), ("n1", "n2"), {"p1": 0.1, "p2": 1 / 3, "n1": -2.5, "n2": 1e-12}),
+    Candidates("q2", ("p3",), (), None),
+    Candidates("q3", ("ü",), ("n1",), {"ü": 2.0}),
+]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_candidates_are_read_as_they_were_written(tmp_path, ending, monkeypatch):
+    monkeypatch.setattr(candidates, "ROWS_A_GROUP", 2)
+    path = tmp_path / f"mined{ending}"
+    counts = write_candidates(path, iter(ROWS), {"stage": "mine", "depth": 200})
+    assert read_candidates(path) == ROWS
+    assert counts == {"queries": 3, "positives": 4, "negatives": 3, "scores": 5}
+    manifest = read_manifest(path)
+    assert manifest["counts"] == counts and manifest["made_by"] == {"stage": "mine", "depth": 200}
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, f"{path.name}.manifest.json"]
+
+
+def test_equal_ids_are_one_object(tmp_path):
+    write_candidates(tmp_path / "c.jsonl", ROWS, {})
+    rows = read_candidates(tmp_path / "c.jsonl")
+    assert rows[0].negatives[0] is rows[2].negatives[0]
+
+
+def test_simlm_files_are_read_and_their_scores_where_whole(tmp_path):
+    record = {
+        "query_id": "7", "query": "what", "answers": [],
+        "positives": {"doc_id": ["p"], "score": [9.5]},
+        "negatives": {"doc_id": ["a", "b", "a"], "score": [3.0, 2.0, 1.0]},
+    }  # fmt: skip
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    assert read_candidates(path) == [Candidates("7", ("p",), ("a", "b"), {"p": 9.5, "a": 3.0, "b": 2.0})]
+    del record["positives"]["score"]
+    path.write_text(json.dumps(record) + "\n")
+    assert read_candidates(path) == [Candidates("7", ("p",), ("a", "b"))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Candidates("q", (), ("n",))], "the query 'q' has no positive"),
+        ([Candidates("q", ("p",), ("n", "p"))], "the negative 'p' of the query 'q' is one of its positives"),
+        ([Candidates("q", ("p",), ("n", "n"))], "has a candidate twice"),
+        ([Candidates("q", ("p",), ("n",)), Candidates("q", ("p",), ())], "the query 'q' comes twice"),
+        ([Candidates("q", ("p",), ("n",), {"p": float("nan")})], "the score of 'p' for the query 'q' is nan"),
+        ([Candidates("q", ("p",), ("n",), {"x": 1.0})], "a score for 'x', which is no candidate"),
+        ([], "no candidates to write"),
+    ],
+)
+def test_bad_candidates_are_not_written_and_the_file_stays(tmp_path, rows, message):
+    path = tmp_path / "mined.jsonl"
+    write_candidates(path, ROWS, {})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(DataError) as caught:
+        write_candidates(path, rows, {})
+    assert message in str(caught.value)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query_id": "q2", "positives": [], "negatives": ["n"]}', "2: the query 'q2' has no positive"),
+        ('{"query_id": "q2", "positives": ["p"], "negatives": ["p"]}', "2: the negative 'p'"),
+        ('{"query_id": "q1", "positives": ["p"], "negatives": []}', "2: the query 'q1' comes a second time"),
+        ('{"query_id": "q2", "positives": ["p"]', "2: not JSON"),
+        ('{"query_id": "q2", "positives": ["p"]}', "2: negatives is NoneType, a list of passage ids is needed"),
+        ('{"query_id": "q2", "positives": ["p"], "negatives": [""]}', "2: negatives holds an empty id"),
+        ('{"positives": ["p"], "negatives": []}', "2: query_id is NoneType"),
+        (
+            '{"query_id": "q2", "positives": ["p"], "negatives": [], "positive_scores": [1, 2]}',
+            "2: positives and their",
+        ),
+        (
+            '{"query_id": "q2", "positives": ["p"], "negatives": [], "positive_scores": ["x"]}',
+            "2: a score is no number",
+        ),
+    ],
+)
+def test_bad_records_are_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"query_id": "q1", "positives": ["p"], "negatives": ["n"]}\n' + line + "\n")
+    with pytest.raises(DataError) as caught:
+        read_candidates(path)
+    assert f"{path}:{message}" in str(caught.value)
+
+
+def test_a_file_that_is_not_its_manifests_is_refused(tmp_path):
+    path = tmp_path / "mined.jsonl"
+    write_candidates(path, ROWS, {})
+    path.write_text(path.read_text().replace("n2", "n7"))
+    with pytest.raises(DataError, match=r"does not match mined\.jsonl\.manifest\.json"):
+        read_candidates(path)
+    path.unlink()
+    with pytest.raises(DataError, match="is missing, its manifest is there"):
+        read_candidates(path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no candidates"):
+        read_candidates(tmp_path / "empty.jsonl")
+    with pytest.raises(SettingsError, match=r"\.jsonl or \.parquet"):
+        write_candidates(tmp_path / "mined.txt", ROWS, {})
+
+
+def test_missing_teacher_scores_and_empty_negatives_are_counted():
+    check_scores(ROWS[:1], "mined")
+    with pytest.raises(DataError, match=r"mined lacks .* of 2 candidates of 2 queries \(first: q2 p3, q3 n1\)"):
+        check_scores(ROWS, "mined")
+    with pytest.raises(DataError, match=r"mined has no negatives for 1 queries \(first: q2\)"):
+        check_negatives(ROWS, "mined")

@@ -1,0 +1,283 @@
+"""The losses against plain numpy in float64, and two gloo ranks against one process with the whole batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quincunx.engine.retrieval.losses import (
+    contrastive_loss,
+    gather_with_gradient,
+    kl_loss,
+    known_positives,
+    listwise_loss,
+    margin_mse_loss,
+    r_drop,
+    ranks_first,
+)
+
+NUM_QUERIES, GROUP, WIDTH = 6, 4, 16
+SPAWN_RANKS = Path(__file__).parents[2] / "launchers/spawn_ranks.py"
+
+
+def make_batch(seed: int = 0, dtype=torch.float64) -> dict[str, torch.Tensor]:
+    """Unit vectors of 6 queries in groups of 4; queries 0 and 3 share a positive, and 5's second positive is 1's."""
+    generator = torch.Generator().manual_seed(seed)
+    queries_QD = torch.randn(NUM_QUERIES, WIDTH, generator=generator, dtype=torch.float64)
+    passages_ND = torch.randn(NUM_QUERIES * GROUP, WIDTH, generator=generator, dtype=torch.float64)
+    passages_ND[::GROUP] += 0.4 * queries_QD  # so that some positives rank first and some do not
+    rows_N = torch.arange(100, 100 + NUM_QUERIES * GROUP)
+    rows_N[3 * GROUP] = rows_N[0]  # the same passage stands twice in the batch
+    rows_N[2 * GROUP + 1] = rows_N[GROUP]  # 1's positive is a hard negative of 2
+    targets_Q = torch.arange(NUM_QUERIES) * GROUP
+    positives_QP = torch.stack([rows_N[targets_Q], torch.full((NUM_QUERIES,), -1)], 1)
+    positives_QP[5, 1] = rows_N[GROUP]
+    return {
+        "queries_QD": torch.nn.functional.normalize(queries_QD, dim=1).to(dtype),
+        "passages_ND": torch.nn.functional.normalize(passages_ND, dim=1).to(dtype),
+        "targets_Q": targets_Q,
+        "positives_QP": positives_QP,
+        "rows_N": rows_N,
+    }
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+def contrastive_by_hand(batch: dict, temperature: float, all_pairs: bool, known: bool) -> tuple[list, list]:
+    """Query by query and pair by pair, as the recipe's text says it: sets of ids instead of masks."""
+    queries, passages = batch["queries_QD"].numpy(), batch["passages_ND"].numpy()
+    rows = batch["rows_N"].tolist()
+    own = [rows[i * GROUP] for i in range(NUM_QUERIES)]
+    positives = [{p for p in line if p >= 0} for line in batch["positives_QP"].tolist()]
+    losses, firsts = [], []
+    for i in range(NUM_QUERIES):
+        positive = passages[i * GROUP]
+        target = queries[i] @ positive / temperature
+        others = [
+            queries[i] @ passages[n] / temperature
+            for n in range(len(rows))
+            if n != i * GROUP and not (known and rows[n] in positives[i])
+        ]
+        pairs = []
+        for j in range(NUM_QUERIES):
+            related = known and (own[j] in positives[i] or own[i] in positives[j])
+            if all_pairs and i != j and not related:
+                other_positive = passages[j * GROUP]
+                pairs += [positive @ queries[j], queries[i] @ queries[j], positive @ other_positive]
+        denominator = np.exp(target) + np.exp(others).sum() + np.exp(np.array(pairs) / temperature).sum()
+        losses.append(np.log(denominator) - target)
+        firsts.append(target > max(others))
+    return losses, firsts
+
+
+@pytest.mark.parametrize("all_pairs", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_contrastive_loss_is_the_formula_written_out(all_pairs, known, temperature):
+    batch = make_batch()
+    excluded_QN = known_positives(batch["positives_QP"], batch["rows_N"], batch["targets_Q"]) if known else None
+    losses_B, first_B = contrastive_loss(
+        batch["queries_QD"],
+        batch["passages_ND"],
+        batch["targets_Q"],
+        temperature=temperature,
+        excluded_QN=excluded_QN,
+        all_pairs=all_pairs,
+    )
+    losses, firsts = contrastive_by_hand(batch, temperature, all_pairs, known)
+    np.testing.assert_allclose(losses_B.numpy(), losses, rtol=1e-12)  # float64, some fifty terms a sum
+    assert first_B.tolist() == firsts
+    assert len(set(firsts)) == 2, "where all agree, first_B proves little"
+
+
+def test_all_pairs_and_known_positives_change_the_loss():
+    batch = make_batch()
+    values = {
+        (all_pairs, known): sum(contrastive_by_hand(batch, 0.1, all_pairs, known)[0])
+        for all_pairs in (False, True)
+        for known in (False, True)
+    }
+    assert len({round(value, 3) for value in values.values()}) == 4
+
+
+def test_slices_of_the_queries_give_the_losses_of_the_whole_batch():
+    batch = make_batch()
+    excluded_QN = known_positives(batch["positives_QP"], batch["rows_N"], batch["targets_Q"])
+    arguments = batch["queries_QD"], batch["passages_ND"], batch["targets_Q"]
+    options = {"temperature": 0.05, "excluded_QN": excluded_QN, "all_pairs": True}
+    whole_B, first_B = contrastive_loss(*arguments, **options)
+    for step in (1, 2, 3):
+        parts = [contrastive_loss(*arguments, rows=slice(at, at + step), **options) for at in range(0, 6, step)]
+        torch.testing.assert_close(torch.cat([losses for losses, _ in parts]), whole_B, rtol=1e-12, atol=0)
+        assert torch.equal(torch.cat([first for _, first in parts]), first_B)
+
+
+def test_a_known_positive_gets_no_probability_and_a_padded_row_is_no_passage():
+    rows_N = torch.tensor([7, 8, 9, 7, 3])
+    positives_QP = torch.tensor([[7, 9], [3, -1]])
+    known_QN = known_positives(positives_QP, rows_N, torch.tensor([0, 4]))
+    assert known_QN.tolist() == [[False, False, True, True, False], [False] * 5]
+    passages_ND = torch.eye(5, requires_grad=True)
+    losses_B, _ = contrastive_loss(
+        torch.ones(2, 5), passages_ND, torch.tensor([0, 4]), temperature=1.0, excluded_QN=known_QN
+    )
+    torch.testing.assert_close(losses_B, torch.tensor([3.0, 5.0]).log())
+    losses_B[0].backward()
+    assert passages_ND.grad.abs().sum(1).bool().tolist() == [True, True, False, False, True]
+
+
+def test_a_draw_is_not_first():
+    scores_BN, targets_B = torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, 2.0]]), torch.zeros(3, dtype=torch.long)
+    assert ranks_first(scores_BN, targets_B).tolist() == [False, True, False]
+    assert ranks_first(torch.ones(1, 1), targets_B[:1]).tolist() == [True], "alone it is first"
+
+
+def scores(seed: int) -> torch.Tensor:
+    return 3 * torch.randn(5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_listwise_loss_is_the_cross_entropy_of_column_0():
+    np.testing.assert_allclose(listwise_loss(scores(1)).numpy(), -log_softmax(scores(1).numpy())[:, 0], rtol=1e-12)
+
+
+def test_kl_loss_is_teacher_against_student_and_zero_for_equal_distributions():
+    student, teacher = scores(1).numpy(), scores(2).numpy()
+    p, q = np.exp(log_softmax(teacher)), np.exp(log_softmax(student))
+    np.testing.assert_allclose(kl_loss(scores(1), scores(2)).numpy(), (p * np.log(p / q)).sum(1), rtol=1e-12)
+    assert kl_loss(scores(1), scores(1) + 5).abs().max() < 1e-12  # float64 rounding
+    student, teacher = scores(1).requires_grad_(), scores(2).requires_grad_()
+    kl_loss(student, teacher).sum().backward()
+    assert student.grad is not None and teacher.grad is None
+
+
+def test_margin_mse_compares_each_negatives_margin():
+    student, teacher = scores(1).numpy(), scores(2).numpy()
+    expected = [
+        sum(((s[0] - s[g]) - (t[0] - t[g])) ** 2 for g in range(1, 4)) / 3
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    np.testing.assert_allclose(margin_mse_loss(scores(1), scores(2)).numpy(), expected, rtol=1e-12)
+    assert margin_mse_loss(scores(1), scores(1) + 7).max() < 1e-24, "a constant added to all scores is no margin"
+
+
+def test_r_drop_is_half_of_both_divergences_and_gives_both_passes_gradients():
+    p, q = np.exp(log_softmax(scores(1).numpy())), np.exp(log_softmax(scores(2).numpy()))
+    expected = ((p * np.log(p / q)).sum(1) + (q * np.log(q / p)).sum(1)) / 2
+    np.testing.assert_allclose(r_drop(scores(1), scores(2)).numpy(), expected, rtol=1e-12)
+    first, second = scores(1).requires_grad_(), scores(2).requires_grad_()
+    r_drop(first, second).sum().backward()
+    assert first.grad.abs().min() > 0 and second.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("all_pairs", [False, True])
+def test_gradients_of_the_contrastive_loss_are_those_of_finite_differences(all_pairs):
+    batch = make_batch()
+    excluded_QN = known_positives(batch["positives_QP"], batch["rows_N"], batch["targets_Q"])
+
+    def losses(queries_QD, passages_ND):
+        everything = gather_with_gradient(passages_ND)
+        options = {"temperature": 0.2, "excluded_QN": excluded_QN, "all_pairs": all_pairs}
+        return contrastive_loss(gather_with_gradient(queries_QD), everything, batch["targets_Q"], **options)[0]
+
+    inputs = batch["queries_QD"].requires_grad_(), batch["passages_ND"].requires_grad_()
+    assert torch.autograd.gradcheck(losses, inputs)
+
+
+@pytest.mark.parametrize("loss", [kl_loss, margin_mse_loss, r_drop])
+def test_gradients_of_the_losses_over_a_group_are_those_of_finite_differences(loss):
+    other = scores(2)
+    assert torch.autograd.gradcheck(lambda values: loss(values, other), scores(1).requires_grad_())
+    assert torch.autograd.gradcheck(listwise_loss, scores(1).requires_grad_())
+
+
+def test_16_bit_vectors_are_compared_in_float32_also_under_autocast():
+    batch = make_batch(dtype=torch.bfloat16)
+    wide = {name: batch[name].float() for name in ("queries_QD", "passages_ND")}
+    expected, _ = contrastive_loss(*wide.values(), batch["targets_Q"], temperature=0.02, all_pairs=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gathered = gather_with_gradient(batch["passages_ND"])
+        losses, _ = contrastive_loss(
+            batch["queries_QD"], gathered, batch["targets_Q"], temperature=0.02, all_pairs=True
+        )
+        narrow = scores(1).bfloat16(), scores(2).bfloat16()
+        for loss in (kl_loss, margin_mse_loss, r_drop):
+            torch.testing.assert_close(loss(*narrow), loss(*(values.float() for values in narrow)), rtol=0, atol=0)
+    assert gathered.dtype == losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, rtol=0, atol=0)
+
+
+RANK_PROGRAM = """
+import os, sys
+import numpy as np
+import torch
+import torch.distributed as dist
+from quincunx.engine.retrieval.losses import contrastive_loss, gather_with_gradient, known_positives
+
+batch, out, all_pairs = np.load(sys.argv[1]), sys.argv[2], sys.argv[3] == "all_pairs"
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+num_queries, group = len(batch["queries_QD"]), len(batch["passages_ND"]) // len(batch["queries_QD"])
+part = slice(rank * num_queries // world, (rank + 1) * num_queries // world)
+dtype = torch.float64 if sys.argv[4] == "float64" else torch.float32
+weight_DD = torch.from_numpy(batch["weight_DD"]).to(dtype).requires_grad_()
+mine_BD = (torch.from_numpy(batch["queries_QD"][part]).to(dtype) @ weight_DD).requires_grad_()
+passages_ND = torch.from_numpy(batch["passages_ND"][part.start * group : part.stop * group]).to(dtype) @ weight_DD
+mine_BD.retain_grad(), passages_ND.retain_grad()
+all_ND = gather_with_gradient(passages_ND)
+targets_Q = torch.arange(num_queries) * group
+known_QN = known_positives(torch.from_numpy(batch["positives_QP"]), torch.from_numpy(batch["rows_N"]), targets_Q)
+if all_pairs:
+    losses_B, first_B = contrastive_loss(gather_with_gradient(mine_BD), all_ND, targets_Q, temperature=0.1, rows=part,
+                                         excluded_QN=known_QN, all_pairs=True)
+else:
+    losses_B, first_B = contrastive_loss(mine_BD, all_ND, targets_Q[part], temperature=0.1, excluded_QN=known_QN[part])
+(losses_B.sum() / num_queries).backward()
+dist.all_reduce(weight_DD.grad)
+np.savez(f"{out}/rank{rank}.npz", losses=losses_B.detach(), first=first_B, passages=all_ND.detach(),
+         queries_gradient=mine_BD.grad, passages_gradient=passages_ND.grad, weight_gradient=weight_DD.grad)
+if sys.argv[5] == "unequal":
+    gather_with_gradient(torch.zeros(3 + rank, 2))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def run_ranks(num_ranks: int, folder: Path, *arguments: str) -> list[dict]:
+    folder.mkdir()
+    batch = {name: values.numpy() for name, values in make_batch(3).items()}
+    batch["weight_DD"] = np.eye(WIDTH) + np.random.default_rng(0).normal(0, 0.1, (WIDTH, WIDTH))
+    np.savez(folder / "batch.npz", **batch)
+    command = [sys.executable, "-c", RANK_PROGRAM, str(folder / "batch.npz"), str(folder), *arguments]
+    spawn = [sys.executable, str(SPAWN_RANKS), str(num_ranks), *command]
+    done = subprocess.run(spawn, capture_output=True, text=True, timeout=120)
+    if arguments[-1] == "unequal":
+        assert done.returncode and "gather different numbers of rows" in done.stderr, done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+    return [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize("all_pairs", ["all_pairs", "queries against passages"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
+def test_two_ranks_give_the_values_and_gradients_of_one_process_with_the_whole_batch(
+    tmp_path, all_pairs, dtype, tolerance
+):
+    """1e-12 and 1e-6: the ranks' sums are added in another order, at values of order 1."""
+    (whole,) = run_ranks(1, tmp_path / "one", all_pairs, dtype, "equal")
+    ranks = run_ranks(2, tmp_path / "two", all_pairs, dtype, "equal")
+    for name in ("losses", "first", "queries_gradient", "passages_gradient"):
+        together = np.concatenate([rank[name] for rank in ranks])
+        np.testing.assert_allclose(together, whole[name], rtol=tolerance, atol=tolerance, err_msg=name)
+    for rank in ranks:
+        np.testing.assert_allclose(rank["passages"], whole["passages"], rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(rank["weight_gradient"], whole["weight_gradient"], rtol=tolerance, atol=tolerance)
+    assert np.abs(whole["passages_gradient"]).max() > 100 * tolerance
+
+
+def test_ranks_that_bring_different_numbers_of_rows_are_stopped(tmp_path):
+    run_ranks(2, tmp_path / "two", "all_pairs", "float32", "unequal")

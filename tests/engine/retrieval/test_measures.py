@@ -1,0 +1,164 @@
+"""Measures equal ir-measures' own command line; intervals cover, tests agree with scipy's."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.engine.retrieval.judgements import read_qrels, read_run, write_qrels, write_run
+from quincunx.engine.retrieval.measures import (
+    DEFAULT_MEASURES,
+    Evaluation,
+    compare,
+    evaluate,
+    interval,
+    intervals,
+    measure_name,
+    paired_t_test,
+    randomisation_test,
+)
+
+MEASURES = [
+    "RR@10", "nDCG@10", "AP", "R@50", "R@100", "R@1000", "P@10", "Success@20", "RR", "nDCG", "RR(rel=2)@10",
+    "AP(rel=2)", "R(rel=2)@100", "P(rel=2)@5",
+]  # fmt: skip
+
+
+def made_up(generator: np.random.Generator, num_queries: int = 60, depth: int = 300):
+    """Graded qrels and a run with ties, queries missing on either side, and one without positives."""
+    qrels, run = {}, {}
+    for q in range(num_queries):
+        judged = generator.choice(2000, 40, replace=False)
+        grades = generator.choice([0, 0, 1, 2, 3, -1], 40)
+        if q == 5:
+            grades = np.zeros(40, int)
+        qrels[f"q{q}"] = {f"p{id}": int(grade) for id, grade in zip(judged, grades)}
+        if q % 10 == 9:
+            continue
+        found = generator.permutation(np.concatenate([judged, generator.choice(2000, depth)]))
+        run[f"q{q}"] = {f"p{id}": float(generator.integers(0, 80)) / 7 for id in dict.fromkeys(found.tolist())}
+    run["unjudged"] = {"p1": 1.0}
+    return qrels, run
+
+
+def command_line(folder: Path, *arguments: str) -> list[dict]:
+    """What ir-measures' own command prints, in full precision."""
+    command = [str(Path(sys.executable).with_name("ir_measures")), "--output_format", "jsonl", "qrels", "run"]
+    done = subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_value_equals_ir_measures_command_line(tmp_path):
+    qrels, run = made_up(np.random.default_rng(1))
+    write_qrels(tmp_path / "qrels", qrels)
+    write_run(tmp_path / "run", run, "made")
+    found = evaluate(read_run(tmp_path / "run"), read_qrels(tmp_path / "qrels"), MEASURES)
+    assert found == evaluate(run, qrels, MEASURES), "the order of a file's lines matters"
+    printed = command_line(tmp_path, "--by_query", *MEASURES)
+    # 1e-12: the same values, summed in another order for the means.
+    for line in printed:
+        values = found.means if line["query_id"] == "all" else found.per_query[line["measure"]]
+        key = line["measure"] if line["query_id"] == "all" else line["query_id"]
+        assert values[key] == pytest.approx(line["value"], abs=1e-12), line
+    assert len(printed) == len(MEASURES) * (len(qrels) + 1)
+    assert len({round(mean, 6) for mean in found.means.values()}) > 10, "the measures must differ to be told apart"
+
+
+def test_a_judged_query_that_the_run_misses_counts_zero_and_an_unjudged_one_not():
+    qrels = {"a": {"p": 1}, "b": {"p": 1}}
+    found = evaluate({"a": {"p": 1.0}, "z": {"p": 1.0}}, qrels, DEFAULT_MEASURES)
+    assert set(found.means.values()) == {0.5}
+    assert all(values == {"a": 1.0, "b": 0.0} for values in found.per_query.values())
+
+
+def test_names_of_the_field_are_those_of_ir_measures():
+    names = ["MRR@10", "MAP", "Recall@100", "NDCG@10", "RR@10", "R(rel=3)@5", "Success@20"]
+    plain = ["RR@10", "AP", "R@100", "nDCG@10", "RR@10", "R(rel=3)@5", "Success@20"]
+    assert [measure_name(name) for name in names] == plain
+    graded = ["RR(rel=2)@10", "AP(rel=2)", "R(rel=2)@100", "nDCG@10", "RR(rel=2)@10", "R(rel=3)@5", "Success(rel=2)@20"]
+    assert [measure_name(name, 2) for name in names] == graded
+    for bad in ("MRR@", "nDGC@10", "", "alpha_nDCG@10", "RR@x"):
+        with pytest.raises(SettingsError, match="cannot be computed"):
+            measure_name(bad)
+
+
+def test_a_grade_below_relevant_from_is_not_relevant_but_gains():
+    qrels, run = {"q": {"a": 1, "b": 3}}, {"q": {"a": 2.0, "b": 1.0}}
+    found = evaluate(run, qrels, ["MRR@10", "MAP", "R@1", "nDCG@10"], relevant_from=2).means
+    # nDCG: (1/log2(2) + 3/log2(3)) / (3/log2(2) + 1/log2(3)) with trec_eval's linear gains
+    assert found == pytest.approx(
+        {"RR(rel=2)@10": 0.5, "AP(rel=2)": 0.5, "R(rel=2)@1": 0.0, "nDCG@10": 0.7967075809905066}, abs=1e-9
+    )
+
+
+def test_runs_and_measures_that_do_not_fit_are_refused():
+    with pytest.raises(DataError, match="answers none of the 1 judged queries"):
+        evaluate({"x": {"p": 1.0}}, {"q": {"p": 1}}, ["RR@10"])
+    with pytest.raises(SettingsError, match="no measures"):
+        evaluate({"q": {"p": 1.0}}, {"q": {"p": 1}}, [])
+    one, two = Evaluation({"AP": 1.0}, {"AP": {"q": 1.0}}), Evaluation({"AP": 1.0}, {"AP": {"r": 1.0}})
+    with pytest.raises(DataError, match="not evaluated on the same queries"):
+        compare(one, two)
+
+
+@pytest.mark.parametrize("size", [2, 3, 40, 1000])
+def test_the_paired_t_test_is_scipys(size):
+    generator = np.random.default_rng(size)
+    a, b = generator.random(size), generator.random(size)
+    assert paired_t_test(a - b) == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
+    assert paired_t_test(np.zeros(size)) == 1.0 and paired_t_test(np.full(size, 0.5)) == 0.0
+    assert paired_t_test(np.array([0.5])) is None
+
+
+def test_the_randomisation_test_is_scipys_exact_one_within_its_draws():
+    generator = np.random.default_rng(3)
+    for shift in (0.0, 0.2, 0.4):
+        a, b = generator.standard_normal(12) + shift, np.zeros(12)
+        exact = stats.permutation_test(
+            (a, b), lambda x, y: (x - y).mean(), permutation_type="samples", n_resamples=np.inf
+        ).pvalue
+        # 10,000 draws: a standard deviation of sqrt(p (1 - p) / 10,000) <= 0.005; four of them
+        assert randomisation_test(a - b) == pytest.approx(exact, abs=0.02)
+    assert randomisation_test(np.zeros(30)) == 1.0
+    assert randomisation_test(np.full(30, 0.1)) == pytest.approx(1e-4, rel=0.01), "2 of 2**30 draws are as large"
+
+
+def test_intervals_cover_the_true_mean_about_as_often_as_they_say():
+    generator = np.random.default_rng(4)
+    covered = 0
+    for _ in range(200):
+        low, high = interval(generator.beta(0.4, 0.8, 80))  # a skewed measure between 0 and 1, of mean 1/3
+        covered += low <= 1 / 3 <= high
+    # 95 % of 200 is 190 with a standard deviation of 3.1; percentile intervals of 80 queries cover a little less
+    assert 178 <= covered <= 199
+
+
+def test_an_interval_is_always_the_same_and_all_measures_share_the_draws():
+    generator = np.random.default_rng(5)
+    per_query = {name: dict(zip(map(str, range(50)), generator.random(50).tolist())) for name in ("AP", "RR@10")}
+    found = intervals(Evaluation({}, per_query))
+    for name, values in per_query.items():
+        assert interval(values) == interval(list(values.values())) == interval(values)
+        assert found[name] == pytest.approx(interval(values), abs=1e-12)  # one product of matrices or two
+        low, high = found[name]
+        mean, error = np.mean(list(values.values())), stats.sem(list(values.values()))
+        # near the normal interval: the bootstrap's own noise at 10,000 resamples is about 2 % of its width
+        assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
+
+
+def test_a_comparison_counts_wins_and_says_which_way():
+    better = {f"q{k}": 0.5 + 0.4 * (k % 3 == 0) - 0.1 * (k % 10 == 1) for k in range(90)}
+    worse = dict.fromkeys(better, 0.5)
+    first, second = (Evaluation({"AP": float(np.mean(list(v.values())))}, {"AP": v}) for v in (better, worse))
+    found, mirrored = compare(first, second)["AP"], compare(second, first)["AP"]
+    assert (found.wins, found.losses, found.ties) == (30, 6, 54) == (mirrored.losses, mirrored.wins, mirrored.ties)
+    assert found.difference == pytest.approx(-mirrored.difference) == pytest.approx(found.mean - found.other_mean)
+    assert found.low <= found.difference <= found.high and found.low > 0
+    assert found.t_test_p == pytest.approx(mirrored.t_test_p) and found.t_test_p < 1e-4
+    same = compare(first, first)["AP"]
+    assert (same.difference, same.low, same.high, same.t_test_p, same.randomisation_p) == (0, 0, 0, 1, 1)

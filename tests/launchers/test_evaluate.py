@@ -1,0 +1,165 @@
+"""launchers/evaluate.py as users start it: tables, files, and one sentence with its exit code for every mistake."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd, timeout=120)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A BEIR set of 30 queries and 50 passages, and two runs of 20 of them each."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "set" / "qrels").mkdir(parents=True)
+    passages = [{"_id": f"p{k}", "title": "", "text": f"the number {k}"} for k in range(50)]
+    (tmp_path / "set" / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+    (tmp_path / "set" / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": f"q{k}", "text": f"which is {k}"}) + "\n" for k in range(30))
+    )
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(json.dumps({"query_id": f"q{k}", "answers": [str(k)]}) + "\n" for k in range(30))
+    )
+    lines = [f"q{k}\tp{k}\t{1 + k % 3}\nq{k}\tp{k + 1}\t1\n" for k in range(30)]
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    (tmp_path / "qrels.trec").write_text("".join(f"q{k} 0 p{k} {1 + k % 3}\nq{k} 0 p{k + 1} 1\n" for k in range(30)))
+    for name, noise in (("good.run", 3), ("bad.run", 9)):
+        with open(tmp_path / name, "w") as file:
+            for k in range(28):
+                ids = generator.permutation(50)
+                scores = -np.abs(ids - k) + noise * generator.standard_normal(50)
+                best = np.argsort(-scores)[:20]
+                for rank, at in enumerate(best, 1):
+                    file.write(f"q{k} Q0 p{ids[at]} {rank} {scores[at]} test\n")
+    return tmp_path
+
+
+def test_the_table_the_json_and_the_queries_say_the_same_as_ir_measures(folder):
+    done = run(
+        "--run", "good.run", "--qrels", "qrels.tsv", "--compare", "bad.run", "--corpus", "set", "--queries", "set",
+        "--output", "out/result.json", "--per_query", "out/all.jsonl", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / "out" / "result.json").read_text())
+    command = [str(Path(sys.executable).with_name("ir_measures")), "-p", "-1", "qrels.trec"]
+    names = ["RR@10", "nDCG@10", "AP", "R@50", "R@100", "R@1000"]
+    for file, values, key in (
+        ("good.run", record["measures"], "mean"),
+        ("bad.run", record["comparison"]["measures"], "other_mean"),
+    ):
+        printed = subprocess.run([*command, file, *names], capture_output=True, text=True, cwd=folder, check=True)
+        for line in printed.stdout.splitlines():
+            name, value = line.split("\t")
+            assert values[name][key] == pytest.approx(float(value), abs=1e-12)
+    assert record["queries"] == {"judged": 30, "answered": 28, "missing": 2, "unjudged": 0, "below_relevant_from": 0}
+    for name, value in record["measures"].items():
+        assert value["low"] <= value["mean"] <= value["high"]
+        assert f"{value['mean']:.4f}  {value['low']:.4f} to {value['high']:.4f}" in done.stdout
+        compared = record["comparison"]["measures"][name]
+        assert compared["difference"] == pytest.approx(compared["mean"] - compared["other_mean"], abs=1e-12)
+        assert f"{compared['wins']}/{compared['losses']}/{compared['ties']}" in done.stdout
+    lines = [json.loads(line) for line in (folder / "out" / "all.jsonl").read_text().splitlines()]
+    assert len(lines) == 30 and lines[29]["values"]["AP"] == 0.0
+    mean = np.mean([line["values"]["nDCG@10"] for line in lines])
+    assert mean == pytest.approx(record["measures"]["nDCG@10"]["mean"], abs=1e-12)
+
+
+def test_trec_dl_grades_and_tsv_per_query(folder):
+    done = run(
+        "--run", "good.run", "--qrels", "qrels.trec", "--relevant_from", "2", "--measures", "MRR@10,nDCG@10", "AP",
+        "--per_query", "all.tsv", "--compare", "bad.run", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "10 queries have no passage of grade 2 or more" in done.stdout
+    header, *rows = [line.split("\t") for line in (folder / "all.tsv").read_text().splitlines()]
+    names = ["RR(rel=2)@10", "nDCG@10", "AP(rel=2)"]
+    assert header == ["query_id", *names, *(f"other {name}" for name in names)] and len(rows) == 30
+
+
+def test_answer_match_with_and_without_qrels(folder):
+    arguments = ["--run", "good.run", "--answers", "answers.jsonl", "--corpus", "set", "--answer_depths", "1", "20"]
+    alone = run(*arguments, "--output", "a.json", cwd=folder)
+    both = run(*arguments, "--qrels", "qrels.tsv", "--output", "b.json", "--compare", "bad.run", cwd=folder)
+    assert alone.returncode == both.returncode == 0, alone.stderr + both.stderr
+    measures = [json.loads((folder / name).read_text())["measures"] for name in ("a.json", "b.json")]
+    assert list(measures[0]) == ["AnswerHit@1", "AnswerHit@20"]
+    assert all(measures[1][name] == value for name, value in measures[0].items()) and "RR@10" in measures[1]
+    with open(folder / "good.run") as file:
+        hits = sum(line.split()[2].removeprefix("p") == line.split()[0].removeprefix("q") for line in file)
+    assert measures[0]["AnswerHit@20"]["mean"] == pytest.approx(hits / 30)
+
+
+def test_help_is_quick_and_shows_every_setting(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = run("--help", cwd=tmp_path)
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # of the processor: others may be using it
+    assert done.returncode == 0 and "Depths of answer match" in done.stdout
+    assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "code", "message"),
+    [
+        ({"good.run": "q1 Q0 p1 1 nan t\n"}, [], 3, "good.run:1: the score of passage p1 for query q1 is nan"),
+        ({"good.run": "q1 Q0 p1 1 2 t\nq1 Q0 p1 2 1 t\n"}, [], 3, "good.run:2: passage p1 stands a second time"),
+        ({"good.run": "q1 p1\n"}, [], 3, "good.run:1: 'q1 p1' is not query, Q0"),
+        ({"good.run": "q99 Q0 p1 1 2 t\n"}, [], 3, "answers none of the 30 judged queries"),
+        ({"qrels.tsv": "q1\tx9\t1\n"}, ["--corpus", "set"], 3, "qrels.tsv names 1 passages (of 1) that set does not"),
+        ({"qrels.tsv": "z1\tp1\t1\n"}, ["--queries", "set"], 3, "qrels.tsv names 1 queries (of 1) that set does not"),
+        ({"good.run": "q1 Q0 x 1 2 t\n"}, ["--corpus", "set"], 3, "good.run names 1 passages"),
+        ({"qrels.tsv": "q1\tp1\t0\nq2\tp1\t1\n"}, [], 3, "for 1 of 2 queries (first: q1)"),
+        ({"qrels.tsv": "q1\tp1\n"}, [], 3, "qrels.tsv:1: 'q1\\tp1' is neither"),
+        ({}, ["--qrels", "none.tsv"], 3, "none.tsv cannot be read: No such file"),
+        ({}, ["--relevant_from", "7"], 3, "no passage is judged 7 or more"),
+        ({}, ["--measures", "nDGC@10"], 2, "the measure 'nDGC@10' cannot be computed"),
+        ({}, ["--relevant_from", "0"], 2, "relevant_from is 0"),
+        ({}, ["--answers", "answers.jsonl"], 2, "answer match reads the passages: give --corpus"),
+        ({}, ["--output", "result.txt"], 2, "give a name ending in .json"),
+        ({}, ["--per_query", "good.run"], 2, "give a name ending in .jsonl or .tsv"),
+        ({}, ["--per_query", "qrels.tsv"], 2, "qrels.tsv is the qrels itself"),
+        ({}, ["--unknown_ids", "maybe"], 2, "unknown_ids must be stop or drop"),
+    ],
+)
+def test_mistakes_end_with_one_sentence_their_exit_code_and_nothing_overwritten(
+    folder, changes, arguments, code, message
+):
+    for name, content in changes.items():
+        (folder / name).write_text(content)
+    (folder / "result.json").write_text("earlier")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    given = {"--run": "good.run", "--qrels": "qrels.tsv", "--output": "result.json"}
+    given |= dict(zip(arguments[::2], arguments[1::2]))
+    done = run(*(word for pair in given.items() for word in pair), cwd=folder)
+    assert done.returncode == code and message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_unknown_ids_and_queries_without_positives_can_be_left_out_and_are_counted(folder):
+    with open(folder / "qrels.tsv", "a") as file:
+        file.write("q1\tx9\t1\nz9\tp1\t1\nq29\tp7\t0\n")
+    (folder / "none.tsv").write_text((folder / "qrels.tsv").read_text() + "q30\tp1\t0\n")
+    done = run("--run", "good.run", "--qrels", "qrels.tsv", "--corpus", "set", "--queries", "set", "--unknown_ids",
+               "drop", "--output", "r.json", cwd=folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "left out of the qrels: 1 unknown queries" in done.stdout and "1 unknown passages" in done.stdout
+    counted = {}
+    for choice in ("keep", "drop"):
+        done = run(
+            "--run", "good.run", "--qrels", "none.tsv", "--no_positives", choice, "--output", "r.json", cwd=folder
+        )
+        assert done.returncode == 0, done.stderr
+        counted[choice] = json.loads((folder / "r.json").read_text())["queries"]["judged"]
+    assert counted == {"keep": 32, "drop": 31}

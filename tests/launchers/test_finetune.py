@@ -1,0 +1,268 @@
+"""Fine-tuning in real processes: every stage learns, ranks and micro-batches change nothing, exports load elsewhere."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from quincunx.engine.checkpoint import consolidated_state_dict
+from quincunx.engine.retrieval.candidates import Candidates, write_candidates
+
+TINY = {
+    "global_batch": 8, "num_negatives": 3, "steps": 6, "learning_rate": 1e-3, "max_query_tokens": 16,
+    "max_passage_tokens": 32, "adam_eps": 1e-2, "epochs": None, "log_every": 1, "checkpoint_every": 3,
+    "tracking": "none", "device": "cpu",
+}  # fmt: skip
+"""adam_eps: with AdamW's own 1e-8 a weight whose gradient is nothing but rounding still moves by the whole rate."""
+
+QUICK = {"steps": 60, "log_every": 20, "learning_rate": 3e-3, "adam_eps": 1e-8, "checkpoint_every": 60}
+"""Enough to learn something."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> SimpleNamespace:
+    """40 passages of invented words, 40 queries made of three words of their passage, a BERT of 2 x 32."""
+    from transformers import BertConfig, BertModel
+
+    from quincunx.data_shards.tokenizer_training import train_wordpiece
+
+    folder = tmp_path_factory.mktemp("retrieval")
+    draw = random.Random(0)
+    words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(150)]
+    passages = [" ".join(draw.sample(words, draw.randint(8, 14))) for _ in range(40)]
+    queries = [" ".join(draw.sample(passage.split(), 3)) for passage in passages]
+    rows = ({"_id": f"p{n}", "title": "", "text": text} for n, text in enumerate(passages))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = ({"_id": f"q{n}", "text": text} for n, text in enumerate(queries))
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels").mkdir()
+    judged = "".join(f"q{n}\tp{n}\t1\n" for n in range(40))
+    (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    write_candidates(folder / "candidates.jsonl", (candidates(n, draw) for n in range(40)), {"stage": "test"})
+
+    torch.manual_seed(0)
+    tokenizer = train_wordpiece(passages, 300)
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=48,
+        ),
+        add_pooling_layer=False,
+    )
+    model.save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
+    return SimpleNamespace(folder=folder, passages=passages, queries=queries)
+
+
+def candidates(number: int, draw: random.Random) -> Candidates:
+    """Its own passage against six others, with a teacher that knows which."""
+    others = draw.sample([f"p{n}" for n in range(40) if n != number], 6)
+    scores = dict.fromkeys(others, -1.0) | {f"p{number}": 1.0}
+    return Candidates(f"q{number}", (f"p{number}",), tuple(others), scores)
+
+
+@pytest.fixture(scope="module")
+def train(tiny, harness):
+    """Runs finetune.py on the tiny set; settings over TINY."""
+
+    def run(output: Path, stage: str = "retriever1", launch: dict | None = None, **settings):
+        data = {name: str(tiny.folder / file) for name, file in (
+            ("encoder", "encoder"), ("candidates", "candidates.jsonl"), ("corpus", "."), ("queries", "."),
+        )}  # fmt: skip
+        recipe = {**TINY, "stage": stage, **data, **settings}
+        argv = harness.training_command(harness.finetune, output, recipe, **(launch or {}))
+        return harness.run_command(argv, output)
+
+    return run
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return consolidated_state_dict(max((run.folder / "checkpoints").glob("step-*")))
+
+
+def assert_same_weights(one, other, tolerance: float) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    with torch.no_grad():
+        differences = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
+    assert max(differences.values()) < tolerance, max(differences.items(), key=lambda item: item[1])
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """One process, the global batch in one forward, without dropout, plain gradient steps told by their weights."""
+    return train(
+        tmp_path_factory.mktemp("whole") / "run",
+        launch={"launcher": "python"},
+        dropout=0.0,
+        micro_batch=8,
+        all_pairs=True,
+    )
+
+
+def test_two_ranks_and_a_gradient_cache_take_the_same_steps_as_one_forward(whole, train, tmp_path):
+    """2 ranks x 2 micro-batches x 2 queries against 1 x 1 x 8: every query sees the same 32 passages as negatives.
+
+    Tolerances: float32 rounding in sums of other orders, over six steps of rate 1e-3.
+    """
+    assert whole.code == 0, whole.output
+    split = train(tmp_path / "run", launch={"ranks": 2}, dropout=0.0, micro_batch=2, all_pairs=True)
+    assert split.code == 0, split.output
+    for step, loss in whole.losses().items():
+        assert split.losses()[step] == pytest.approx(loss, rel=1e-5)
+    assert whole.losses()[1] == pytest.approx(split.losses()[1], rel=1e-6)  # before any weight has moved
+    assert_same_weights(whole, split, 1e-6)
+
+
+def test_a_gradient_cache_with_dropout_repeats_its_draws(train, tmp_path):
+    """With the cache's second pass under other dropout than its first, the loss would not fall on these weights."""
+    cached = train(tmp_path / "run", launch={"launcher": "python"}, micro_batch=4, dropout=0.1, pooling="mean", **QUICK)
+    assert cached.code == 0, cached.output
+    assert cached.lines()[60]["loss/contrastive"] < 0.7 * cached.lines()[20]["loss/contrastive"]
+
+
+def test_zero_3_takes_the_same_steps(whole, train, tmp_path):
+    run = train(tmp_path / "run", launch={"ranks": 2, "stage": "zero3"}, dropout=0.0, micro_batch=2, all_pairs=True)
+    assert run.code == 0, run.output
+    assert_same_weights(whole, run, 1e-6)
+
+
+def test_a_stopped_run_goes_on_where_it_was(whole, train, tmp_path):
+    """The run's first half, from its checkpoint on: same losses, bit for bit."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole.folder, folder)
+    shutil.rmtree(max((folder / "checkpoints").glob("step-*")))
+    resumed = train(folder, launch={"launcher": "python"}, dropout=0.0, micro_batch=8, all_pairs=True)
+    assert resumed.code == 0 and "resuming at step 3 of 6" in resumed.output, resumed.output
+    assert resumed.losses() == whole.losses()
+
+
+def test_an_exported_retriever_gives_sentence_transformers_the_same_vectors(whole, tiny):
+    from sentence_transformers import SentenceTransformer
+
+    from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
+
+    folder = whole.folder / "export" / "retriever"
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(tiny.passages)
+    ours = encode_texts(load_retriever(str(folder)), tiny.passages, "passage")
+    assert np.abs(ours - theirs).max() < 1e-5
+    exported = {name: value for name, value in weights(whole).items() if name.startswith("passage.model.")}
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "model.safetensors")
+    assert all(torch.equal(stored[name.removeprefix("passage.model.")], value) for name, value in exported.items())
+
+
+@pytest.mark.parametrize("loss", ["kl", "margin_mse"])
+def test_distillation_brings_the_student_to_its_teacher(loss, train, tmp_path):
+    run = train(tmp_path / "run", "distil", launch={"launcher": "python"}, distil_loss=loss, pooling="mean", **QUICK)
+    assert run.code == 0, run.output
+    lines = run.lines()
+    assert lines[60][f"loss/{loss}"] < 0.9 * lines[20][f"loss/{loss}"]
+    total = lines[60][f"loss/{loss}"] + 0.2 * lines[60]["loss/contrastive"]
+    assert lines[60]["loss/total"] == pytest.approx(total)
+
+
+def test_a_reranker_learns_and_two_ranks_take_the_steps_of_one(train, tiny, tmp_path):
+    """The gradient goes through 3 of 4 candidates; with R-Drop weight 0 and no dropout ranks change nothing."""
+    settings = {"gradient_candidates": 3, "r_drop": 0.0, "dropout": 0.0, "max_pair_tokens": 48}
+    one = train(tmp_path / "one", "reranker", launch={"launcher": "python"}, micro_batch=8, **settings)
+    two = train(tmp_path / "two", "reranker", launch={"ranks": 2}, micro_batch=2, **settings)
+    assert one.code == two.code == 0, one.output + two.output
+    assert one.losses()[1] == pytest.approx(two.losses()[1], rel=1e-6)
+    assert_same_weights(one, two, 1e-6)
+
+    from sentence_transformers import CrossEncoder
+
+    from quincunx.engine.retrieval.cross_encoder import load_reranker, score_pairs
+
+    folder = str(one.folder / "export" / "reranker")
+    pairs = list(zip(tiny.queries[:8], tiny.passages[8:16], strict=True))
+    theirs = CrossEncoder(folder, device="cpu").predict(pairs)
+    assert np.abs(score_pairs(load_reranker(folder), pairs) - theirs).max() < 1e-5
+
+
+def test_r_drop_pulls_two_dropout_passes_together(train, tmp_path):
+    run = train(
+        tmp_path / "run",
+        "reranker",
+        launch={"launcher": "python"},
+        dropout=0.3,
+        r_drop=5.0,
+        max_pair_tokens=48,
+        **QUICK,
+    )
+    assert run.code == 0, run.output
+    assert run.lines()[60]["loss/r_drop"] < run.lines()[20]["loss/r_drop"]
+
+
+def test_separate_towers_part_and_export_as_two(train, tiny, tmp_path):
+    settings = {"towers": "separate", "probe": str(tiny.folder), "probe_every": 6}
+    run = train(tmp_path / "run", launch={"ranks": 2}, **settings)
+    assert run.code == 0, run.output
+    trained = weights(run)
+    name = "model.encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(trained[f"query.{name}"], trained[f"passage.{name}"])
+    assert set(run.lines("probe")) == {0, 6}
+
+    from sentence_transformers import SentenceTransformer
+
+    from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
+
+    folder = str(run.folder / "export" / "retriever")
+    model, retriever = SentenceTransformer(folder, device="cpu"), load_retriever(folder)
+    assert np.abs(encode_texts(retriever, tiny.queries, "query") - model.encode_query(tiny.queries)).max() < 1e-5
+    assert np.abs(encode_texts(retriever, tiny.passages, "passage") - model.encode_document(tiny.passages)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "words"),
+    [
+        ({"num_negatives": -1}, 2, "num_negatives is -1; it must be at least 0"),
+        ({"candidates": ""}, 2, "candidates is not given"),
+        (
+            {"candidates": "unscored.jsonl", "stage": "distil"},
+            3,
+            "lack the teacher's score of 7 candidates|lacks the teacher's score of 7 candidates",
+        ),
+        ({"candidates": "foreign.jsonl"}, 3, "p99"),
+        ({"candidates": "positive_negative.jsonl"}, 3, "is one of its positives"),
+        ({"candidates": "no_positive.jsonl"}, 3, "has no positive"),
+        ({"candidates": "empty.jsonl"}, 3, "holds no candidates"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_an_exit_code(settings, code, words, tiny, tmp_path, monkeypatch, capsys):
+    from quincunx.data_shards.errors import DataError, SettingsError
+    from quincunx.launchers.finetune import main
+
+    (tmp_path / "unscored.jsonl").write_text(
+        json.dumps({"query_id": "q1", "positives": ["p1"], "negatives": [f"p{n}" for n in range(2, 8)]}) + "\n"
+    )
+    row = {"query_id": "q1", "positives": ["p1"], "negatives": ["p2"]}
+    for name, change in (
+        ("foreign", {"negatives": ["p99"]}),
+        ("positive_negative", {"negatives": ["p1"]}),
+        ("no_positive", {"positives": []}),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | change) + "\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    data = {
+        "encoder": str(tiny.folder / "encoder"), "candidates": str(tiny.folder / "candidates.jsonl"),
+        "corpus": str(tiny.folder), "queries": str(tiny.folder), "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    given = {**TINY, **data, **settings}
+    arguments = [f"--{name}={'null' if value is None else value}" for name, value in given.items()]
+    with pytest.raises((SettingsError, DataError), match=words) as refused:
+        main([*arguments, "--deepspeed=zero2"])
+    assert refused.value.exit_code == code and "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
