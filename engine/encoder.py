@@ -150,7 +150,8 @@ def load_encoder(
 
 
 def _random_masked_lm(name: str, shape: ScratchShape, vocab_size: int | None, pad_token_id: int | None) -> nn.Module:
-    config = AutoConfig.for_model(name) if name in CONFIG_MAPPING else _fetch(AutoConfig.from_pretrained, name)
+    known = name in CONFIG_MAPPING
+    config = AutoConfig.for_model(name) if known else fetch_pretrained(AutoConfig.from_pretrained, name)
     _check_type(name, config)
     sizes = {
         "vocab_size": vocab_size,
@@ -182,8 +183,8 @@ def _random_masked_lm(name: str, shape: ScratchShape, vocab_size: int | None, pa
 
 
 def _pretrained_masked_lm(name: str) -> tuple[nn.Module, bool]:
-    _check_type(name, _fetch(AutoConfig.from_pretrained, name))
-    model, report = _fetch(
+    _check_type(name, fetch_pretrained(AutoConfig.from_pretrained, name))
+    model, report = fetch_pretrained(
         AutoModelForMaskedLM.from_pretrained,
         name,
         output_loading_info=True,
@@ -197,7 +198,7 @@ def _pretrained_masked_lm(name: str) -> tuple[nn.Module, bool]:
     return model, all(key.startswith(base) for key in report["missing_keys"])
 
 
-def _fetch(load: Callable, name: str, **arguments):
+def fetch_pretrained(load: Callable, name: str, **arguments):
     """What `load` gives for `name`; what the hub or the disk cannot give becomes a SettingsError of one sentence."""
     source = resolve_model(name)
     try:

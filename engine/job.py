@@ -14,7 +14,7 @@ class Evaluation(NamedTuple):
     """What is measured before the first step, every so many steps, and after the last. Every rank takes part."""
 
     kind: str
-    """Kind of its records in metrics.jsonl: "held_out" or "probe"."""
+    """Kind of its records in metrics.jsonl: "held_out", "probe" or "dev"."""
     every: int
     """Steps between two measurements; 0 never."""
     measure: Callable[[torch.device], dict[str, float]]

@@ -22,6 +22,8 @@ COLOURS = {
     "margin_mse": "#d55e00",
     "listwise": "#009e73",
     "r_drop": "#cc79a7",
+    "cross_entropy": "#0072b2",
+    "squared_error": "#0072b2",
 }
 
 

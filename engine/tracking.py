@@ -133,7 +133,7 @@ class Tracker:
         self._writer, self._sender, self._step = writer, sender, 0
 
     def log(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
-        """Records metrics of `step` (optimizer steps done); kind is "train", "held_out", "probe" or "event"."""
+        """Records metrics of `step` (optimizer steps done); kind is "train", "event" or an evaluation's."""
         if self._writer is not None:
             self._step = step
             self._writer.append(step, kind, metrics)

@@ -3,7 +3,7 @@
 DeepSpeed owns accumulation, clipping, ZeRO and precision. What DeepSpeed does not do stands inline in `train`: the
 label counts that make each loss a mean over the global batch, the learning rate, dropout's seed, skipped steps, and
 stopping on request. What differs between stages (model, data, losses, evaluations, export) is the stage's `Job`:
-engine/pretraining.py has pre-training's, engine/retrieval/finetuning.py those of fine-tuning.
+engine/pretraining.py has pre-training's, engine/retrieval/retriever_job.py and reranker_job.py those of fine-tuning.
 """
 
 import hashlib

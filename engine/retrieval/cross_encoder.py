@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from quincunx.data_shards.batches import PackedText
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
-from quincunx.engine.encoder import PACKED, PackedEncoder, _fetch
+from quincunx.engine.encoder import PACKED, PackedEncoder, fetch_pretrained
 from quincunx.engine.lean_modules import make_lean
 from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack
 from quincunx.engine.retrieval.dual_encoder import Precision, mean_pool
@@ -113,7 +113,7 @@ def load_reranker(
         SettingsError: not found, another family, another number of labels, an incomplete encoder, max_tokens beyond the
             model's positions or too small for a pair, or a fresh head where `allow_fresh_head` is False.
     """
-    config = _fetch(AutoConfig.from_pretrained, name)
+    config = fetch_pretrained(AutoConfig.from_pretrained, name)
     if config.model_type not in FAMILIES or getattr(config, "is_decoder", False):
         raise SettingsError(
             f"reranker {name!r} is of type {config.model_type}: give a bidirectional model of {', '.join(FAMILIES)}"
@@ -124,7 +124,7 @@ def load_reranker(
             f"{name!r} gives {config.num_labels} labels, {num_labels} wanted: give a model with {num_labels}, or an "
             "encoder without a classification head"
         )
-    model, report = _fetch(
+    model, report = fetch_pretrained(
         AutoModelForSequenceClassification.from_pretrained,
         name,
         num_labels=num_labels,

@@ -77,12 +77,28 @@ def read_run(path: str | Path) -> Run:
     """A ranking in TREC's form: qid Q0 pid rank score tag. Ranks are not read: scores order a run, as in trec_eval.
 
     Raises:
+        DataError: as iterate_run, and a passage twice for one query whose lines stand apart.
+    """
+    run: Run = {}
+    for number, query_id, scores in iterate_run(path):
+        earlier = run.setdefault(query_id, scores)
+        if earlier is not scores:
+            if both := earlier.keys() & scores.keys():
+                raise DataError(
+                    f"{path}:{number}: passage {min(both)} stands a second time for query {query_id}: remove one of them"
+                )
+            earlier.update(scores)
+    return run
+
+
+def iterate_run(path: str | Path) -> Iterator[tuple[int, str, dict[str, float]]]:
+    """(first line, query id, score by passage id) of each stretch of lines of one query in a TREC run, in order.
+
+    Raises:
         DataError: no such file, a malformed line, a passage twice for one query, a score that is not finite, or nothing
             in it.
     """
-    run: Run = {}
-    scores: dict[str, float] = {}
-    current = None
+    current, first, scores = None, 1, {}
     for number, line in enumerate(read_lines(path), 1):
         try:
             query_id, _, passage_id, _, score, _ = line.split()
@@ -95,8 +111,9 @@ def read_run(path: str | Path) -> Run:
                 "the line"
             ) from None
         if query_id != current:
-            current = query_id
-            scores = run.setdefault(query_id, {})
+            if current is not None:
+                yield first, current, scores
+            current, first, scores = query_id, number, {}
         if score - score != 0.0:  # NaN or infinite
             raise DataError(
                 f"{path}:{number}: the score of passage {passage_id} for query {query_id} is {score}: finite scores "
@@ -107,9 +124,9 @@ def read_run(path: str | Path) -> Run:
                 f"{path}:{number}: passage {passage_id} stands a second time for query {query_id}: remove one of them"
             )
         scores[passage_id] = score
-    if not run:
+    if current is None:
         raise DataError(f"{path} holds no results: give a run with at least one line")
-    return run
+    yield first, current, scores
 
 
 def write_run(path: str | Path, run: Run | RunRows, tag: str) -> int:

@@ -1,0 +1,34 @@
+"""Progress on stderr: a bar with rate and time left on a terminal, a line every half minute elsewhere."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LINES = 30
+
+
+def progress_bar(total: int | None, label: str, unit: str, *, initial: int = 0, show: bool = True) -> Any:
+    """A tqdm bar; `initial` of `total` were done before and do not count for the rate."""
+    from tqdm import tqdm
+
+    on_terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=label,
+        unit=unit,
+        unit_scale=True,
+        initial=initial,
+        disable=not show,
+        dynamic_ncols=on_terminal,
+        mininterval=0.1 if on_terminal else SECONDS_BETWEEN_LINES,
+        maxinterval=10 if on_terminal else 2 * SECONDS_BETWEEN_LINES,
+    )
+
+
+def counted(items: Iterable[Item], label: str, unit: str, total: int | None = None) -> Iterator[Item]:
+    """The items, with a bar that counts them."""
+    with progress_bar(total, label, unit) as bar:
+        for item in items:
+            yield item
+            bar.update()

@@ -1,0 +1,93 @@
+"""The step of a reranker: listwise cross-entropy over a query's candidates, with R-Drop.
+
+A gradient through a part of the candidates (SimLM): all are scored without a graph, and the positive and the negatives
+that score highest are read again with one.
+
+Letters: B queries of a micro-batch, G candidates of a query (its positive first).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quincunx.data_shards.batches import PackedText
+from quincunx.engine.export import MODEL_FOLDER
+from quincunx.engine.job import Evaluation
+from quincunx.engine.retrieval.cross_encoder import save_reranker
+from quincunx.engine.retrieval.examples import RerankerBatch
+from quincunx.engine.retrieval.finetune_job import FinetuneJob, LossSums
+from quincunx.engine.retrieval.losses import listwise_loss, r_drop
+from quincunx.engine.tensors import text_to_tensors
+from quincunx.engine.throughput import encoder_multiply_adds
+
+
+class RerankerJob(FinetuneJob):
+    """Stage reranker: a cross-encoder with listwise cross-entropy and R-Drop."""
+
+    @property
+    def task_names(self) -> list[str]:
+        return ["listwise", "r_drop"] if self.settings.r_drop else ["listwise"]
+
+    @property
+    def task_weights(self) -> list[float]:
+        return [1.0, self.settings.r_drop] if self.settings.r_drop else [1.0]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        return []
+
+    def encoders(self) -> list[torch.nn.Module]:
+        return [self.model.model.base_model]
+
+    def write_model_files(self, folder: Path) -> None:
+        card = f"Where this run started: {self.settings.encoder}\n"
+        max_tokens = self.settings.max_pair_tokens
+        save_reranker(folder / MODEL_FOLDER, self.model, None, self.loaded.tokenizer, max_tokens=max_tokens, card=card)
+
+    def flops(self, batch: RerankerBatch) -> float:
+        """Of all candidates once forward and backward; a chosen part or a second dropout pass is not counted."""
+        return 3 * 2 * encoder_multiply_adds(self.model.config, np.diff(batch.pairs.cu_seqlens))
+
+    def forward_passes(
+        self, engine: Any, batches: list[RerankerBatch], label_counts: torch.Tensor, seeds: list[int]
+    ) -> Iterator[LossSums]:
+        device = label_counts.device
+        weights = torch.tensor(self.task_weights, device=device)
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            num_queries, num_candidates = len(batch), self.settings.gradient_candidates or batch.group
+            pairs = np.arange(num_queries * batch.group).reshape(num_queries, batch.group)
+            if num_candidates < batch.group:
+                with torch.no_grad():
+                    scores_BG = self._scores(engine, batch, pairs, device)
+                hardest = scores_BG[:, 1:].topk(num_candidates - 1, dim=1).indices.cpu().numpy() + 1
+                pairs = np.take_along_axis(pairs, np.pad(hardest, ((0, 0), (1, 0))), axis=1)
+            if self.settings.r_drop:
+                # Both dropout passes in one forward, which ZeRO 3 and gradient checkpointing take as any other.
+                scores_BG, again_BG = self._scores(engine, batch, np.concatenate([pairs, pairs]), device).chunk(2)
+                losses = [(listwise_loss(scores_BG) + listwise_loss(again_BG)) / 2, r_drop(scores_BG, again_BG)]
+            else:
+                scores_BG = self._scores(engine, batch, pairs, device)
+                losses = [listwise_loss(scores_BG)]
+            sums = torch.stack([part.sum() for part in losses])
+            correct = (scores_BG.argmax(1) == 0).sum().to(sums.dtype).expand(len(losses))
+            yield LossSums((weights * sums / label_counts).sum(), sums.detach(), correct)
+
+    def _scores(self, engine: Any, batch: RerankerBatch, pairs: np.ndarray, device: torch.device) -> torch.Tensor:
+        """float32 scores of the pairs whose numbers in the batch are given, in their shape."""
+        text, tokens = take_sequences(batch.pairs, pairs.ravel())
+        types = None
+        if batch.token_types is not None:
+            types = torch.from_numpy(batch.token_types[tokens]).to(device)
+        return engine(text_to_tensors(text, device), types).float().view(pairs.shape)
+
+
+def take_sequences(text: PackedText, numbers: np.ndarray) -> tuple[PackedText, np.ndarray]:
+    """(the sequences of a packed text with these numbers, in that order; which of its tokens they are)."""
+    lengths = np.diff(text.cu_seqlens)[numbers]
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(bounds[-1]) + np.repeat(text.cu_seqlens[numbers] - bounds[:-1], lengths)
+    return PackedText(text.input_ids[tokens], bounds.astype(np.int32)), tokens

@@ -1,0 +1,150 @@
+"""The step of a dual encoder: stages retriever1, retriever2 and distil.
+
+The losses are means over the global batch of queries, and the passages of all of them are each query's negatives. So
+neither the number of ranks nor the micro-batch changes the gradient: a step of several micro-batches first encodes all
+of them without a graph, takes the loss's gradient with respect to the vectors, and then encodes them again one by one
+to carry it into the weights (gradient cache, Gao and others, arXiv 2101.06983). Dropout is seeded per micro-batch, so
+both passes draw the same.
+
+Letters: B queries of this rank's step, Q of all ranks', G candidates of a query (its positive first), M = B * G
+passages of this rank, N = Q * G, D channels.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from quincunx.engine.environment import rank_and_world
+from quincunx.engine.export import MODEL_FOLDER
+from quincunx.engine.job import Evaluation
+from quincunx.engine.probe import run_probe
+from quincunx.engine.retrieval.dual_encoder import save_retriever
+from quincunx.engine.retrieval.examples import RetrieverBatch
+from quincunx.engine.retrieval.finetune_job import FinetuneJob, LossSums
+from quincunx.engine.retrieval.losses import (
+    contrastive_loss,
+    gather_with_gradient,
+    kl_loss,
+    known_positives,
+    margin_mse_loss,
+)
+from quincunx.engine.tensors import text_to_tensors
+from quincunx.engine.throughput import encoder_multiply_adds
+
+
+class RetrieverJob(FinetuneJob):
+    """Stages retriever1, retriever2 and distil: a dual encoder."""
+
+    @property
+    def task_names(self) -> list[str]:
+        return [self.settings.distil_loss, "contrastive"] if self.settings.stage == "distil" else ["contrastive"]
+
+    @property
+    def task_weights(self) -> list[float]:
+        return [1.0, self.settings.contrastive_weight] if self.settings.stage == "distil" else [1.0]
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        if self.probe is None:
+            return []
+        measure = functools.partial(
+            run_probe, self.model, self.probe, encode=self.model.encode_packed, cosine=self.settings.normalise
+        )
+        return [Evaluation("probe", self.settings.probe_every, measure, shown=True)]
+
+    def encoders(self) -> list[torch.nn.Module]:
+        return [self.model.tower("query").model, self.model.tower("passage").model]
+
+    def write_model_files(self, folder: Path) -> None:
+        save_retriever(
+            folder / MODEL_FOLDER,
+            self.model,
+            None,
+            self.loaded.tokenizer,
+            max_query_tokens=self.settings.max_query_tokens,
+            max_passage_tokens=self.settings.max_passage_tokens,
+            card=f"Where this run started: {self.settings.encoder}\n",
+        )
+
+    def flops(self, batch: RetrieverBatch) -> float:
+        config = self.model.passage.config
+        lengths = np.diff(batch.queries.cu_seqlens), np.diff(batch.passages.cu_seqlens)
+        return 3 * 2 * sum(encoder_multiply_adds(config, part) for part in lengths)
+
+    def forward_passes(
+        self, engine: Any, batches: list[RetrieverBatch], label_counts: torch.Tensor, seeds: list[int]
+    ) -> Iterator[LossSums]:
+        device = label_counts.device
+        texts = [(text_to_tensors(b.queries, device), text_to_tensors(b.passages, device)) for b in batches]
+        fits_at_once = len(batches) == 1
+
+        def encode(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+            torch.manual_seed(seeds[number])
+            return engine(*texts[number])
+
+        with torch.set_grad_enabled(fits_at_once):
+            vectors = [encode(number) for number in range(len(batches))]
+        leaves = [part.detach().float().requires_grad_() for pair in vectors for part in pair]
+        loss, sums = self._step_losses(batches, torch.cat(leaves[::2]), torch.cat(leaves[1::2]), label_counts)
+        gradients = torch.autograd.grad(loss, leaves)
+        for number in range(len(batches)):
+            pair = vectors[number] if fits_at_once else encode(number)
+            # The scalar whose gradient in the weights is the loss's: its value means nothing.
+            carrier = sum((part * gradient).sum() for part, gradient in zip(pair, gradients[2 * number :]))
+            yield LossSums(carrier, *(sums if number == 0 else torch.zeros_like(sums)))
+
+    def _step_losses(
+        self,
+        batches: list[RetrieverBatch],
+        queries_BD: torch.Tensor,
+        passages_MD: torch.Tensor,
+        label_counts: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(this rank's share of the step's loss, [2, tasks]: each loss summed and how often the positive was first)."""
+        settings, device = self.settings, queries_BD.device
+        rank, num_ranks = rank_and_world()
+        num_queries, group = len(queries_BD), batches[0].group
+        targets_Q = torch.arange(0, num_ranks * len(passages_MD), group, device=device)
+        excluded_QN = None
+        if settings.mask_known_positives:
+            rows_N = gather_integers(np.concatenate([batch.passage_rows for batch in batches]), device)
+            positives_QP = gather_integers(np.concatenate([batch.positives for batch in batches]), device)
+            excluded_QN = known_positives(positives_QP, rows_N, targets_Q)
+        losses_B, first_B = contrastive_loss(
+            gather_with_gradient(queries_BD),
+            gather_with_gradient(passages_MD),
+            targets_Q,
+            temperature=settings.temperature,
+            rows=slice(rank * num_queries, (rank + 1) * num_queries),
+            excluded_QN=excluded_QN,
+            all_pairs=settings.all_pairs,
+        )
+        losses, firsts = [losses_B], [first_B]
+        if settings.stage == "distil":
+            student_BG = torch.einsum("bd,bgd->bg", queries_BD, passages_MD.view(num_queries, group, -1))
+            teacher_BG = torch.from_numpy(np.concatenate([batch.teacher_scores for batch in batches])).to(device)
+            if settings.distil_loss == "kl":
+                losses.insert(0, kl_loss(student_BG / settings.temperature, teacher_BG))
+            else:
+                losses.insert(0, margin_mse_loss(student_BG, teacher_BG))
+            firsts.insert(0, student_BG.argmax(1) == teacher_BG.argmax(1))
+        weights = torch.tensor(self.task_weights, device=device)
+        sums = torch.stack([part.sum() for part in losses])
+        correct = torch.stack([part.sum() for part in firsts])
+        return (weights * sums / label_counts).sum(), torch.stack([sums.detach(), correct.to(sums.dtype)])
+
+
+def gather_integers(mine: np.ndarray, device: torch.device) -> torch.Tensor:
+    """int64 [ranks * n, ...] on `device`: every rank's rows, of which all ranks have as many."""
+    tensor = torch.from_numpy(np.ascontiguousarray(mine, np.int64)).to(device)
+    num_ranks = rank_and_world()[1]
+    if num_ranks == 1:
+        return tensor
+    gathered = tensor.new_empty(num_ranks * len(tensor), *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor)
+    return gathered

@@ -1,0 +1,39 @@
+"""Fine-tunes a pre-trained encoder on one of GLUE's tasks, from local files; the same command resumes.
+
+    python launchers/glue.py --task mrpc --data glue_data/MRPC --encoder runs/quincunx/export/encoder \\
+        --output runs/mrpc
+
+Tasks: cola, mrpc, stsb, qqp. The defaults are BERT's published settings; dev is measured with GLUE's own measures, and
+predictions are written where there is a test file. docs/glue.md shows the files. deepspeed, torchrun and srun work as
+with pretrain.py.
+
+Exit codes: 0 done, 2 settings, 3 data, 4 checkpoint, 75 stopped on request after a checkpoint, 76 hung, 77 diverged.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, exit_with_one_sentence
+from quincunx.engine.deepspeed_config import check_settings
+from quincunx.engine.environment import discover_environment
+from quincunx.engine.retrieval.glue_settings import GlueSettings, find_problems
+from quincunx.launchers.command_line import parse_settings
+from quincunx.launchers.ranks import say_once, without_local_rank
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and runs this rank; returns its exit code."""
+    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
+    environment = discover_environment()
+    try:
+        settings = parse_settings(GlueSettings, __doc__, arguments, config_flag="--recipe")
+        check_settings(settings, find_problems(settings), environment.world_size)  # at once: imports take seconds
+        from quincunx.engine.retrieval.glue import run_glue
+
+        return run_glue(settings, environment)
+    except (SettingsError, DataError, CheckpointError) as error:
+        raise say_once(error, environment) from None
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

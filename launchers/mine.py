@@ -1,0 +1,84 @@
+"""Mines hard negatives from a run: training queries with positives and negatives, and what each filter left out.
+
+    python launchers/mine.py --run bm25.trec --qrels qrels.train.tsv --corpus corpus.tsv --queries queries.train.tsv \\
+        --output negatives.jsonl --depth 200
+
+See docs/mining.md.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.engine.retrieval.mining import MiningRules, check_rules
+from quincunx.launchers.command_line import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class MineSettings(MiningRules):
+    """Settings of mining."""
+
+    run: str
+    """TREC run, lines of one query together: of BM25 or of a retriever."""
+    qrels: str
+    """Judgements: TREC, BEIR or MS MARCO form."""
+    corpus: str
+    """Passages of the run: BEIR folder, tsv, JSONL or Parquet."""
+    queries: str
+    """Queries of the run: BEIR folder, tsv, JSONL or DPR json."""
+    output: str
+    """File of candidates to write, .jsonl or .parquet; a manifest with all counts goes beside it."""
+    titles: bool = False
+    """Answers are looked for in titles too (DPR's rule: in the text only)."""
+    answers: str | None = None
+    """Answers of the queries: a passage that contains one is no negative. DPR json, or JSONL with query_id, answers."""
+    teacher_scores: str | None = None
+    """Candidates of this run with scores, of score.py: switches the teacher's margin on."""
+
+
+def main() -> None:
+    settings = parse_settings(MineSettings, __doc__.split("\n")[0])
+    check_rules(settings)
+    from quincunx.engine.retrieval.candidates import KIND, iterate_candidates, write_candidates
+    from quincunx.engine.retrieval.collection import read_passages, read_queries
+    from quincunx.engine.retrieval.judgements import check_against, read_answers, read_qrels
+    from quincunx.engine.retrieval.mining import TeacherScores, mine, stream_run
+    from quincunx.engine.retrieval.parts import input_digest, is_made
+    from quincunx.engine.retrieval.progress import counted
+
+    drop = settings.unknown_ids == "drop"
+    qrels = read_qrels(settings.qrels)
+    queries, passages = read_queries(settings.queries), read_passages(settings.corpus, titles=settings.titles)
+    answers = None if settings.answers is None else read_answers(settings.answers)
+    made_by = {
+        "stage": "mine",
+        "rules": {name: value for name, value in asdict(settings).items() if name in MiningRules.__annotations__},
+        "queries": queries.digest,
+        "corpus": passages.digest,
+        **{
+            name: None if getattr(settings, name) is None else input_digest(getattr(settings, name))
+            for name in ("run", "qrels", "answers", "teacher_scores")
+        },
+    }
+    if is_made(Path(settings.output), KIND, made_by):
+        print(f"{settings.output} is there, made from these files by these rules: nothing to do")
+        return
+    qrels, unknown = check_against(qrels, queries, passages, settings.qrels, drop)
+    teacher = None
+    if settings.teacher_scores is not None:
+        teacher = TeacherScores(iterate_candidates(settings.teacher_scores), settings.teacher_scores)
+    counts: dict[str, int] = {}
+    run = counted(stream_run(settings.run, settings.depth), "mine", "query")
+    rows = mine(run, qrels, queries, passages, settings, counts, answers=answers, teacher=teacher)
+    write_candidates(settings.output, rows, {**made_by, "mining": counts, "judgements_dropped": unknown})
+    width = max(map(len, counts))
+    print(f"{settings.output}")
+    for name, count in counts.items():
+        print(f"  {name.replace('_', ' '):{width}}  {count:,}")
+    for what, count in unknown.items():
+        if count:
+            print(f"  {count:,} judgements of unknown {what} were left out")
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

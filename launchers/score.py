@@ -1,0 +1,114 @@
+"""Scores candidates with a reranker: teacher scores for a candidates file, or a reranked run.
+
+    python launchers/score.py --model runs/reranker/export --candidates negatives.jsonl \\
+        --corpus corpus.tsv --queries queries.train.tsv --output scored.jsonl
+    python launchers/score.py --model runs/reranker/export --run dev.trec --depth 100 ... --output reranked.trec
+    torchrun --nproc_per_node 8 launchers/score.py ...     # each process takes its share of the parts
+
+The same command again continues where it was stopped, on any number of processes. See docs/mining.md.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.engine.environment import discover_environment
+from quincunx.launchers.command_line import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """Settings of scoring."""
+
+    model: str
+    """Reranker: a sequence-classification folder with one label, a Hugging Face name, or package:NAME/FOLDER."""
+    corpus: str
+    """Passages: BEIR folder, tsv, JSONL or Parquet."""
+    queries: str
+    """Queries: BEIR folder, tsv, JSONL or DPR json."""
+    output: str
+    """File to write: candidates (.jsonl or .parquet), or a TREC run; a manifest goes beside it."""
+    candidates: str | None = None
+    """Candidates whose positives and negatives are scored (or give --run)."""
+    run: str | None = None
+    """TREC run that is reranked (or give --candidates)."""
+    depth: int | None = None
+    """Ranks of the run that are scored; deeper ones are left out (None: all)."""
+    titles: bool = True
+    """Titles belong to the passages' text."""
+    max_tokens: int | None = None
+    """Longest pair; longer ones are cut (None: the model's own limit)."""
+    batch_tokens: int = 8192
+    """Most tokens of one forward."""
+    pairs_a_part: int = 8192
+    """Pairs of one part: what a kill loses at most."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes the process's GPU where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward; auto is bfloat16 (autocast) on a GPU and float32 elsewhere."""
+    patience: int = 3600
+    """Seconds that rank 0 waits for other ranks' parts while none comes."""
+
+
+def check_settings(settings: ScoreSettings) -> None:
+    """Raises SettingsError where settings contradict each other or are out of range."""
+    if (settings.candidates is None) == (settings.run is None):
+        raise SettingsError("give either --candidates or --run, the pairs to score")
+    if settings.depth is not None and settings.run is None:
+        raise SettingsError("depth is of a --run; --candidates are scored whole: leave --depth out")
+    for name in ("depth", "batch_tokens", "pairs_a_part", "patience"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
+    if settings.candidates is not None and Path(settings.output).suffix not in (".jsonl", ".parquet"):
+        raise SettingsError(f"candidates cannot be written to {settings.output}: give a name in .jsonl or .parquet")
+
+
+def main() -> None:
+    settings = parse_settings(ScoreSettings, __doc__.split("\n")[0])
+    check_settings(settings)
+    environment = discover_environment()
+    from quincunx.engine.generate import choose_device
+    from quincunx.engine.retrieval.collection import read_passages, read_queries
+    from quincunx.engine.retrieval.cross_encoder import load_reranker
+    from quincunx.engine.retrieval.parts import input_digest
+    from quincunx.engine.retrieval.scoring import CANDIDATES, RUN, Source, score_source
+
+    device, precision = choose_device(settings, environment.local_rank)
+    path, kind = (settings.run, RUN) if settings.candidates is None else (settings.candidates, CANDIDATES)
+    queries, passages = read_queries(settings.queries), read_passages(settings.corpus, titles=settings.titles)
+    reranker = load_reranker(settings.model, max_tokens=settings.max_tokens, allow_fresh_head=False)
+    made_by = {
+        "stage": "score",
+        "model": reranker.digest,
+        "max_tokens": reranker.max_tokens,
+        "precision": precision,
+        kind: input_digest(path),
+        "depth": settings.depth,
+        "queries": queries.digest,
+        "corpus": passages.digest,
+    }
+    counts = score_source(
+        Source(path, kind, settings.depth),
+        Path(settings.output),
+        reranker,
+        queries,
+        passages,
+        made_by,
+        environment,
+        device=device,
+        precision=precision,
+        batch_tokens=settings.batch_tokens,
+        pairs_a_part=settings.pairs_a_part,
+        patience_seconds=settings.patience,
+    )
+    if counts is not None:
+        print(f"{settings.output}: {counts['pairs']:,} pairs scored")
+        if counts["cut"]:
+            print(f"  {counts['cut']:,} pairs were longer than {reranker.max_tokens} tokens and were cut")
+    elif environment.is_main:
+        print(f"{settings.output} is there, made from these files by this model: nothing to do")
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

@@ -1,0 +1,110 @@
+"""mine.py as a user runs it: files in, candidates and counts out, one sentence for what cannot be mined."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.engine.retrieval.candidates import Candidates, read_candidates, read_manifest, write_candidates
+from quincunx.launchers.mine import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Six passages (one with a title), two queries, their qrels and a run, in the formats of the field."""
+    passages = [{"_id": f"p{n}", "title": "Amber" if n == 5 else "", "text": f"text {n}"} for n in range(6)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+    (tmp_path / "queries.tsv").write_text("q0\tfirst\nq1\tsecond\n")
+    (tmp_path / "qrels.tsv").write_text("q0\t0\tp3\t1\nq1\t0\tp0\t1\n")
+    ranks = {"q0": [1, 3, 5, 2], "q1": [0, 4]}
+    (tmp_path / "run.trec").write_text(
+        "".join(
+            f"{query} Q0 p{n} {rank} {9 - rank} bm25\n" for query, ns in ranks.items() for rank, n in enumerate(ns, 1)
+        )
+    )
+    return tmp_path
+
+
+def command(data, *flags, run="run.trec", qrels="qrels.tsv"):
+    words = [
+        "launchers/mine.py", "--run", data / run, "--qrels", data / qrels, "--corpus", data / "corpus.jsonl",
+        "--queries", data / "queries.tsv", "--output", data / "out.jsonl", *flags,
+    ]  # fmt: skip
+    return list(map(str, words))
+
+
+def mine(data, *flags):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *command(data, *flags)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes_nothing(data):
+    done = mine(data, "--depth=3")
+    assert done.returncode == 0, done.stderr
+    rows = [Candidates("q0", ("p3",), ("p1", "p5")), Candidates("q1", ("p0",), ("p4",))]
+    assert read_candidates(data / "out.jsonl") == rows
+    manifest = read_manifest(data / "out.jsonl")
+    assert manifest["made_by"]["stage"] == "mine" and manifest["made_by"]["rules"]["depth"] == 3
+    assert manifest["made_by"]["mining"]["left_out_positives"] == 2
+    assert "left out positives" in done.stdout
+
+    written = (data / "out.jsonl").stat().st_mtime_ns
+    again = mine(data, "--depth=3")
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    other = mine(data, "--depth=4")
+    assert other.returncode == 3 and "was made otherwise (differs in rules)" in other.stderr
+    assert (data / "out.jsonl").stat().st_mtime_ns == written
+
+
+def test_answers_the_teachers_margin_and_random_fill_work_together(data):
+    (data / "answers.jsonl").write_text('{"query_id": "q0", "answers": ["text 1", "amber"]}\n')
+    scored = [
+        Candidates("q0", ("p3",), ("p1", "p5", "p2"), {"p3": 5.0, "p1": 0.0, "p5": 4.5, "p2": 3.0}),
+        Candidates("q1", ("p0",), ("p4",), {"p0": 1.0, "p4": 2.0}),
+    ]
+    write_candidates(data / "scored.jsonl", scored, {})
+    flags = ["--answers", data / "answers.jsonl", "--teacher_scores", data / "scored.jsonl", "--margin=1"]
+    done = mine(data, *flags, "--random_fill=3")
+    assert done.returncode == 0, done.stderr
+    first, second = read_candidates(data / "out.jsonl")
+    assert first.negatives[0] == "p2" and set(first.negatives[1:]) <= {"p0", "p4", "p5"}
+    assert len(first.negatives) == len(second.negatives) == 3
+    counts = read_manifest(data / "out.jsonl")["made_by"]["mining"]
+    assert (counts["mined"], counts["random"]) == (1, 5)
+    assert (counts["left_out_with_an_answer"], counts["left_out_above_the_teachers_margin"]) == (1, 2)
+    assert counts["queries_without_answers"] == 1
+
+
+def test_what_cannot_be_mined_is_refused_in_one_sentence_and_nothing_is_written(data, monkeypatch, capsys):
+    (data / "twice.trec").write_text("q0 Q0 p1 1 2.0 x\nq0 Q0 p1 2 1.0 x\n")
+    (data / "nan.trec").write_text("q0 Q0 p1 1 nan x\n")
+    (data / "unknown.trec").write_text("q0 Q0 p1 1 2 x\nq0 Q0 p99 2 1.0 x\n")
+    (data / "unjudged.tsv").write_text("q0\t0\tp3\t1\n")
+    (data / "foreign.tsv").write_text("q0\t0\tp77\t1\n")
+    write_candidates(data / "part.jsonl", [Candidates("q0", ("p3",), ("p1",), {"p3": 1.0, "p1": 0.5})], {})
+    for words, code, sentence in (
+        (command(data, run="twice.trec"), 3, "twice.trec:2: passage p1 stands a second time"),
+        (command(data, run="nan.trec"), 3, "nan.trec:1: the score of passage p1 for query q0 is nan"),
+        (command(data, run="unknown.trec"), 3, "names 1 passages that"),
+        (command(data, run="absent.trec"), 3, "absent.trec cannot be read"),
+        (command(data, qrels="unjudged.tsv"), 3, "1 queries of the run (first: q1): give the qrels of these queries"),
+        (command(data, qrels="foreign.tsv"), 3, "p77"),
+        (command(data, "--teacher_scores", data / "part.jsonl"), 3, "lacks the teacher's score of 4 candidates"),
+        (command(data, "--depth=1"), 3, "no negative is left of 1 queries (first: q1)"),
+        (command(data, "--depth=0"), 2, "depth is 0"),
+    ):
+        monkeypatch.setattr("sys.argv", words)  # in this process: the libraries are loaded once for all
+        with pytest.raises(SystemExit) as ended:
+            exit_with_one_sentence(main)
+        said = capsys.readouterr().err
+        assert ended.value.code == code, said
+        assert any(line.startswith("error: ") and sentence in line for line in said.splitlines()), said
+        assert "Traceback" not in said
+    assert not list(data.glob("*out.jsonl*"))

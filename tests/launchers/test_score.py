@@ -1,0 +1,170 @@
+"""score.py as a user runs it: one process and several, killed and rerun; one sentence for what cannot be scored."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from quincunx.data_shards.errors import DataError, exit_with_one_sentence
+from quincunx.engine.retrieval.candidates import Candidates, read_candidates, write_candidates
+from quincunx.engine.retrieval.judgements import read_run
+from quincunx.launchers.score import main
+
+ROOT = Path(__file__).parents[2]
+WORDS = [
+    f"{stem}{ending}" for stem in ("amber", "birch", "cedar", "dune", "elder", "fern") for ending in ("", "s", "y")
+]
+NUM_PAIRS = 600
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny random reranker, its encoder without head, a corpus, queries, and candidates of 600 pairs."""
+    from transformers import BertConfig, BertModel
+
+    from quincunx.data_shards.tokenizer_training import train_wordpiece
+    from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker
+
+    folder = tmp_path_factory.mktemp("score")
+    tokenizer = train_wordpiece([" ".join(WORDS)] * 3, 120)
+    tokenizer.save_pretrained(folder / "encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.5, **sizes)
+    BertModel(config).save_pretrained(folder / "encoder")
+    fresh = load_reranker(str(folder / "encoder"))
+    save_reranker(folder / "reranker", fresh.model, None, fresh.tokenizer, max_tokens=32, card="")
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(WORDS, draw.integers(3, 30))) for _ in range(200)]
+    rows = [{"_id": f"p{n}", "text": text} for n, text in enumerate(texts)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "queries.tsv").write_text("".join(f"q{n}\t{' '.join(draw.choice(WORDS, 3))}\n" for n in range(30)))
+    candidates = [
+        Candidates(f"q{n}", (ids[0],), tuple(ids[1:]))
+        for n in range(30)
+        for ids in [[f"p{p}" for p in draw.choice(200, NUM_PAIRS // 30, replace=False)]]
+    ]
+    write_candidates(folder / "candidates.jsonl", candidates, {})
+    return folder
+
+
+def command(data, output, *flags, model="reranker", source="candidates.jsonl"):
+    kind = "--run" if source.endswith(".trec") else "--candidates"
+    words = [
+        sys.executable, "launchers/score.py", "--model", data / model, kind, data / source, "--corpus",
+        data / "corpus.jsonl", "--queries", data / "queries.tsv", "--output", output, "--device=cpu",
+        "--pairs_a_part=50", *flags,
+    ]  # fmt: skip
+    return list(map(str, words))
+
+
+def run(words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def scored(data):
+    """The candidates scored by one process without interruption."""
+    done = run(command(data, data / "scored.jsonl"))
+    assert done.returncode == 0, done.stderr
+    assert f"{NUM_PAIRS} pairs scored" in done.stdout and "were cut" in done.stdout
+    return (data / "scored.jsonl").read_bytes()
+
+
+def test_every_candidate_is_scored_and_a_second_call_changes_nothing(data, scored):
+    rows = read_candidates(data / "scored.jsonl")
+    assert sum(len(row.scores) for row in rows) == NUM_PAIRS
+    written = (data / "scored.jsonl").stat().st_mtime_ns
+    again = run(command(data, data / "scored.jsonl"))
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert (data / "scored.jsonl").stat().st_mtime_ns == written
+
+
+def test_two_ranks_give_the_bytes_of_one(data, scored, tmp_path):
+    spawn = [sys.executable, str(ROOT / "tests/launchers/spawn_ranks.py"), "2"]
+    done = run([*spawn, *command(data, tmp_path / "out.jsonl")])
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == scored
+    assert done.stdout.count("pairs scored") == 1
+
+
+def test_killed_scoring_goes_on_where_it_was_at_another_number_of_ranks(data, scored, tmp_path, monkeypatch):
+    """Two ranks with batches of one pair are killed -9 after their first parts; one process does the rest."""
+    output = tmp_path / "out.jsonl"
+    parts = tmp_path / "out.jsonl.parts"
+    spawn = [sys.executable, str(ROOT / "tests/launchers/spawn_ranks.py"), "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = subprocess.Popen(
+        [*spawn, *command(data, output, "--batch_tokens=1")], cwd=ROOT, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("part-*.json"))) < 3:
+        assert ranks.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(ranks.pid, signal.SIGKILL)
+    ranks.wait()
+    left = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.json")}
+    assert 3 <= len(left) < NUM_PAIRS / 50 and not output.exists()
+
+    # An unfinished neighbour must not be mixed in: another cut of the same work is refused.
+    monkeypatch.setattr("sys.argv", command(data, output, "--pairs_a_part=60")[1:])
+    with pytest.raises(DataError, match="how its rows are cut"):
+        main()
+    assert {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.json")} == left
+
+    done = run(command(data, output, "--batch_tokens=1"))
+    assert done.returncode == 0, done.stderr
+    assert not parts.exists()
+    # One pair a batch or many: the same scores to float32's rounding.
+    first, whole = read_candidates(output), read_candidates(data / "scored.jsonl")
+    assert [row.query_id for row in first] == [row.query_id for row in whole]
+    for ours, theirs in zip(first, whole, strict=True):
+        assert (ours.positives, ours.negatives) == (theirs.positives, theirs.negatives)
+        assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
+
+
+def test_a_run_is_reranked(data, scored, tmp_path):
+    lines = [f"q{n} Q0 p{(3 * n + rank) % 200} {rank} {-rank} x" for n in range(5) for rank in range(1, 9)]
+    (data / "first.trec").write_text("\n".join(lines) + "\n")
+    done = run(command(data, tmp_path / "out.trec", "--depth=4", source="first.trec"))
+    assert done.returncode == 0, done.stderr
+    found = read_run(tmp_path / "out.trec")
+    assert {id: set(scores) for id, scores in found.items()} == {
+        f"q{n}": {f"p{3 * n + rank}" for rank in range(1, 5)} for n in range(5)
+    }
+
+
+def test_what_cannot_be_scored_is_refused_in_one_sentence_and_nothing_is_written(data, tmp_path, monkeypatch, capsys):
+    rows = [Candidates("q1", ("p1",), ("p2", "p999"))]
+    write_candidates(data / "unknown.jsonl", rows, {})
+    (data / "same.jsonl").write_text('{"query_id": "q1", "positives": ["p1"], "negatives": ["p1"]}\n')
+    (data / "none.jsonl").write_text('{"query_id": "q1", "positives": [], "negatives": ["p1"]}\n')
+    (data / "empty.jsonl").write_text("")
+    output = tmp_path / "out.jsonl"
+    for words, code, sentence in (
+        (command(data, output, model="encoder"), 2, "without a classification head"),
+        (command(data, output, model="absent"), 2, "is no folder"),
+        (command(data, output, source="unknown.jsonl"), 3, "names 1 passages"),
+        (command(data, output, source="same.jsonl"), 3, "is one of its positives"),
+        (command(data, output, source="none.jsonl"), 3, "no positive"),
+        (command(data, output, source="empty.jsonl"), 3, "empty.jsonl"),
+        (command(data, output, "--run=x"), 2, "either --candidates or --run"),
+        (command(data, output, "--depth=3"), 2, "depth is of a --run"),
+        (command(data, output, "--max_tokens=100"), 2, "takes pairs of 8 to 40 tokens"),
+        (command(data, tmp_path / "out.txt"), 2, "a name in .jsonl or .parquet"),
+    ):
+        monkeypatch.setattr("sys.argv", words[1:])  # in this process: torch is loaded once for all ten
+        with pytest.raises(SystemExit) as ended:
+            exit_with_one_sentence(main)
+        said = capsys.readouterr().err
+        assert ended.value.code == code and said.startswith("error: ") and sentence in said, said
+    assert not list(tmp_path.iterdir())
