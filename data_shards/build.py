@@ -126,7 +126,7 @@ def build_identity(settings: BuildSettings, inputs: list[Input]) -> dict[str, An
         "num_generation_files": len(generated),
         "block_version": BLOCK_VERSION,
         "schema_version": SCHEMA_VERSION,
-    }
+    } | ({"pairs": True} if settings.pairs else {})  # absent otherwise: sets from before it keep their identity
     digest = "" if trained else tokenizer_digest(load_tokenizer(settings.tokenizer))
     return {"content": content, "sources": sources, "given_tokenizer": digest}
 

@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from quincunx.data_shards.statistics import Statistics, StatisticsCounter
 from quincunx.data_shards.tokenizer import load_tokenizer
 
 PROBE_FOLDER = "probe"
+PAIRS_FOLDER = "pairs"
 HASHES_AT_ONCE = 2**24
 
 
@@ -68,7 +69,8 @@ def merge_tasks(plan: TaskPlan, output: Path, sources: tuple[FileEntry, ...], re
         (output / MANIFEST_NAME).unlink(missing_ok=True)  # from here on, the set that was here is no more
         move_shards(plan, output, shards)
         write_probe(plan, output)
-        record = record | {"bad_record_examples": examples}
+        pairs = write_pairs(plan, output)
+        record = record | {"bad_record_examples": examples} | ({"pairs": pairs} if pairs else {})
         write_file(output / BUILD_NAME, (json.dumps(record, indent=1) + "\n").encode())
         return finish_shard_set(
             output,
@@ -152,10 +154,7 @@ def write_probe(plan: TaskPlan, output: Path) -> None:
     limit = plan.content["probe_queries"]
     if not limit:
         return
-    passages = []
-    for task in range(plan.content["tasks"]):
-        with open(plan.task_file(task, "probe.jsonl")) as lines:
-            passages += map(json.loads, lines)
+    passages = list(read_texts(plan, "heldout"))
     asked = sorted(
         (passage for passage in passages if passage["query"]),
         key=lambda passage: id_hash(passage["passage_id"]),
@@ -165,10 +164,69 @@ def write_probe(plan: TaskPlan, output: Path) -> None:
             f"probe_queries is {limit}, but no held-out passage of {plan.path} has a natural query: give 0, a format "
             "with queries (python_docs), or a larger held_out_share"
         )
-    corpus = [{"_id": p["passage_id"], "title": "", "text": p["text"]} for p in passages]
-    queries = [{"_id": f"q-{p['passage_id']}", "text": p["query"]} for p in asked]
-    qrels = ["query-id\tcorpus-id\tscore", *(f"q-{p['passage_id']}\t{p['passage_id']}\t1" for p in asked)]
+    judged = [(query_id(passage), passage["passage_id"]) for passage in asked]
+    write_beir(folder, passages, {query_id(passage): passage["query"] for passage in asked}, {"test": judged})
+
+
+def write_pairs(plan: TaskPlan, output: Path) -> dict[str, int] | None:
+    """Writes all passages and their natural queries as a BEIR folder: train.tsv and test.tsv judge the training split's
+    and the held-out split's passages. Returns the counts, None where the settings ask for no pairs.
+
+    Passages that share a query's text share the query. A query that stands in both splits is left out of both, so that
+    no text of a test query was ever trained on.
+    """
+    folder = output / PAIRS_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    if not plan.content.get("pairs"):
+        return None
+    asked: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for split in SPLITS:
+        asked[split] = {}
+        for passage in read_texts(plan, split):
+            if passage["query"]:
+                asked[split].setdefault(" ".join(passage["query"].lower().split()), []).append(passage)
+    shared = asked["train"].keys() & asked["heldout"].keys()
+    queries, qrels = {}, {}
+    for split, name in (("train", "train"), ("heldout", "test")):
+        groups = [group for text, group in asked[split].items() if text not in shared]
+        if not groups:
+            raise DataError(
+                f"pairs were asked for, but no passage of {plan.path}'s {split} split has a natural query of its own: "
+                "leave --pairs out, or give a format with queries (python_docs) and a held_out_share above 0"
+            )
+        queries |= {query_id(group[0]): group[0]["query"] for group in groups}
+        qrels[name] = [(query_id(group[0]), passage["passage_id"]) for group in groups for passage in group]
+    write_beir(folder, chain.from_iterable(read_texts(plan, split) for split in SPLITS), queries, qrels)
+    write_rows(folder / "corpus.train.jsonl", map(corpus_row, read_texts(plan, "train")))
+    return {f"{name}_judgements": len(rows) for name, rows in qrels.items()} | {"queries_in_both_splits": len(shared)}
+
+
+def read_texts(plan: TaskPlan, split: str) -> Iterator[dict[str, str]]:
+    """{"passage_id", "text", "query"} of every passage that the tasks kept of a split, in order."""
+    for task in range(plan.content["tasks"]):
+        with open(plan.task_file(task, f"{split}.jsonl")) as lines:
+            yield from map(json.loads, lines)
+
+
+def query_id(passage: dict[str, str]) -> str:
+    return f"q-{passage['passage_id']}"
+
+
+def write_beir(
+    folder: Path, passages: Iterable[dict[str, str]], queries: dict[str, str], qrels: dict[str, list[tuple[str, str]]]
+) -> None:
+    """Writes a BEIR folder. queries: text by id; qrels: (query id, passage id) by split, all of grade 1."""
     (folder / "qrels").mkdir(parents=True)
-    for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", queries)):
-        write_file(folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    write_file(folder / "qrels" / "test.tsv", ("\n".join(qrels) + "\n").encode())
+    write_rows(folder / "corpus.jsonl", map(corpus_row, passages))
+    write_rows(folder / "queries.jsonl", ({"_id": query, "text": text} for query, text in queries.items()))
+    for split, judged in qrels.items():
+        lines = ["query-id\tcorpus-id\tscore", *(f"{query}\t{passage}\t1" for query, passage in judged)]
+        write_file(folder / "qrels" / f"{split}.tsv", ("\n".join(lines) + "\n").encode())
+
+
+def corpus_row(passage: dict[str, str]) -> dict[str, str]:
+    return {"_id": passage["passage_id"], "title": "", "text": passage["text"]}
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

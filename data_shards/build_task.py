@@ -107,7 +107,8 @@ def run_task(plan: TaskPlan, task: int, leave_with_parent: bool = False) -> None
     progress = _Progress(plan.task_file(task, "progress"), leave_with_parent)
     hashes: list[int] = []
     counts: Counter[str] = Counter()
-    probe: list[str] = []
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    kept = {"train": content.get("pairs", False), "heldout": content.get("pairs", False) or content["probe_queries"]}
     try:
         with full_disk_is_named(plan.shards_folder):
             for document, passages, samples in make_samples(documents, tokenizer, generations, counts):
@@ -117,8 +118,8 @@ def run_task(plan: TaskPlan, task: int, leave_with_parent: bool = False) -> None
                 writers[split].add_document(samples)
                 counts[f"{split}_documents"] += 1
                 hashes += [id_hash(sample.passage_id) for sample in samples]
-                if split == "heldout" and content["probe_queries"]:
-                    probe += [
+                if kept[split]:
+                    texts[split] += [
                         json.dumps({"passage_id": p.passage_id, "text": p.text, "query": p.query}) for p in passages
                     ]
                 progress.report(len(hashes))
@@ -131,7 +132,7 @@ def run_task(plan: TaskPlan, task: int, leave_with_parent: bool = False) -> None
     finally:
         if generations:
             generations.close()
-    _write_results(plan, task, writers, counter, hashes, probe, counts + report.counts, report.examples)
+    _write_results(plan, task, writers, counter, hashes, texts, counts + report.counts, report.examples)
 
 
 def _write_results(
@@ -140,7 +141,7 @@ def _write_results(
     writers: dict[str, ShardWriter],
     counter: StatisticsCounter,
     hashes: list[int],
-    probe: list[str],
+    texts: dict[str, list[str]],
     counts: Counter[str],
     examples: list[str],
 ) -> None:
@@ -150,7 +151,8 @@ def _write_results(
             counts[f"{split}_{name}_tokens"] += writer.field_tokens[name]
     write_file(plan.task_file(task, "hashes.bin"), np.sort(np.array(hashes, "<u8")).tobytes())
     write_file(plan.task_file(task, "statistics.npz"), counter.result().to_bytes())
-    write_file(plan.task_file(task, "probe.jsonl"), "".join(line + "\n" for line in probe).encode())
+    for split, lines in texts.items():
+        write_file(plan.task_file(task, f"{split}.jsonl"), "".join(line + "\n" for line in lines).encode())
     result = {
         "shards": [shard_to_json(shard) for split in SPLITS for shard in writers[split].shards],
         "fields": {split: writers[split].field_counts for split in SPLITS},

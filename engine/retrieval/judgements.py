@@ -84,9 +84,8 @@ def read_run(path: str | Path) -> Run:
         earlier = run.setdefault(query_id, scores)
         if earlier is not scores:
             if both := earlier.keys() & scores.keys():
-                raise DataError(
-                    f"{path}:{number}: passage {min(both)} stands a second time for query {query_id}: remove one of them"
-                )
+                what = f"passage {min(both)} stands a second time for query {query_id}"
+                raise DataError(f"{path}:{number}: {what}: remove one of them")
             earlier.update(scores)
     return run
 
