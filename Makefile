@@ -3,7 +3,7 @@
 
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help demo test lint format test-slow test-gpu test-two-nodes clean
+.PHONY: help demo chain test lint format test-slow test-gpu test-two-nodes clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -11,8 +11,11 @@ help:  ## show this list
 .venv/.ready: pyproject.toml constraints.txt .ci/venv
 	@.ci/venv
 
-demo: .venv/.ready  ## corpus -> shards -> pre-training (interrupted, resumed) -> export, on two CPU cores in ten minutes
+demo: .venv/.ready  ## corpus -> shards -> pre-training (interrupted, resumed) -> fine-tuning -> search, under 15 minutes
 	@$(RUN) python launchers/demo.py
+
+chain: .venv/.ready  ## the fine-tuning chain on a BEIR folder: make chain DATA=FOLDER (two CPU cores, under 40 minutes)
+	@$(RUN) python launchers/pipeline.py --recipe small --set data.folder=$(DATA) --output chain_run
 
 test: .venv/.ready  ## lint, then every test that needs neither a GPU nor patience
 	@$(RUN) ruff check . && $(RUN) ruff format --check .
@@ -34,4 +37,4 @@ test-two-nodes: .venv/.ready  ## deepspeed --hostfile over two network namespace
 	@$(RUN) bash tests/cluster/two_nodes.sh
 
 clean:  ## remove what the demo made (the virtual environment stays)
-	rm -rf demo_run
+	rm -rf demo_run chain_run
