@@ -37,7 +37,7 @@ class Checkpoint:
     precision: str
     """float32, bfloat16 or float16: the model's precision in training."""
     state: dict[str, Any]
-    """What the run needs beside weights and moments (engine/pretraining.py: run_state)."""
+    """What the run needs beside weights and moments (engine/resume.py: run_state)."""
 
 
 def step_name(step: int) -> str:

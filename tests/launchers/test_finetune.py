@@ -60,7 +60,11 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     )
     model.save_pretrained(folder / "encoder")
     tokenizer.save_pretrained(folder / "encoder")
-    return SimpleNamespace(folder=folder, passages=passages, queries=queries)
+    files = {
+        "encoder": str(folder / "encoder"), "candidates": str(folder / "candidates.jsonl"), "corpus": str(folder),
+        "queries": str(folder),
+    }  # fmt: skip
+    return SimpleNamespace(folder=folder, passages=passages, queries=queries, files=files)
 
 
 def candidates(number: int, draw: random.Random) -> Candidates:
@@ -75,10 +79,7 @@ def train(tiny, harness):
     """Runs finetune.py on the tiny set; settings over TINY."""
 
     def run(output: Path, stage: str = "retriever1", launch: dict | None = None, **settings):
-        data = {name: str(tiny.folder / file) for name, file in (
-            ("encoder", "encoder"), ("candidates", "candidates.jsonl"), ("corpus", "."), ("queries", "."),
-        )}  # fmt: skip
-        recipe = {**TINY, "stage": stage, **data, **settings}
+        recipe = {**TINY, "stage": stage, **tiny.files, **settings}
         argv = harness.training_command(harness.finetune, output, recipe, **(launch or {}))
         return harness.run_command(argv, output)
 
@@ -144,6 +145,23 @@ def test_a_stopped_run_goes_on_where_it_was(whole, train, tmp_path):
     resumed = train(folder, launch={"launcher": "python"}, dropout=0.0, micro_batch=8, all_pairs=True)
     assert resumed.code == 0 and "resuming at step 3 of 6" in resumed.output, resumed.output
     assert resumed.losses() == whole.losses()
+
+
+def test_a_run_killed_with_9_goes_on_bit_for_bit(whole, train, tiny, tmp_path, harness):
+    """Killed once a checkpoint stands; steps that no checkpoint holds are taken again, and none twice in the record."""
+    settings = {**TINY, **tiny.files, "stage": "retriever1", "dropout": 0.0, "micro_batch": 8, "all_pairs": True}
+    settings |= {"checkpoint_every": 1, "steps": 40}
+    folder = tmp_path / "run"
+    process = harness.begin(
+        harness.training_command(harness.finetune, folder, settings, launcher="python"), tmp_path / "log"
+    )
+    harness.wait_until(lambda: harness.committed(folder), 120, "a first checkpoint")
+    harness.kill_all(process)
+    assert 0 < len(harness.lines(folder)) < 40
+    through = train(tmp_path / "through", launch={"launcher": "python"}, **settings)
+    resumed = train(folder, launch={"launcher": "python"}, **settings)
+    assert resumed.code == 0 and "resuming at step" in resumed.output, resumed.output
+    assert resumed.losses() == through.losses() and len(through.losses()) == 40
 
 
 def test_an_exported_retriever_gives_sentence_transformers_the_same_vectors(whole, tiny):
@@ -255,12 +273,8 @@ def test_bad_input_is_one_sentence_and_an_exit_code(settings, code, words, tiny,
     ):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | change) + "\n")
     (tmp_path / "empty.jsonl").write_text("")
-    data = {
-        "encoder": str(tiny.folder / "encoder"), "candidates": str(tiny.folder / "candidates.jsonl"),
-        "corpus": str(tiny.folder), "queries": str(tiny.folder), "output": str(tmp_path / "run"),
-    }  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    given = {**TINY, **data, **settings}
+    given = {**TINY, **tiny.files, "output": str(tmp_path / "run"), **settings}
     arguments = [f"--{name}={'null' if value is None else value}" for name, value in given.items()]
     with pytest.raises((SettingsError, DataError), match=words) as refused:
         main([*arguments, "--deepspeed=zero2"])
