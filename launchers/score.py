@@ -8,6 +8,7 @@
 The same command again continues where it was stopped, on any number of processes. See docs/mining.md.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from typing import Literal
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
 from quincunx.engine.environment import discover_environment
 from quincunx.launchers.command_line import parse_settings
+from quincunx.launchers.ranks import without_local_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ def check_settings(settings: ScoreSettings) -> None:
 
 
 def main() -> None:
-    settings = parse_settings(ScoreSettings, __doc__.split("\n")[0])
+    settings = parse_settings(ScoreSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:]))
     check_settings(settings)
     environment = discover_environment()
     from quincunx.engine.generate import choose_device

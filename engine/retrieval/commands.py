@@ -1,0 +1,105 @@
+"""Commands of a pipeline: one at a time over a folder, stopped together with everything they have started."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from quincunx.data_shards.errors import EXIT_PREEMPTED, SettingsError
+
+LOCK_PATIENCE_SECONDS = 120.0
+SAVING_PATIENCE_SECONDS = 600.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+
+
+class Stopping:
+    """Runs commands, one at a time, and hands a request to stop (SIGTERM, SIGUSR1, Ctrl-C) to the one that runs.
+
+    A command is a process group of its own, so that the request reaches every rank whatever the launcher does with it;
+    it gets SIGTERM too when this process dies.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Stopping":
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.requested = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
+
+    def run(self, command: Sequence[str], lock: IO[str]) -> int:
+        """The command's exit code; 75 where it was asked to stop. It holds `lock` as long as it lives."""
+        if self.requested:
+            return EXIT_PREEMPTED
+        self._process = subprocess.Popen(
+            command, start_new_session=True, pass_fds=(lock.fileno(),), preexec_fn=_follow_parent
+        )
+        if self.requested:  # it came between the question above and the start
+            self._receive(signal.SIGTERM, None)
+        code = self._process.wait()
+        if self.requested:
+            wait_for_group(self._process.pid)
+        self._process = None
+        if code and self.requested:
+            return EXIT_PREEMPTED
+        return code if code >= 0 else 128 - code
+
+
+def _follow_parent() -> None:
+    """SIGTERM to this process when its parent dies (Linux; elsewhere the command outlives a killed pipeline)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def wait_for_group(group: int) -> None:
+    """Waits until no process of the group is left: ranks whose launcher is gone may still be saving."""
+    deadline = time.monotonic() + SAVING_PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[IO[str]]:
+    """The lock file, held; the command of a pipeline that was killed holds it until it has saved and gone.
+
+    Raises SettingsError where another pipeline holds it for longer than two minutes.
+    """
+    with open(path, "a") as lock:
+        deadline, told = time.monotonic() + LOCK_PATIENCE_SECONDS, False
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise SettingsError(
+                        f"{path.parent} is in use by another pipeline, or by a stage that it started; wait for it, "
+                        "stop it, or give another --output"
+                    ) from None
+                if not told:
+                    print(f"waiting for what still runs in {path.parent}", flush=True)
+                told = True
+                time.sleep(0.2)
+        yield lock

@@ -1,0 +1,91 @@
+"""The report's plots as SVG that takes the page's text colour, so that it reads on light and on dark."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]
+"""Panel -> line -> (steps, values)"""
+# Okabe and Ito's palette without black and yellow, each at 3:1 or better on white and on a dark page.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#4aa3df")
+INK = "#010203"
+"""Stands for the page's text colour until the SVG is written."""
+FEWEST_FOR_MARKERS = 30
+BINS = 21
+
+
+def plot_curves(curves: Curves) -> str:
+    """SVG: one panel for each entry, side by side two in a row, lines over optimizer steps."""
+    pyplot = _pyplot()
+    rows = -(-len(curves) // 2)
+    columns = min(2, len(curves))
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.9 * columns, 2.7 * rows), squeeze=False)
+    lines = list(dict.fromkeys(line for panel in curves.values() for line in panel))
+    for place, (panel, (title, found)) in enumerate(zip(axes.flat, curves.items())):
+        for line, (steps, values) in found.items():
+            marker = "o" if len(steps) <= FEWEST_FOR_MARKERS else None
+            colour = COLOURS[lines.index(line) % len(COLOURS)]
+            panel.plot(steps, values, color=colour, label=line, linewidth=1.6, marker=marker, markersize=3.5)
+        panel.set_title(title, fontsize=10)
+        panel.legend(fontsize=8, frameon=False)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        if place >= len(curves) - columns:
+            panel.set_xlabel("optimizer step", fontsize=9)
+        _tidy(panel)
+    for panel in axes.flat[len(curves) :]:
+        panel.set_visible(False)
+    return _svg(figure)
+
+
+def plot_differences(differences: Mapping[str, Sequence[float]], measure: str) -> str:
+    """SVG: each system's per-query differences sorted, and below their histogram on a logarithmic scale."""
+    pyplot = _pyplot()
+    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(7.8, 5.4), height_ratios=(3, 2))
+    widest = max((abs(value) for values in differences.values() for value in values), default=0) or 1.0
+    edges = [widest * (2 * edge / BINS - 1) for edge in range(BINS + 1)]
+    for number, (name, values) in enumerate(differences.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        share = [100 * place / max(1, len(values) - 1) for place in range(len(values))]
+        upper.plot(share, values, color=colour, linewidth=1.6, label=name)
+        lower.hist(values, bins=edges, histtype="step", color=colour, linewidth=1.4)
+    upper.axhline(0, color=INK, linewidth=0.8)
+    upper.set(xlabel="queries, sorted, per cent", ylabel=f"{measure} minus BM25's")
+    lower.set(xlabel=f"{measure} minus BM25's", ylabel="queries", yscale="log")
+    upper.legend(fontsize=8, frameon=False)
+    for panel in (upper, lower):
+        _tidy(panel)
+    return _svg(figure)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(
+        {
+            **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+            "svg.fonttype": "none",
+            "svg.hashsalt": "quincunx",
+            "font.size": 9,
+            "font.family": "sans-serif",
+        }
+    )
+    return pyplot
+
+
+def _tidy(panel) -> None:
+    panel.grid(alpha=0.25, color=INK, linewidth=0.5)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8)
+
+
+def _svg(figure) -> str:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")

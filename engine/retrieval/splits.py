@@ -1,0 +1,164 @@
+"""One split of a data set as the chain's commands read it: only queries that are judged, in files of one form.
+
+OUTPUT/queries.jsonl   {"_id", "text"} of the split's queries, in the order of their file
+OUTPUT/qrels.tsv       their judgements, BEIR's form (where there are any)
+OUTPUT/answers.jsonl   {"query_id", "answers"} (where there are any)
+OUTPUT/probe/          a small BEIR folder of some of the queries, for curves along a training
+OUTPUT/manifest.json   written last: what it was made from, and counts
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from quincunx.data_shards.errors import DataError
+from quincunx.engine.retrieval.collection import Collection, read_queries
+from quincunx.engine.retrieval.files import written_whole
+from quincunx.engine.retrieval.judgements import (
+    Qrels,
+    check_against,
+    read_answers,
+    read_dpr_json,
+    read_qrels,
+    without_positives,
+    write_qrels,
+)
+
+MANIFEST = "manifest.json"
+
+
+def sample_ids(ids: Iterable[str], number: int | None, seed: int) -> list[str]:
+    """`number` of the ids (None: all), in their order: those with the smallest hashes, so that a larger sample holds a
+    smaller one."""
+    ids = list(ids)
+    if number is None or number >= len(ids):
+        return ids
+    chosen = set(sorted(ids, key=lambda id: xxhash.xxh3_64_intdigest(id.encode(), seed))[:number])
+    return [id for id in ids if id in chosen]
+
+
+def read_split(
+    queries: str, qrels: str | None, answers: str | None, drop: bool
+) -> tuple[Collection, Qrels | None, dict[str, list[str]] | None, dict[str, int]]:
+    """(queries, judgements of known queries with positives, answers, counts of what was left out).
+
+    qrels None: those of a DPR file's own positives, where it has them. answers None: a DPR file's own.
+    drop: leave out judgements of unknown queries and queries without positives, instead of refusing the files.
+
+    Raises:
+        DataError: files that cannot be read, ids that do not fit, or queries without positives.
+    """
+    counts = {"unknown_queries": 0, "without_positives": 0}
+    judged: Qrels | None = None
+    if qrels is None and queries.removesuffix(".gz").endswith(".json"):
+        asked, found, candidates = read_dpr_json(queries, drop)
+        judged = {row.query_id: dict.fromkeys(row.positives, 1) for row in candidates} or None
+        return asked, judged, read_answers(answers) if answers else found, counts
+    asked = read_queries(queries)
+    if qrels is not None:
+        hint = ", or leave such lines out with --unknown_ids drop"
+        judged, dropped = check_against(read_qrels(qrels), asked, None, qrels, drop, hint)
+        counts["unknown_queries"] = dropped["queries"]
+        lacking = without_positives(judged)
+        if lacking and not drop:
+            raise DataError(
+                f"{qrels} judges no passage as relevant to {len(lacking)} of {len(judged)} queries (first: "
+                f"{', '.join(lacking[:3])}): remove these queries{hint}"
+            )
+        counts["without_positives"] = len(lacking)
+        judged = {query_id: grades for query_id, grades in judged.items() if query_id not in set(lacking)}
+        if not judged:
+            raise DataError(f"{qrels} judges no passage as relevant to any query: give other qrels")
+    if answers is not None:
+        return asked, judged, read_answers(answers), counts
+    own = queries.removesuffix(".gz").endswith((".json", ".csv"))
+    return asked, judged, read_answers(queries) if own else None, counts
+
+
+def write_split(
+    output: Path,
+    queries: Collection,
+    qrels: Qrels | None,
+    answers: dict[str, list[str]] | None,
+    passages: Collection | None,
+    *,
+    sample: int | None,
+    probe_queries: int,
+    probe_passages: int,
+    seed: int,
+    made_by: dict[str, Any],
+) -> dict[str, int]:
+    """Writes the split, whole or not at all, and returns its counts.
+
+    passages: the corpus, needed for a probe only. sample: how many of the judged queries are kept (None: all).
+    probe_passages: passages of the probe, its queries' positives among them.
+    """
+    judged = qrels if qrels is not None else answers if answers is not None else dict.fromkeys(queries.ids())
+    ids = sample_ids((id for id in queries.ids() if id in judged), sample, seed)
+    if not ids:
+        raise DataError(f"{queries.name} has none of the judged queries: give the files that belong together")
+    output = Path(output)
+    building = output.with_name(f".{output.name}.tmp{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        _write_queries(building / "queries.jsonl", queries, ids)
+        counts = {"queries": len(ids)}
+        if qrels is not None:
+            kept = {id: qrels[id] for id in ids}
+            counts["judgements"] = sum(map(len, kept.values()))
+            write_qrels(building / "qrels.tsv", kept, style="beir")
+        if answers is not None:
+            counts["answers"] = sum(id in answers for id in ids)
+            _write_lines(
+                building / "answers.jsonl", ({"query_id": id, "answers": answers[id]} for id in ids if id in answers)
+            )
+        if probe_queries:
+            counts |= _write_probe(
+                building / "probe", queries, qrels, ids, passages, probe_queries, probe_passages, seed
+            )
+        with written_whole(building / MANIFEST) as file:
+            json.dump({"kind": "split", "counts": counts, "made_by": made_by}, file, indent=1)
+        os.rename(building, output)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return counts
+
+
+def _write_probe(
+    folder: Path,
+    queries: Collection,
+    qrels: Qrels | None,
+    ids: list[str],
+    passages: Collection | None,
+    num_queries: int,
+    num_passages: int,
+    seed: int,
+) -> dict[str, int]:
+    if qrels is None or passages is None:
+        raise DataError("a probe needs judgements and the passages: give --qrels and --corpus, or --probe_queries 0")
+    asked = sample_ids(ids, num_queries, seed)
+    judged = dict.fromkeys(id for query_id in asked for id in qrels[query_id] if id in passages)
+    others = sample_ids((id for id in passages.ids() if id not in judged), max(0, num_passages - len(judged)), seed)
+    docs = [*judged, *others]
+    texts = passages.texts(passages.rows(docs))
+    _write_lines(folder / "corpus.jsonl", ({"_id": id, "text": text} for id, text in zip(docs, texts)))
+    _write_queries(folder / "queries.jsonl", queries, asked)
+    write_qrels(folder / "qrels" / "dev.tsv", {id: qrels[id] for id in asked}, style="beir")
+    return {"probe_queries": len(asked), "probe_passages": len(docs)}
+
+
+def _write_queries(path: Path, queries: Collection, ids: list[str]) -> None:
+    texts = queries.texts(queries.rows(ids))
+    _write_lines(path, ({"_id": id, "text": text} for id, text in zip(ids, texts)))
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    with written_whole(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,87 @@
+"""Writes one split of a data set for the chain: its judged queries (all, or a sample), judgements, answers, a probe.
+
+    python launchers/split.py --queries queries.jsonl --qrels qrels/train.tsv --output train --sample 2000
+    python launchers/split.py --queries nq-train.json --output train      # DPR: judgements and answers are its own
+
+See docs/pipeline.md.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.launchers.command_line import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """Settings of a split."""
+
+    queries: str
+    """Queries: BEIR folder, tsv, JSONL, or DPR's json or csv."""
+    output: str
+    """Folder to write: queries.jsonl, qrels.tsv, answers.jsonl, probe/."""
+    qrels: str | None = None
+    """Judgements: BEIR tsv, TREC or MS MARCO qrels (default: the positives of a DPR json)."""
+    answers: str | None = None
+    """Answers: DPR json or csv, or JSONL with query_id, answers (default: those in a DPR file)."""
+    corpus: str | None = None
+    """Passages; only a probe needs them."""
+    titles: bool = True
+    """Titles belong to the passages' text."""
+    sample: int | None = None
+    """Queries that are kept, chosen by a hash of their ids (default: all that are judged)."""
+    probe_queries: int = 0
+    """Queries of the probe, of those that are kept."""
+    probe_passages: int = 500
+    """Passages of the probe: its queries' positives, and others up to this number."""
+    unknown_ids: Literal["stop", "drop"] = "stop"
+    """What to do with judgements of unknown queries and with queries without a relevant passage."""
+    seed: int = 0
+    """Of the sample."""
+
+
+def main() -> None:
+    settings = parse_settings(SplitSettings, __doc__.split("\n")[0])
+    for name, lowest in (("sample", 1), ("probe_queries", 0), ("probe_passages", 1), ("seed", 0)):
+        if getattr(settings, name) is not None and getattr(settings, name) < lowest:
+            raise SettingsError(f"{name} is {getattr(settings, name)}: give {lowest} or more")
+    from quincunx.engine.retrieval.collection import read_passages
+    from quincunx.engine.retrieval.splits import MANIFEST, read_split, write_split
+
+    queries, qrels, answers, left_out = read_split(
+        settings.queries, settings.qrels, settings.answers, settings.unknown_ids == "drop"
+    )
+    passages = None
+    if settings.probe_queries and settings.corpus is not None:
+        passages = read_passages(settings.corpus, titles=settings.titles)
+    made_by = {**asdict(settings), "query_texts": queries.digest}
+    output = Path(settings.output)
+    if output.exists():
+        manifest = output / MANIFEST
+        if manifest.is_file() and json.loads(manifest.read_bytes()).get("made_by") == made_by:
+            print(f"{output} is there, made from these files by these settings: nothing to do")
+            return
+        raise SettingsError(f"{output} is there already and was made otherwise: remove it, or give another --output")
+    counts = write_split(
+        output,
+        queries,
+        qrels,
+        answers,
+        passages,
+        sample=settings.sample,
+        probe_queries=settings.probe_queries,
+        probe_passages=settings.probe_passages,
+        seed=settings.seed,
+        made_by=made_by,
+    )
+    print(f"{output}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
+    for name, count in left_out.items():
+        if count:
+            print(f"left out: {count:,} {name.replace('_', ' ')}")
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)
