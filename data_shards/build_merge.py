@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -169,36 +169,35 @@ def write_probe(plan: TaskPlan, output: Path) -> None:
 
 
 def write_pairs(plan: TaskPlan, output: Path) -> dict[str, int] | None:
-    """Writes all passages and their natural queries as a BEIR folder: train.tsv and test.tsv judge the training split's
-    and the held-out split's passages. Returns the counts, None where the settings ask for no pairs.
+    """Writes the training split's passages and their natural queries as a BEIR folder to fine-tune on, qrels/train.tsv.
 
-    Passages that share a query's text share the query. A query that stands in both splits is left out of both, so that
-    no text of a test query was ever trained on.
+    Passages that share a query's text share the query. A query that some held-out passage has too is left out, so that
+    the probe asks for nothing that was trained on. Returns the counts, None where the settings ask for no pairs.
     """
     folder = output / PAIRS_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     if not plan.content.get("pairs"):
         return None
-    asked: dict[str, dict[str, list[dict[str, str]]]] = {}
-    for split in SPLITS:
-        asked[split] = {}
-        for passage in read_texts(plan, split):
-            if passage["query"]:
-                asked[split].setdefault(" ".join(passage["query"].lower().split()), []).append(passage)
-    shared = asked["train"].keys() & asked["heldout"].keys()
-    queries, qrels = {}, {}
-    for split, name in (("train", "train"), ("heldout", "test")):
-        groups = [group for text, group in asked[split].items() if text not in shared]
-        if not groups:
-            raise DataError(
-                f"pairs were asked for, but no passage of {plan.path}'s {split} split has a natural query of its own: "
-                "leave --pairs out, or give a format with queries (python_docs) and a held_out_share above 0"
-            )
-        queries |= {query_id(group[0]): group[0]["query"] for group in groups}
-        qrels[name] = [(query_id(group[0]), passage["passage_id"]) for group in groups for passage in group]
-    write_beir(folder, chain.from_iterable(read_texts(plan, split) for split in SPLITS), queries, qrels)
-    write_rows(folder / "corpus.train.jsonl", map(corpus_row, read_texts(plan, "train")))
-    return {f"{name}_judgements": len(rows) for name, rows in qrels.items()} | {"queries_in_both_splits": len(shared)}
+    held_out = {folded(passage["query"]) for passage in read_texts(plan, "heldout")}
+    asked: dict[str, list[dict[str, str]]] = {}
+    for passage in read_texts(plan, "train"):
+        if passage["query"]:
+            asked.setdefault(folded(passage["query"]), []).append(passage)
+    groups = [group for text, group in asked.items() if text not in held_out]
+    if not groups:
+        raise DataError(
+            f"pairs were asked for, but no training passage of {plan.path} has a natural query: leave --pairs out, or "
+            "give a format with queries (python_docs)"
+        )
+    judged = [(query_id(group[0]), passage["passage_id"]) for group in groups for passage in group]
+    queries = {query_id(group[0]): group[0]["query"] for group in groups}
+    write_beir(folder, read_texts(plan, "train"), queries, {"train": judged})
+    return {"queries": len(queries), "judgements": len(judged), "left_out": len(asked) - len(groups)}
+
+
+def folded(query: str) -> str:
+    """The query as far as it counts when two are compared: case and white space do not."""
+    return " ".join(query.lower().split())
 
 
 def read_texts(plan: TaskPlan, split: str) -> Iterator[dict[str, str]]:
@@ -216,17 +215,11 @@ def write_beir(
     folder: Path, passages: Iterable[dict[str, str]], queries: dict[str, str], qrels: dict[str, list[tuple[str, str]]]
 ) -> None:
     """Writes a BEIR folder. queries: text by id; qrels: (query id, passage id) by split, all of grade 1."""
+    corpus = ({"_id": p["passage_id"], "title": "", "text": p["text"]} for p in passages)
+    asked = ({"_id": query, "text": text} for query, text in queries.items())
     (folder / "qrels").mkdir(parents=True)
-    write_rows(folder / "corpus.jsonl", map(corpus_row, passages))
-    write_rows(folder / "queries.jsonl", ({"_id": query, "text": text} for query, text in queries.items()))
+    for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", asked)):
+        write_file(folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
     for split, judged in qrels.items():
         lines = ["query-id\tcorpus-id\tscore", *(f"{query}\t{passage}\t1" for query, passage in judged)]
         write_file(folder / "qrels" / f"{split}.tsv", ("\n".join(lines) + "\n").encode())
-
-
-def corpus_row(passage: dict[str, str]) -> dict[str, str]:
-    return {"_id": passage["passage_id"], "title": "", "text": passage["text"]}
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

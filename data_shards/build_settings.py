@@ -38,7 +38,7 @@ class BuildSettings:
     probe_queries: int = 0
     """Most held-out passages with a natural query that are written as a BEIR folder, probe/; 0 writes none."""
     pairs: bool = False
-    """Also write pairs/, a BEIR folder to fine-tune on: all passages, and their natural queries as train and test."""
+    """Also write pairs/, a BEIR folder to fine-tune on: the training passages and their natural queries."""
     tasks: int = 0
     """Parts the corpus is cut into; decides the shards' bytes. 0: one for each 8 MiB of input, at most 4096."""
     workers: int = 0

