@@ -47,19 +47,28 @@ class Probe:
 
 
 def load_probe(
-    folder: Path, tokenizer: Any, max_tokens: int, max_query_tokens: int | None = None, split: str | None = None
+    folder: Path,
+    tokenizer: Any,
+    max_tokens: int,
+    max_query_tokens: int | None = None,
+    *,
+    split: str | None = None,
+    titles: bool = True,
+    query_prompt: str = "",
+    passage_prompt: str = "",
 ) -> Probe:
     """Reads and tokenises a BEIR folder; of qrels/ it takes SPLIT.tsv, without a split test.tsv, dev.tsv or train.tsv.
 
-    max_tokens: texts are cut there, [CLS] and [SEP] included, queries at max_query_tokens. A title stands before its
-    text.
+    max_tokens: texts are cut there, [CLS] and [SEP] included, queries at max_query_tokens. titles: a title stands
+    before its text. The prompts stand before every text.
 
     Raises:
         DataError: a file is missing or malformed (file and line named), or no judged query has a judged passage here.
     """
     folder = Path(folder)
     corpus = {
-        str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip() for row in _rows(folder, "corpus.jsonl")
+        str(row["_id"]): f"{(titles and row.get('title')) or ''} {row['text']}".strip()
+        for row in _rows(folder, "corpus.jsonl")
     }
     qrels = [qrel for qrel in _read_qrels(folder, split) if qrel.doc_id in corpus]
     judged = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
@@ -70,8 +79,8 @@ def load_probe(
             f"the probe {folder} judges no passage of its corpus as relevant to one of its queries: give a BEIR folder "
             "whose qrels name ids of its own corpus.jsonl and queries.jsonl"
         )
-    docs = tokenise(list(corpus.values()), tokenizer, max_tokens)
-    asked = tokenise(list(queries.values()), tokenizer, max_query_tokens or max_tokens)
+    docs = tokenise([passage_prompt + text for text in corpus.values()], tokenizer, max_tokens)
+    asked = tokenise([query_prompt + text for text in queries.values()], tokenizer, max_query_tokens or max_tokens)
     batches = [*batches_by_length(docs), *(len(docs) + batch for batch in batches_by_length(asked))]
     return Probe(list(corpus), list(queries), [*docs, *asked], batches, qrels)
 

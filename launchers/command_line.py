@@ -27,12 +27,14 @@ def parse_settings(
     config_flag: str = "--config",
     config_folder: Path | None = None,
     default_config: str | None = None,
+    base_config: str | None = None,
 ) -> Settings:
     """Reads a launcher's settings from `argv` (default: the process's own).
 
     `config_flag FILE.yaml` gives values for any of the fields; with `config_folder`, a bare NAME means
-    `config_folder/NAME.yaml`. `default_config` is the file or name taken when the flag is absent. A flag wins over the
-    file wherever it stands. Lists are written `--tasks mkp cmp` or `--tasks mkp,cmp`, booleans `--fresh` or
+    `config_folder/NAME.yaml`. `default_config` is the file or name taken when the flag is absent; `base_config` one
+    that is always read first, so that the flag's file only changes some of it. A flag wins over the files wherever it
+    stands. Lists are written `--tasks mkp cmp` or `--tasks mkp,cmp`, booleans `--fresh` or
     `--fresh=false`. `--help` and `--print_config` print and leave the process with exit code 0.
 
     Raises SettingsError for an unknown key or flag (naming the nearest known one) and for a value of the wrong type.
@@ -50,10 +52,11 @@ def parse_settings(
 
     arguments = normalise(list(sys.argv[1:] if argv is None else argv), settings_class, config_flag)
     config, flags = take_config(arguments, config_flag, default_config)
-    if config is not None:
-        path = find_config(config, config_flag, config_folder)
-        check_keys(path, settings_class)
-        flags = [f"{config_flag}={path}", *flags]
+    for name in (config, base_config):
+        if name is not None:
+            path = find_config(name, config_flag, config_folder)
+            check_keys(path, settings_class)
+            flags = [f"{config_flag}={path}", *flags]
     try:
         parsed = parser.parse_args(flags)
     except Exception as error:

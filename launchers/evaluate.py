@@ -41,6 +41,8 @@ class EvaluateSettings:
     """What to do with lines of qrels and runs that name unknown queries or passages."""
     no_positives: Literal["stop", "keep", "drop"] = "stop"
     """What to do with judged queries without a relevant passage: keep counts them as 0, as ir-measures does."""
+    ignore_identical_ids: bool = False
+    """Leave out of the runs a passage that has its query's id, as BEIR's evaluation does (ArguAna, Quora)."""
     answers: str | None = None
     """Answers for answer match: DPR's .json or .csv, or JSONL with query_id and answers; needs --corpus."""
     answer_depths: tuple[int, ...] = (20, 100)
@@ -86,7 +88,9 @@ def main() -> None:
     results = []
     for name in ("run", "compare"):
         if name in inputs:
-            run, dropped[name] = evaluation.load_run(inputs[name], queries, passages, drop)
+            run, dropped[name] = evaluation.load_run(
+                inputs[name], queries, passages, drop, settings.ignore_identical_ids
+            )
             results.append(evaluation.judge(run, judgement))
     record = evaluation.make_record(results[0], inputs, settings.relevant_from, *results[1:]) | {"dropped": dropped}
     print(evaluation.format_table(record))

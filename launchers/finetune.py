@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments,
             config_flag="--recipe",
             config_folder=RECIPES,
-            default_config=stage_named_in(arguments),
+            base_config=stage_named_in(arguments),
         )
         check_settings(settings, find_problems(settings), environment.world_size)  # at once: imports take seconds
         from quincunx.engine.retrieval.finetuning import finetune
@@ -47,10 +47,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stage_named_in(arguments: Sequence[str]) -> str:
-    """The recipe to start from: that of `--stage`, else retriever1's."""
+    """The stage whose recipe is read first: that of `--stage`, else that of the `--recipe` file, else retriever1."""
     words = " ".join(arguments).replace("=", " ").split()
     named = [value for flag, value in itertools.pairwise(words) if flag == "--stage"]
-    return named[-1] if named and named[-1] in STAGES else STAGES[0]
+    named += [stage_in(Path(value)) for flag, value in itertools.pairwise(words) if flag == "--recipe"]
+    return next((stage for stage in named if stage in STAGES), STAGES[0])
+
+
+def stage_in(recipe: Path) -> str | None:
+    """The stage of `--recipe NAME`, or of a YAML file; None where it names none (errors are said later)."""
+    import yaml
+
+    if not recipe.is_file():
+        return recipe.name
+    try:
+        content = yaml.safe_load(recipe.read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    return content.get("stage") if isinstance(content, dict) else None
 
 
 if __name__ == "__main__":

@@ -257,7 +257,7 @@ def resolved(name: str, script: str, words: list[str], inputs: Mapping[str, Path
     if script == "pretrain.py":
         options = {"config_folder": pretrain.RECIPES, "default_config": pretrain.DEFAULT_RECIPE}
     elif script == "finetune.py":
-        options = {"config_folder": finetune.RECIPES, "default_config": finetune.stage_named_in(words)}
+        options = {"config_folder": finetune.RECIPES, "base_config": finetune.stage_named_in(words)}
     flag = "--recipe" if options else "--config"
     kind = CLASSES[script]
     try:

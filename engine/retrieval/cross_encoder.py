@@ -65,7 +65,8 @@ class CrossEncoder(nn.Module):
             max_length=pairs.max_length,
             **arguments,
         ).last_hidden_state[0]
-        logits_SC = self._head(hidden_TD, pairs)
+        with torch.autocast(hidden_TD.device.type, enabled=False):  # 8 bits of a score would tie many pairs
+            logits_SC = self._head(hidden_TD.to(next(self.model.classifier.parameters()).dtype), pairs)
         return logits_SC[:, 0] if logits_SC.shape[1] == 1 else logits_SC
 
     def _head(self, hidden_TD: torch.Tensor, pairs: TensorText) -> torch.Tensor:

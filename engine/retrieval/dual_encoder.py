@@ -121,9 +121,15 @@ class Retriever:
         return self.query_prompt if kind == "query" else self.passage_prompt
 
 
-def model_digest(model: DualEncoder, tokenizer: Any) -> str:
-    """xxh3_64 (16 hex digits) of weights, pooling, normalisation and tokenizer: who shares it gives equal vectors."""
-    digest = xxhash.xxh3_64(f"{model.pooling} {model.normalise} {tokenizer_digest(tokenizer)}".encode())
+def model_digest(model: DualEncoder, tokenizer: Any, prompts: tuple[str, str] = ("", "")) -> str:
+    """xxh3_64 (16 hex digits): who shares it gives equal vectors for texts that are not cut.
+
+    Of weights, pooling, normalisation, tokenizer and the prompts of queries and passages.
+    """
+    said = f"{model.pooling} {model.normalise} {tokenizer_digest(tokenizer)}"
+    if any(prompts):
+        said += f" {prompts!r}"
+    digest = xxhash.xxh3_64(said.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
@@ -213,6 +219,7 @@ def load_retriever(
                 f"max_{kind}_tokens is {given}; {name} reads 3 to {encoder.max_length} tokens: give a number among them"
             )
         limits[kind] = given or min(said or encoder.max_length, encoder.max_length)
+    prompts = (layout.query_prompt, layout.passage_prompt) if layout else ("", "")
     model = DualEncoder(
         passage,
         query,
@@ -224,9 +231,9 @@ def load_retriever(
         tokenizer=tokenizer,
         max_query_tokens=limits["query"],
         max_passage_tokens=limits["passage"],
-        digest=model_digest(model, tokenizer),
-        query_prompt=layout.query_prompt if layout else "",
-        passage_prompt=layout.passage_prompt if layout else "",
+        digest=model_digest(model, tokenizer, prompts),
+        query_prompt=prompts[0],
+        passage_prompt=prompts[1],
     )
 
 
@@ -250,6 +257,8 @@ def save_retriever(
     *,
     max_query_tokens: int,
     max_passage_tokens: int,
+    query_prompt: str = "",
+    passage_prompt: str = "",
     card: str,
 ) -> None:
     """Writes a folder that SentenceTransformer and load_retriever load; replaces `folder` at once, when all is written.
@@ -270,6 +279,8 @@ def save_retriever(
         normalise=model.normalise,
         max_query_tokens=max_query_tokens,
         max_passage_tokens=max_passage_tokens,
+        query_prompt=query_prompt,
+        passage_prompt=passage_prompt,
         separate=not model.shared,
     )
     for kind, place in places.items():

@@ -101,12 +101,22 @@ def load_qrels(
 
 
 def load_run(
-    path: str, queries: Collection | None = None, passages: Collection | None = None, drop_unknown: bool = False
+    path: str,
+    queries: Collection | None = None,
+    passages: Collection | None = None,
+    drop_unknown: bool = False,
+    drop_identical: bool = False,
 ) -> tuple[Run, dict[str, int]]:
-    """A run whose ids are known, and the counts of what was dropped. Raises DataError as read_run, check_against."""
+    """A run whose ids are known, and the counts of what was dropped. Raises DataError as read_run, check_against.
+
+    drop_identical: without passages that have their query's id, as BEIR evaluates.
+    """
     hint = ", or leave such lines out with --unknown_ids drop"
     run, dropped = check_against(read_run(path), queries, passages, path, drop_unknown, hint)
-    return run, {"unknown_queries": dropped["queries"], "unknown_passages": dropped["passages"]}
+    counts = {"unknown_queries": dropped["queries"], "unknown_passages": dropped["passages"]}
+    if drop_identical:
+        counts["identical_ids"] = sum(scores.pop(query_id, None) is not None for query_id, scores in run.items())
+    return run, counts
 
 
 def judge(run: Run, judgement: Judgement) -> Result:

@@ -49,13 +49,14 @@ def export_finetuned(run_folder: Path, output: Path) -> list[Path]:
     plot = plot_losses(run_folder, output / PLOT_FILE)
     if settings["stage"] == "reranker":
         loaded, save, name, usage = load_reranker(str(model_folder)), save_reranker, "reranker", RERANKER_USAGE
-        limits = {"max_tokens": settings["max_pair_tokens"]}
+        options = {"max_tokens": settings["max_pair_tokens"]}
     else:
         loaded, save, name, usage = load_retriever(str(model_folder)), save_retriever, "retriever", RETRIEVER_USAGE
-        limits = {key: settings[key] for key in ("max_query_tokens", "max_passage_tokens")}
+        options = {key: settings[key] for key in ("max_query_tokens", "max_passage_tokens")}
+        options |= {"query_prompt": loaded.query_prompt, "passage_prompt": loaded.passage_prompt}
     folder = output / name
     card = finetuned_card(run_folder, checkpoint, usage, plot)
-    save(folder, loaded.model, weights, loaded.tokenizer, card=card, **limits)
+    save(folder, loaded.model, weights, loaded.tokenizer, card=card, **options)
     paths = [folder / "README.md"]
     if plot:
         (folder / PLOT_FILE).write_bytes((output / PLOT_FILE).read_bytes())
@@ -76,7 +77,7 @@ def finetuned_card(run_folder: Path, checkpoint: Checkpoint, usage: str, plot: b
     }
     private = {*FinetuneSettings.MACHINE_FIELDS, *FinetuneSettings.DATA_FIELDS}
     learned = {key: value for key, value in settings.items() if key not in private}
-    names = ("candidates", "corpus", "queries")
+    names = ("candidates", "corpus", "queries", "starting model")
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {run_folder.resolve().name}",
         f"A {'reranker (cross-encoder)' if reranker else 'dense retriever'}, stage {settings['stage']}, fine-tuned "

@@ -38,6 +38,7 @@ class FinetuneJob:
     stream: Stream
     probe: Probe | None
     dataset_ids: list[str]
+    """Of candidates, passages, queries, and the model that training starts from."""
 
     @property
     def model(self) -> torch.nn.Module:

@@ -16,9 +16,10 @@ class FinetuneSettings(RunSettings):
     """Settings of a fine-tuning run."""
 
     STREAM_FIELDS: ClassVar = ("seed", "global_batch", "num_negatives")
-    MODEL_FIELDS: ClassVar = ("stage", "encoder", "towers", "pooling", "normalise")
-    DATA_FIELDS: ClassVar = ("candidates", "corpus", "queries")
-    LOCAL_FIELDS: ClassVar = (*RunSettings.LOCAL_FIELDS, "candidates", "corpus", "queries")
+    MODEL_FIELDS: ClassVar = ("stage", "towers", "pooling", "normalise")
+    MACHINE_FIELDS: ClassVar = (*RunSettings.MACHINE_FIELDS, "probe_split")
+    DATA_FIELDS: ClassVar = ("encoder", "candidates", "corpus", "queries")
+    LOCAL_FIELDS: ClassVar = (*RunSettings.LOCAL_FIELDS, *DATA_FIELDS)
 
     stage: Literal["retriever1", "retriever2", "reranker", "distil"] = "retriever1"
     """What is trained: a dual encoder (retriever1 on BM25's negatives, retriever2 on mined ones, distil on a teacher's
@@ -60,7 +61,7 @@ class FinetuneSettings(RunSettings):
     normalise: bool = True
     """Vectors of length 1 (cosine); false is the plain dot product."""
     temperature: float = 0.02
-    """Scores are divided by it before the softmax (SimLM: 0.02 with length 1; 1 for plain dot products)."""
+    """A retriever's scores are divided by it in every loss (SimLM: 0.02 with length 1; 1 for plain dot products)."""
     all_pairs: bool = False
     """Also contrast positive with queries, query with queries and positive with positives (SimLM's k-q, q-q, k-k)."""
     mask_known_positives: bool = True

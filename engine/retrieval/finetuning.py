@@ -11,7 +11,7 @@ from quincunx.engine.deepspeed_config import check_settings, fill_config
 from quincunx.engine.environment import Environment, choose_device
 from quincunx.engine.host_memory import return_freed_memory
 from quincunx.engine.probe import load_probe
-from quincunx.engine.retrieval.candidates import read_candidates
+from quincunx.engine.retrieval.candidates import iterate_candidates
 from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.retrieval.cross_encoder import Reranker, load_reranker
 from quincunx.engine.retrieval.dual_encoder import DualEncoder, Retriever, load_retriever
@@ -56,7 +56,10 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
             loaded.tokenizer,
             settings.max_passage_tokens,
             settings.max_query_tokens,
-            settings.probe_split,
+            split=settings.probe_split,
+            titles=settings.titles,
+            query_prompt=loaded.query_prompt,
+            passage_prompt=loaded.passage_prompt,
         )
     return (RerankerJob if settings.is_reranker else RetrieverJob)(
         settings=settings,
@@ -67,14 +70,19 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
         loaded=loaded,
         stream=stream,
         probe=probe,
-        dataset_ids=[file_digest(settings.candidates), groups.passages.digest, groups.queries.digest],
+        dataset_ids=[
+            file_digest(settings.candidates),
+            groups.passages.digest,
+            groups.queries.digest,
+            loaded.digest,
+        ],
     )
 
 
 def read_groups(settings: FinetuneSettings) -> Groups:
     """The training queries with their candidates. Raises DataError."""
     return Groups(
-        read_candidates(settings.candidates),
+        iterate_candidates(settings.candidates),
         read_queries(settings.queries),
         read_passages(settings.corpus, titles=settings.titles),
         num_hard_negatives=settings.num_negatives,

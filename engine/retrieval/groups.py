@@ -9,7 +9,8 @@ random passages have not, it gets its own negatives again.
 Letters: B queries of a micro-batch, G passages of a query's group, P the most positives that any query has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ class Groups:
 
     def __init__(
         self,
-        candidates: Sequence[Candidates],
+        candidates: Iterable[Candidates],
         queries: Collection,
         passages: Collection,
         *,
@@ -50,13 +51,22 @@ class Groups:
     ):
         if num_hard_negatives < with_scores:
             raise SettingsError(f"num_hard_negatives is {num_hard_negatives}: allowed are integers from {+with_scores}")
-        _check(candidates, with_scores)
         self.queries, self.passages, self.group = queries, passages, 1 + num_hard_negatives
-        self.query_rows = _known_rows(queries, [row.query_id for row in candidates], "queries")
+        query_ids: list[str] = []
+        positives: list[_Lists] = []
+        negatives: list[_Lists] = []
+        rest = iter(candidates)
+        while part := list(islice(rest, QUERIES_AT_ONCE)):  # so that only arrays of them all stand in memory
+            _check(part, with_scores)
+            query_ids += [row.query_id for row in part]
+            positives.append(_flatten(part, "positives", passages, with_scores))
+            negatives.append(_flatten(part, "negatives", passages, with_scores))
+        if not query_ids:
+            raise DataError("there are no training queries: give candidates of at least one")
+        self.query_rows = _known_rows(queries, query_ids, "queries")
         """int64 [queries], row in the collection of queries."""
-        self._positives = _flatten(candidates, "positives", passages, with_scores)
-        self._negatives = _flatten(candidates, "negatives", passages, with_scores)
-        self._keys = _query_keys(seed, np.array([_id_hash(row.query_id) for row in candidates], np.int64))
+        self._positives, self._negatives = _join(positives), _join(negatives)
+        self._keys = _query_keys(seed, np.array([_id_hash(query_id) for query_id in query_ids], np.int64))
         self._repeat = with_scores
         self.max_positives = int(self._positives.sizes.max())
         """P"""
@@ -104,15 +114,13 @@ class _Lists(NamedTuple):
     """int32 [entries], row in the collection of passages."""
     scores: np.ndarray | None
     """float32 [entries]"""
-    starts: np.ndarray
-    """int64 [queries]"""
     sizes: np.ndarray
+    """int64 [queries]"""
+    starts: np.ndarray
     """int64 [queries]"""
 
 
 def _check(candidates: Sequence[Candidates], with_scores: bool) -> None:
-    if not candidates:
-        raise DataError("there are no training queries: give candidates of at least one")
     try:
         for row in candidates:
             check_candidates(row)
@@ -125,18 +133,18 @@ def _check(candidates: Sequence[Candidates], with_scores: bool) -> None:
 
 def _flatten(candidates: Sequence[Candidates], side: str, passages: Collection, with_scores: bool) -> _Lists:
     assert len(passages) < 2**31
+    ids = [id for row in candidates for id in getattr(row, side)]
+    scores = None
+    if with_scores:
+        scores = np.array([row.scores[id] for row in candidates for id in getattr(row, side)], np.float32)
     sizes = np.array([len(getattr(row, side)) for row in candidates], np.int64)
-    rows = np.empty(sizes.sum(), np.int32)
-    scores = np.empty(len(rows), np.float32) if with_scores else None
-    at = 0
-    for start in range(0, len(candidates), QUERIES_AT_ONCE):
-        part = candidates[start : start + QUERIES_AT_ONCE]
-        ids = [id for row in part for id in getattr(row, side)]
-        rows[at : at + len(ids)] = _known_rows(passages, ids, "passages")
-        if scores is not None:
-            scores[at : at + len(ids)] = [row.scores[id] for row in part for id in getattr(row, side)]
-        at += len(ids)
-    return _Lists(rows, scores, np.cumsum(sizes) - sizes, sizes)
+    return _Lists(_known_rows(passages, ids, "passages").astype(np.int32), scores, sizes, np.cumsum(sizes) - sizes)
+
+
+def _join(parts: Sequence[_Lists]) -> _Lists:
+    sizes = np.concatenate([part.sizes for part in parts])
+    scores = None if parts[0].scores is None else np.concatenate([part.scores for part in parts])
+    return _Lists(np.concatenate([part.rows for part in parts]), scores, sizes, np.cumsum(sizes) - sizes)
 
 
 def _known_rows(collection: Collection, ids: list[str], kind: str) -> np.ndarray:

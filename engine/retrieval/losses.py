@@ -141,7 +141,7 @@ def margin_mse_loss(student_BG: Tensor, teacher_BG: Tensor) -> Tensor:
     """Mean over the negatives of (student's margin - teacher's margin) squared, [B]; margin: positive - negative.
 
     Hofstaetter and others, Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation,
-    2020. Margins are compared in the scores' own units: pass the student's without a temperature.
+    2020. Margins are compared in the scores' own units: those of unit vectors, at most 2 apart, need a temperature.
     """
     student_BG, teacher_BG = _widened(student_BG), _widened(teacher_BG).detach()
     return ((student_BG[:, :1] - student_BG[:, 1:]) - (teacher_BG[:, :1] - teacher_BG[:, 1:])).square().mean(1)

@@ -32,7 +32,7 @@ STAGES_FOLDER = "stages"
 REPLACED_FOLDER = "replaced"
 LOCK_FILE = "pipeline.lock"
 PACKAGES = ("torch", "transformers", "deepspeed", "sentence-transformers", "faiss-cpu", "bm25s", "ir-measures")
-CACHES = "index-*.faiss*"
+CACHES = ("index-*", ".index-*")
 """What search.py keeps in a folder of embeddings belongs to no stage's output."""
 MOST_NAMED = 4
 
@@ -93,7 +93,9 @@ class Pipeline:
         """Digest of a file or of a folder's names and files; taken once unless a size or time has changed."""
         files = [path]
         if path.is_dir():
-            files = sorted(part for part in path.rglob("*") if part.is_file() and not part.match(CACHES))
+            files = sorted(
+                part for part in path.rglob("*") if part.is_file() and not any(part.match(cache) for cache in CACHES)
+            )
         state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         if self._digests.get(path, (None,))[0] != state:
             named = [(str(file.relative_to(path)), file_digest(file)) for file in files]
@@ -219,6 +221,7 @@ class Pipeline:
                 "versions": versions(),
             },
         )
+        self.begun_path(stage).unlink()
         return EXIT_PREEMPTED if stopping.requested and stage is not self.stages[-1] else 0
 
     def preview(self, stages: Sequence[Stage] | None = None) -> None:

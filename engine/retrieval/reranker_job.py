@@ -48,8 +48,10 @@ class RerankerJob(FinetuneJob):
         save_reranker(folder / MODEL_FOLDER, self.model, None, self.loaded.tokenizer, max_tokens=max_tokens, card=card)
 
     def flops(self, batch: RerankerBatch) -> float:
-        """Of all candidates once forward and backward; a chosen part or a second dropout pass is not counted."""
-        return 3 * 2 * encoder_multiply_adds(self.model.config, np.diff(batch.pairs.cu_seqlens))
+        """Of what is read with a graph, forward and backward, and of the choice's forward before it."""
+        forward = 2 * encoder_multiply_adds(self.model.config, np.diff(batch.pairs.cu_seqlens))
+        share = (self.settings.gradient_candidates or batch.group) / batch.group
+        return forward * (3 * share * (2 if self.settings.r_drop else 1) + (share < 1))
 
     def forward_passes(
         self, engine: Any, batches: list[RerankerBatch], label_counts: torch.Tensor, seeds: list[int]
@@ -61,8 +63,10 @@ class RerankerJob(FinetuneJob):
             num_queries, num_candidates = len(batch), self.settings.gradient_candidates or batch.group
             pairs = np.arange(num_queries * batch.group).reshape(num_queries, batch.group)
             if num_candidates < batch.group:
+                self.model.eval()  # chosen without dropout, as the published code does
                 with torch.no_grad():
                     scores_BG = self._scores(engine, batch, pairs, device)
+                self.model.train()
                 hardest = scores_BG[:, 1:].topk(num_candidates - 1, dim=1).indices.cpu().numpy() + 1
                 pairs = np.take_along_axis(pairs, np.pad(hardest, ((0, 0), (1, 0))), axis=1)
             if self.settings.r_drop:

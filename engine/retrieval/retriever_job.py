@@ -68,6 +68,8 @@ class RetrieverJob(FinetuneJob):
             self.loaded.tokenizer,
             max_query_tokens=self.settings.max_query_tokens,
             max_passage_tokens=self.settings.max_passage_tokens,
+            query_prompt=self.loaded.query_prompt,
+            passage_prompt=self.loaded.passage_prompt,
             card=f"Where this run started: {self.settings.encoder}\n",
         )
 
@@ -131,7 +133,7 @@ class RetrieverJob(FinetuneJob):
             if settings.distil_loss == "kl":
                 losses.insert(0, kl_loss(student_BG / settings.temperature, teacher_BG))
             else:
-                losses.insert(0, margin_mse_loss(student_BG, teacher_BG))
+                losses.insert(0, margin_mse_loss(student_BG / settings.temperature, teacher_BG))
             firsts.insert(0, student_BG.argmax(1) == teacher_BG.argmax(1))
         weights = torch.tensor(self.task_weights, device=device)
         sums = torch.stack([part.sum() for part in losses])

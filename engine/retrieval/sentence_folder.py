@@ -167,6 +167,8 @@ def write_sentence_folder(
     normalise: bool,
     max_query_tokens: int,
     max_passage_tokens: int,
+    query_prompt: str,
+    passage_prompt: str,
     separate: bool,
 ) -> dict[str, Path]:
     """Writes every file of the layout but the encoders' own; returns where those belong.
@@ -203,7 +205,8 @@ def write_sentence_folder(
         for index, (path, kind) in enumerate(modules)
     ]
     _write(folder / "modules.json", listed)
-    _write(folder / SETTINGS_FILE, {"similarity_fn_name": "cosine" if normalise else "dot", "prompts": {}})
+    prompts = {name: prompt for name, prompt in (("query", query_prompt), ("document", passage_prompt)) if prompt}
+    _write(folder / SETTINGS_FILE, {"similarity_fn_name": "cosine" if normalise else "dot", "prompts": prompts})
     _write(folder / OWN_FILE, {"max_query_tokens": max_query_tokens, "max_passage_tokens": max_passage_tokens})
     return {kind: place for kind, (place, _, _) in places.items()}
 

@@ -255,7 +255,7 @@ def test_separate_towers_part_and_export_as_two(train, tiny, tmp_path):
         ({"candidates": "foreign.jsonl"}, 3, "p99"),
         ({"candidates": "positive_negative.jsonl"}, 3, "is one of its positives"),
         ({"candidates": "no_positive.jsonl"}, 3, "has no positive"),
-        ({"candidates": "empty.jsonl"}, 3, "holds no candidates"),
+        ({"candidates": "empty.jsonl"}, 3, "there are no training queries"),
     ],
 )
 def test_bad_input_is_one_sentence_and_an_exit_code(settings, code, words, tiny, tmp_path, monkeypatch, capsys):
