@@ -27,7 +27,7 @@ def write_bundle(folder: Path, weights: "dict[str, torch.Tensor]", description: 
     """Adds the LM head and decoders to an encoder folder.
 
     weights: every parameter of the PretrainModel outside the encoder, by its name there. description: plain values for
-    bundle.json; `tasks` ({name: "masked" | "enhanced"}) is what load_bundle reads.
+    bundle.json; load_bundle reads `tasks` ({name: "masked" | "enhanced"}) and `shared_decoder` (absent: false).
     """
     from safetensors.torch import save_file
 
@@ -47,7 +47,8 @@ def load_bundle(model: Any, folder: Path, report: Callable[[str], None] = print)
     report: told which decoders of the run the bundle lacks; they keep their fresh weights.
 
     Raises:
-        CheckpointError: a damaged bundle, one of a newer version, or weights of another shape or decoder kind.
+        CheckpointError: a damaged bundle, one of a newer version, weights of another shape or decoder kind, or one
+            decoder for all tasks on one side and one for each on the other.
     """
     from safetensors.torch import load_file
 
@@ -61,6 +62,14 @@ def load_bundle(model: Any, folder: Path, report: Callable[[str], None] = print)
         raise CheckpointError(
             f"the bundle {folder} has format {version}, this quincunx reads {FORMAT_VERSION}: update it"
         )
+    shared = content.get("shared_decoder", False)
+    if tasks and model.tasks and shared != model.shared_decoder:
+        raise CheckpointError(
+            f"the bundle {folder} has one decoder for {'all tasks' if shared else 'each task'}, the recipe does not: "
+            f"set --shared_decoder {str(shared).lower()}, or start from the plain encoder folder"
+        )
+    if shared and tasks:  # its decoder serves any task
+        tasks = dict.fromkeys([task.name for task in model.tasks], next(iter(tasks.values())))
     for task in model.tasks:
         if tasks.get(task.name, task.decoder) != task.decoder:
             raise CheckpointError(
@@ -69,7 +78,8 @@ def load_bundle(model: Any, folder: Path, report: Callable[[str], None] = print)
             )
     fresh = [task.name for task in model.tasks if task.name not in tasks]
     own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
-    wanted = {name for name in own if not (name.startswith("decoders.") and name.split(".")[1] in fresh)}
+    fresh_decoders = tuple(f"decoders.{model.decoder_name(task)}." for task in fresh)
+    wanted = {name for name in own if not name.startswith(fresh_decoders)}
     wrong = [name for name in sorted(wanted) if name not in weights or weights[name].shape != own[name].shape]
     if wrong:
         raise CheckpointError(

@@ -27,6 +27,9 @@ from quincunx.engine.lm_head import LMHead, TiedRows, make_lm_head, norm_eps
 from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, empty_task
 from quincunx.kernels.launching import Implementation
 
+SHARED = "shared"
+"""Name of the decoder that all tasks share; no task is called so."""
+
 
 class StepOutput(NamedTuple):
     """What a micro-batch gives; vectors hold the encoder's task first, then the others in the recipe's order."""
@@ -54,15 +57,20 @@ class PretrainModel(nn.Module):
         query_stream: Literal["raw", "embedded"],
         dropout: float,
         max_tokens: int,
+        shared_decoder: bool = False,
         kernels: Implementation = "auto",
     ):
-        """`max_tokens` sizes a position table of the decoders' own where the encoder has none of width D."""
+        """`max_tokens` sizes a position table of the decoders' own where the encoder has none of width D.
+
+        `shared_decoder`: all tasks, whose decoders must then be of one kind, decode through one module.
+        """
         super().__init__()
         config = encoder.config
         self.encoder = encoder
         self.lm_head = lm_head
         self.tasks = tuple(tasks)
         self.query_stream = query_stream
+        self.shared_decoder = shared_decoder
         self.kernels = kernels
         self.task_names = ("mlm", *(task.name for task in tasks))
         shape = LayerShape(
@@ -76,9 +84,10 @@ class PretrainModel(nn.Module):
             init_std=getattr(config, "initializer_range", 0.02),
         )
         self.decoders = nn.ModuleDict()
-        for task in tasks:
-            masked = task.decoder == "masked"
-            self.decoders[task.name] = MaskedDecoder(shape, decoder_layers) if masked else EnhancedDecoder(shape)
+        assert not shared_decoder or len({task.decoder for task in tasks}) <= 1, "a shared decoder has one kind"
+        for name, kind in {self.decoder_name(task.name): task.decoder for task in tasks}.items():
+            masked = kind == "masked"
+            self.decoders[name] = MaskedDecoder(shape, decoder_layers) if masked else EnhancedDecoder(shape)
         any_enhanced = any(task.decoder == "enhanced" for task in tasks)
         table = encoder.position_embeddings
         if any_enhanced and query_stream == "embedded" and encoder.word_embeddings.embedding_dim != shape.hidden:
@@ -93,6 +102,13 @@ class PretrainModel(nn.Module):
             nn.init.normal_(self.position_table.weight, std=shape.init_std)
         lambdas = torch.tensor([1.0, *(task.weight for task in tasks)])
         self.register_buffer("lambdas", lambdas, persistent=False)
+
+    def decoder_name(self, task: str) -> str:
+        """Name in `decoders` of the decoder that a task uses: the task's own, or that of all."""
+        return SHARED if self.shared_decoder else task
+
+    def decoder_of(self, task: str) -> MaskedDecoder | EnhancedDecoder:
+        return self.decoders[self.decoder_name(task)]
 
     def encode(self, text: TensorText) -> torch.Tensor:
         """Sentence vectors [S, D]: final hidden states of [CLS], no pooler."""
@@ -160,7 +176,7 @@ class PretrainModel(nn.Module):
         """Hidden states [M, D] of the labelled rows by task."""
         decoded, enhanced = {}, []
         for spec in self.tasks:
-            decoder, stream = self.decoders[spec.name], streams[spec.name]
+            decoder, stream = self.decoder_of(spec.name), streams[spec.name]
             if spec.decoder == "masked":
                 decoded[spec.name] = decoder(stream.context_TD, stream.task)
             elif self.query_stream == "embedded":
@@ -172,7 +188,7 @@ class PretrainModel(nn.Module):
         if enhanced:
             members = [streams[name] for name in enhanced]
             positions_PD = self._positions(max(stream.task.text.max_length for stream in members))
-            decoders = [self.decoders[name] for name in enhanced]
+            decoders = [self.decoder_of(name) for name in enhanced]
             decoded |= zip(enhanced, decode_enhanced(decoders, members, positions_PD, self.kernels), strict=True)
         return decoded
 
@@ -198,6 +214,7 @@ def build_model(
     decoder_layers: int = 2,
     decoder_init: Literal["random", "encoder"] = "random",
     query_stream: Literal["raw", "embedded"] = "raw",
+    shared_decoder: bool = False,
     dropout: float | None = None,
     from_scratch: ScratchShape | None = None,
     vocab_size: int | None = None,
@@ -229,6 +246,7 @@ def build_model(
         query_stream=query_stream,
         dropout=dropout,
         max_tokens=max_tokens,
+        shared_decoder=shared_decoder,
         kernels=kernels,
     )
     if decoder_init == "encoder":

@@ -246,6 +246,7 @@ def make_model(settings: PretrainSettings, shard_set: ShardSet, report: Callable
         decoder_layers=settings.decoder_layers,
         decoder_init=settings.decoder_init,
         query_stream=settings.query_stream,
+        shared_decoder=settings.shared_decoder,
         dropout=settings.dropout,
         from_scratch=shape,
         vocab_size=shard_set.manifest.vocab_size,

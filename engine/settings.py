@@ -18,7 +18,7 @@ class PretrainSettings(RunSettings):
     STREAM_FIELDS: ClassVar = ("seed", "global_batch", "max_tokens", "neighbour")
     MODEL_FIELDS: ClassVar = (
         "encoder", "from_scratch", "hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions",
-        "tasks", "decoder", "decoder_layers", "query_stream",
+        "tasks", "decoder", "decoder_layers", "query_stream", "shared_decoder",
     )  # fmt: skip
     MACHINE_FIELDS: ClassVar = (
         *RunSettings.MACHINE_FIELDS, "kernels", "held_out_every", "held_out_passages", "cache", "cache_gb",
@@ -64,6 +64,8 @@ class PretrainSettings(RunSettings):
     query_stream: Literal["raw", "embedded"] = "raw"
     """Query stream of an enhanced decoder: raw h + position (RetroMAE's code), or passed through the embedding layer's
     LayerNorm and dropout (its FlagEmbedding fork)."""
+    shared_decoder: bool = False
+    """All tasks decode through one decoder instead of one each (MASTER's ablation, Table 6)."""
     task_weights: list[float] | None = None
     """Weight lambda of each task's loss, in the order of tasks (default: 1 each); the encoder's own loss has 1."""
     encoder_mask_rate: float = 0.30
@@ -155,6 +157,8 @@ def find_idle_settings(settings: PretrainSettings) -> list[str]:
         idle("decoder_layers", "an enhanced decoder has one layer")
     else:
         idle("query_stream", "only an enhanced decoder has a query stream")
+    if len(settings.tasks) < 2:
+        idle("shared_decoder", f"there {'is one task' if settings.tasks else 'are no tasks'} to decode")
     if settings.probe is None:
         idle("probe_every", "no probe folder is given")
     if settings.held_out_every == 0:

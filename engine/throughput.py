@@ -96,7 +96,7 @@ def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
         lengths = np.diff(task.text.cu_seqlens).astype(np.float64)
         squares = (lengths**2).sum()
         if spec.decoder == "masked":
-            whole_layers = len(model.decoders[spec.name].layers) - 1
+            whole_layers = len(model.decoder_of(spec.name).layers) - 1
             multiply_adds += whole_layers * ((4 * width**2 + 2 * width * inner) * tokens + 2 * width * squares)
         # The last (or only) layer: keys and values of all tokens, the rest at labelled rows.
         multiply_adds += 2 * width**2 * tokens + (2 * width**2 + 2 * width * inner) * labels

@@ -91,11 +91,12 @@ def masked_softmax_attention(
 ) -> torch.Tensor:
     """Attention of padded groups, [G, H, R, C]; `visible` broadcasts to [G, H, R, L], every row must see something.
 
-    On a CPU short float32 sequences take plain matrix products: as fast as SDPA's flash kernel there, whose exponential
-    has 20 bits (its gradients of MASTER's reference case were 1.3e-4 off the published code's, these 3e-5).
+    On a CPU short float32 sequences in training take plain matrix products: as fast there as SDPA's flash kernel, whose
+    exponential has 20 bits (its gradients of MASTER's reference case were 1.3e-4 off the published code's, these 3e-5).
+    Without a backward pass SDPA is faster.
     """
     is_half = q_GHRC.dtype in (torch.float16, torch.bfloat16)
-    if q_GHRC.is_cuda or is_half or k_GHLC.shape[2] > LONGEST_PLAIN:
+    if q_GHRC.is_cuda or is_half or k_GHLC.shape[2] > LONGEST_PLAIN or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q_GHRC, k_GHLC, v_GHLC, attn_mask=visible, scale=scale)
     scale = q_GHRC.shape[-1] ** -0.5 if scale is None else scale
     scores_GHRL = (q_GHRC * scale) @ k_GHLC.transpose(-1, -2)
@@ -154,13 +155,15 @@ class PaddedGroups:
             self.shapes.append(real.shape)
             self.real.append(None if real.all() else torch.from_numpy(real).to(device))
         source, real = np.concatenate(sources), np.concatenate(reals)
+        # Sequences of one length, or of few, longest first: every row is where it should be, nothing needs to move.
+        self.in_place = np.array_equal(source, np.arange(self.num_rows))
         self.source = torch.from_numpy(source).to(device)
         self.real_places = torch.from_numpy(np.flatnonzero(real)).to(device)
         self.real_rows = torch.from_numpy(source[real]).to(device)
 
     def pad(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """[R, H, C] -> [G, H, L, C] for every group."""
-        padded = _Gather.apply(rows, self.source, self.real_places, self.real_rows)
+        padded = rows if self.in_place else _Gather.apply(rows, self.source, self.real_places, self.real_rows)
         parts = padded.split([num * length for num, length in self.shapes])
         return [
             part.view(*shape, *rows.shape[1:]).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)
@@ -176,6 +179,8 @@ class PaddedGroups:
     def unpad(self, groups: list[torch.Tensor]) -> torch.Tensor:
         """[G, H, L, C] of every group -> [R, H, C]."""
         flat = torch.cat([group.transpose(1, 2).flatten(0, 1) for group in groups])
+        if self.in_place:
+            return flat
         place_of_row = torch.empty(self.num_rows, dtype=torch.int64, device=flat.device)
         place_of_row[self.real_rows] = self.real_places
         return _Gather.apply(flat, place_of_row, self.real_rows, self.real_places)

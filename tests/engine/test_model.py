@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
-from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.tasks import TaskSpec
+from quincunx.engine.bundle import load_bundle, write_bundle
 from quincunx.engine.encoder import ScratchShape
 from quincunx.engine.model import PretrainModel, build_model
+from quincunx.engine.optimizer import parameter_groups
 from quincunx.engine.tensors import to_tensors
 
 TASKS = ("mkp", "cmp", "npr", "dor")
@@ -205,6 +207,69 @@ def test_decoders_can_start_as_the_encoders_last_layers():
         assert torch.equal(mine.key_value.weight.chunk(2)[1], other.attention.self.value.weight)
     with pytest.raises(SettingsError, match="BERT-like"):
         make_model("modernbert", decoder="masked", decoder_init="encoder")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "query_stream"), [("masked", "raw"), ("enhanced", "raw"), ("enhanced", "embedded")]
+)
+def test_a_shared_decoder_gets_the_sum_of_the_gradients_that_equal_decoders_of_the_tasks_get(decoder, query_stream):
+    """Tolerance: float32 sums in another order."""
+    shared = make_model(decoder=decoder, query_stream=query_stream, shared_decoder=True)
+    apart = make_model(decoder=decoder, query_stream=query_stream)
+    state = shared.state_dict()
+    copies = {f"decoders.{task}.{name}": value for task in TASKS for name, value in decoder_state(state).items()}
+    apart.load_state_dict({name: value for name, value in state.items() if "decoders." not in name} | copies)
+    passages = make_passages(6, decoder)
+    loss, sums, _, _, gradients = run(shared, passages, decoder, 3)
+    loss_apart, sums_apart, _, _, gradients_apart = run(apart, passages, decoder, 3)
+    torch.testing.assert_close(loss, loss_apart, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums, sums_apart, rtol=1e-6, atol=0)
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        same = [name] if "decoders." not in name else [name.replace(".shared.", f".{task}.") for task in TASKS]
+        assert (sum(gradients_apart[each] for each in same) - gradient).norm() <= 1e-6 * largest, name
+
+
+def decoder_state(state: dict) -> dict:
+    prefix = "decoders.shared."
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("decoder", ["masked", "enhanced"])
+def test_a_shared_decoder_is_one_module_under_one_name(decoder):
+    model = make_model(decoder=decoder, decoder_init="encoder", shared_decoder=True)
+    assert list(model.decoders) == ["shared"]
+    assert all(model.decoder_of(task) is model.decoders["shared"] for task in TASKS)
+    assert {name.split(".")[1] for name in model.state_dict() if name.startswith("decoders.")} == {"shared"}
+    last = model.encoder.model.encoder.layer[-1]
+    assert torch.equal(model.decoder_of("npr").layers[-1].query.weight, last.attention.self.query.weight)
+    grouped = [parameter for group in parameter_groups(model, 0.01) for parameter in group["params"]]
+    assert len(grouped) == len({id(parameter) for parameter in grouped}) == len(list(model.parameters()))
+
+
+def test_a_bundle_gives_a_shared_decoder_back_to_any_tasks(tmp_path):
+    model = make_model(shared_decoder=True)
+    outside = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+    description = {"tasks": dict.fromkeys(TASKS, "enhanced"), "shared_decoder": True}
+    write_bundle(tmp_path, outside, description)
+    for tasks in (TASKS, ("gor", "mkp")):
+        other = make_model(tasks=tasks, shared_decoder=True)
+        for parameter in other.parameters():
+            torch.nn.init.zeros_(parameter)
+        load_bundle(other, tmp_path, lambda line: pytest.fail(line))
+        loaded = other.state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in outside.items())
+    with pytest.raises(CheckpointError, match=r"one decoder for all tasks.*--shared_decoder true"):
+        load_bundle(make_model(), tmp_path)
+    with pytest.raises(CheckpointError, match="kind enhanced for mkp"):
+        load_bundle(make_model(decoder="masked", decoder_layers=1, shared_decoder=True), tmp_path)
+    write_bundle(tmp_path, outside, {"tasks": dict.fromkeys(TASKS, "enhanced")})  # as it was before there were any
+    with pytest.raises(CheckpointError, match=r"one decoder for each task.*--shared_decoder false"):
+        load_bundle(make_model(shared_decoder=True), tmp_path)
+    said = []
+    write_bundle(tmp_path, {name: value for name, value in outside.items() if "lm_head" in name}, {"tasks": {}})
+    load_bundle(make_model(shared_decoder=True), tmp_path, said.append)  # of masked language modelling alone
+    assert len(said) == 1 and "fresh" in said[0]
 
 
 def test_the_same_seed_gives_the_same_model():

@@ -14,7 +14,24 @@ from quincunx.engine.packing import pack, tokenise
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever, model_digest, save_retriever
 from quincunx.engine.tensors import text_to_tensors
 
-WORDS = "amber birch cedar dune elder fern grove heath iris juniper kelp larch moss nettle oak pine".split()
+WORDS = [
+    "amber",
+    "birch",
+    "cedar",
+    "dune",
+    "elder",
+    "fern",
+    "grove",
+    "heath",
+    "iris",
+    "juniper",
+    "kelp",
+    "larch",
+    "moss",
+    "nettle",
+    "oak",
+    "pine",
+]
 DRAW = np.random.default_rng(0)
 TEXTS = [" ".join(DRAW.choice(WORDS, n)) for n in (1, 30, 4, 12, 60, 7, 25, 3)] + ["", "amber [SEP] birch"]
 SIZES = {

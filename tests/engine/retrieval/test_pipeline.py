@@ -161,7 +161,11 @@ def test_a_stage_that_resumes_finds_its_unfinished_work_unless_its_settings_chan
         return pipeline
 
     pipeline = resuming("abc")
-    pipeline.stamp_path(pipeline.stages[1]).unlink()
+    second = pipeline.stages[1]
+    finished = json.loads(pipeline.stamp_path(second).read_text())
+    begun = {key: finished[key] for key in ("digest", "settings", "inputs", "attempts", "reason")}
+    pipeline.begun_path(second).write_text(json.dumps(begun))  # as a kill before the stamp leaves it
+    pipeline.stamp_path(second).unlink()
     checkpoint = folder / "second" / "checkpoint"
     checkpoint.write_text("step 5")
     assert pipeline.run() == 0
@@ -169,6 +173,26 @@ def test_a_stage_that_resumes_finds_its_unfinished_work_unless_its_settings_chan
     assert resuming("aXc").run() == 0
     assert not checkpoint.exists()
     assert (folder / "replaced" / "second-1" / "checkpoint").read_text() == "step 5"
+
+
+def test_removing_a_stamp_makes_a_stage_run_again_from_nothing(folder, corpus):
+    pipeline = chain(folder, corpus, "abc")
+    pipeline.stages[1] = dataclasses.replace(pipeline.stages[1], resumes=True)
+    left_over = folder / "second" / "checkpoint"
+    left_over.write_text("step 5")
+    pipeline.stamp_path(pipeline.stages[1]).unlink()
+    assert pipeline.run() == 0 and not left_over.exists()
+    assert "second" in " ".join(ran(folder))
+
+
+def test_an_index_kept_in_a_folder_of_embeddings_is_no_damage(folder, corpus):
+    """search.py keeps its indexes there: index-hnsw-00000.faiss and .json, and staging names while it writes."""
+    pipeline = chain(folder, corpus, "abc")
+    work = pipeline.stages[0].work
+    before = pipeline.digest_of(work)
+    for name in ("index-hnsw-00000.faiss", "index-hnsw-00000.json", ".index-ivfpq-00000.faiss.tmp7"):
+        (work / name).write_text("x")
+    assert chain(folder, corpus, "abc").digest_of(work) == before
 
 
 def test_a_dry_run_says_what_would_run_and_runs_nothing(folder, corpus, capsys):

@@ -1,0 +1,140 @@
+"""One way to ask for passages, whatever searches (a dual encoder over its embeddings, BM25), and runs written by it."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quincunx.engine.retrieval.collection import Collection, make_collection
+from quincunx.engine.retrieval.files import write_manifest, written_whole
+from quincunx.engine.retrieval.judgements import Qrels, check_against, write_run
+from quincunx.engine.retrieval.parts import is_made
+from quincunx.engine.retrieval.progress import progress_bar
+
+if TYPE_CHECKING:
+    from quincunx.engine.retrieval.dual_encoder import Retriever
+    from quincunx.engine.retrieval.embeddings import Embeddings
+    from quincunx.engine.retrieval.index import Index
+
+RUN = "run"
+QUERIES_AT_ONCE = 4096
+RECALL_DEPTHS = (10, 100)
+
+
+@dataclass(frozen=True)
+class Finder:
+    """A search that is ready for questions."""
+
+    find: Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
+    """(queries, depth) -> (scores [Q, depth], rows [Q, depth]), best first, row -1 where there are no more"""
+    passages: Collection | None
+    """None where only ids are needed"""
+    passage_ids: list[str]
+    """by row"""
+    model: str
+    """What searches, for a reader"""
+    index: str
+    made_by: dict[str, Any]
+    """All that decides the results, for a run's manifest"""
+    recall: Callable[[list[str], int], list[tuple[int, float]]] | None = None
+    """(queries, depth) -> [(K, recall of the exact search's first K)]; None where the search is exact"""
+
+
+def dense_finder(
+    name: str,
+    retriever: "Retriever",
+    embeddings: "Embeddings",
+    passages: Collection | None,
+    index: "Index",
+    **encoding: Any,
+) -> Finder:
+    """Search by the vectors of a retriever. encoding: device, precision and batch_tokens of encode_texts."""
+    from quincunx.engine.retrieval.dual_encoder import encode_texts
+
+    def find(queries: list[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
+        return index.search(encode_texts(retriever, queries, "query", **encoding), depth)
+
+    def recall(queries: list[str], depth: int) -> list[tuple[int, float]]:
+        from quincunx.engine.retrieval.index import search
+        from quincunx.engine.retrieval.top_results import recall_against_exact
+
+        queries_QD = encode_texts(retriever, queries, "query", **encoding)
+        _, exact_QK = search(queries_QD, embeddings, depth, "exact", device=index.device)
+        _, rows_QK = index.search(queries_QD, depth)
+        depths = sorted({k for k in RECALL_DEPTHS if k < depth} | {depth})
+        return [(k, recall_against_exact(rows_QK[:, :k], exact_QK[:, :k])) for k in depths]
+
+    made_by = {
+        "stage": "search",
+        "method": "dense",
+        "model": retriever.digest,
+        "collection": embeddings.manifest["collection_digest"],
+        "embeddings": {key: embeddings.manifest[key] for key in ("dtype", "max_tokens", "precision")},
+        "index": index.described(),
+        "max_query_tokens": retriever.max_query_tokens,
+        "precision": encoding.get("precision", "float32"),
+    }
+    return Finder(
+        find,
+        passages,
+        embeddings.ids(),
+        f"{name} ({retriever.digest})",
+        index.kind,
+        made_by,
+        recall if index.approximate else None,
+    )
+
+
+def bm25_finder(passages: Collection, k1: float, b: float) -> Finder:
+    """BM25 over the passages, indexed here and now."""
+    from quincunx.engine.retrieval import bm25
+
+    index = bm25.build(passages, k1, b)
+
+    def find(queries: list[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
+        return bm25.search(index, queries, depth)
+
+    made_by = {"stage": "search", "method": "bm25", "k1": k1, "b": b, "collection": passages.digest}
+    return Finder(find, passages, passages.ids(), f"BM25 (k1 {k1}, b {b})", "bm25", made_by)
+
+
+def search_to_run(finder: Finder, queries: Collection, depth: int, output: str | Path) -> int | None:
+    """Searches for every query and writes a TREC run with a manifest beside it; returns its lines.
+
+    None: the run is there already. A file that was made otherwise is not overwritten (DataError).
+    """
+    output = Path(output)
+    made_by = finder.made_by | {"queries": queries.digest, "depth": depth}
+    begun = output.with_name(
+        f".{output.name}.begun"
+    )  # tells a run whose manifest a kill has cut off from a foreign one
+    mark = json.dumps(made_by, sort_keys=True)
+    if is_made(output, RUN, made_by, begun=begun.is_file() and begun.read_text(encoding="utf-8") == mark):
+        return None
+    with written_whole(begun) as file:
+        file.write(mark)
+    ids = queries.ids()
+
+    def results() -> Iterator[tuple[str, list[str], np.ndarray]]:
+        with progress_bar(len(ids), "searching", "query") as bar:
+            for start in range(0, len(ids), QUERIES_AT_ONCE):
+                some = range(start, min(start + QUERIES_AT_ONCE, len(ids)))
+                for query, scores, rows in zip(some, *finder.find(queries.texts(some), depth), strict=True):
+                    found = rows >= 0
+                    yield ids[query], [finder.passage_ids[row] for row in rows[found]], scores[found]
+                bar.update(len(some))
+
+    lines = write_run(output, results(), finder.index)
+    write_manifest(output, RUN, {"queries": len(ids), "results": lines}, made_by)
+    begun.unlink()
+    return lines
+
+
+def judged_queries(queries: Collection, qrels: Qrels, name: str) -> Collection:
+    """The queries that the judgements name, in file order. Raises DataError where they name unknown ones."""
+    check_against(qrels, queries, None, name)
+    rows = np.sort(queries.rows(qrels))
+    return make_collection(queries.ids_at(rows), queries.texts(rows), queries.name)

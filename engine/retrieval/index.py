@@ -1,0 +1,276 @@
+"""Search by inner product in embeddings, exact or approximate, one part after the other where they exceed the memory.
+
+exact   torch's matrix product and top k, on the CPU or a GPU; needs no other library
+flat    the same search by faiss
+ivfpq   faiss: lists around centroids, each vector in a few bytes (Jegou et al. 2011); searches some of the lists
+hnsw    faiss: a graph of neighbours over whole vectors (Malkov and Yashunin 2016)
+
+faiss is imported here only. Equal scores are ordered by row, so a search in shards gives what one index gives.
+Letters: Q queries, N rows, D channels, K results.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.retrieval.embeddings import Embeddings
+from quincunx.engine.retrieval.files import file_digest, written_whole
+from quincunx.engine.retrieval.top_results import Best, in_order, top_rows
+
+IndexKind = Literal["exact", "flat", "ivfpq", "hnsw"]
+QUERIES_AT_ONCE = 256
+BLOCK_ROWS = 2**17
+"""Rows of one matrix product; parts are taken together up to so many."""
+RESIDENT_BYTES = 2**31
+"""Vectors up to this size stay in memory (float32) between searches."""
+OPTIONS = {
+    "ivfpq": (("num_lists", "code_bytes"), ("num_probes",)),
+    "hnsw": (("links", "ef_construction"), ("ef_search",)),
+}
+"""Options of building, options of searching."""
+LEAST_A_CENTROID = 39
+"""Vectors a centroid that faiss wants for training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """How an approximate index is built and searched; the defaults of num_lists and code_bytes depend on N and D."""
+
+    num_lists: int | None = None
+    """ivfpq: lists; None: 4 sqrt(N), but 39 vectors a list at least."""
+    num_probes: int = 32
+    """ivfpq: lists that a query looks through."""
+    code_bytes: int | None = None
+    """ivfpq: bytes a vector, a divisor of D; None: the largest one up to D / 4."""
+    links: int = 32
+    """hnsw: links a vector."""
+    ef_construction: int = 200
+    """hnsw: candidates while building."""
+    ef_search: int = 256
+    """hnsw: candidates while searching; at least K are taken."""
+
+
+class Index:
+    """Embeddings made ready for search; approximate indexes are built once and kept in the embeddings' folder."""
+
+    def __init__(
+        self,
+        embeddings: Embeddings,
+        kind: IndexKind = "exact",
+        *,
+        options: IndexOptions | None = None,
+        device: torch.device | str = "cpu",
+        shard_rows: int | None = None,
+        report: Callable[[str], None] = lambda _: None,
+    ):
+        """shard_rows: an approximate index covers about so many rows, the next one the next; None: one for all.
+
+        Raises SettingsError where faiss is needed and not installed, or the options do not fit the embeddings.
+        """
+        self.embeddings, self.kind = embeddings, kind
+        self.options = options or IndexOptions()
+        self.device = torch.device(device)
+        self.report = report
+        self.faiss = None if kind == "exact" else import_faiss(kind)
+        self.approximate = kind in ("ivfpq", "hnsw")
+        self.shards = list(_shards(embeddings, shard_rows if self.approximate else BLOCK_ROWS))
+        small = len(embeddings) * embeddings.width * 4 <= RESIDENT_BYTES
+        self._resident: dict[int, torch.Tensor] | None = {} if small else None
+        self._only_shard: Any = None
+        if kind == "ivfpq":
+            self._check_ivfpq()
+
+    def search(self, queries_QD: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """(scores float32 [Q, K], rows int64 [Q, K]), best first, K = depth; -inf and -1 where there are no more."""
+        queries_QD = np.ascontiguousarray(queries_QD, np.float32)
+        if queries_QD.shape[1] != self.embeddings.width:
+            raise SettingsError(
+                f"the queries have {queries_QD.shape[1]} channels, the embeddings {self.embeddings.width}: encode both "
+                "with one model"
+            )
+        best = Best(len(queries_QD), depth, self.device)
+        for number, parts in enumerate(self.shards):
+            one = self._search_approximate if self.approximate else self._search_block
+            scores_QK, rows_QK = one(number, queries_QD, depth)
+            start = int(self.embeddings.starts[parts[0]])
+            best.add(scores_QK, torch.where(rows_QK >= 0, rows_QK + start, -1))
+        return best.scores_QK.cpu().numpy(), best.rows_QK.cpu().numpy()
+
+    def _search_block(self, number: int, queries_QD: np.ndarray, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A block by brute force: scores and rows in it [Q, K], in order."""
+        vectors_ND = self._block(number)
+        if self.kind == "flat":
+            found = self._flat(queries_QD, vectors_ND.numpy(), min(depth, len(vectors_ND)))
+            return in_order(*(torch.from_numpy(array).to(self.device) for array in found))
+        queries = torch.from_numpy(queries_QD).to(self.device)
+        found = [top_rows(some_QD @ vectors_ND.T, depth) for some_QD in queries.split(QUERIES_AT_ONCE)]
+        return torch.cat([scores for scores, _ in found]), torch.cat([rows for _, rows in found])
+
+    def _flat(self, queries_QD: np.ndarray, vectors_ND: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        faiss = self.faiss
+        if self.device.type == "cuda" and num_gpus(faiss):
+            place = {"res": faiss.StandardGpuResources(), "device": self.device.index or 0}
+            return faiss.knn_gpu(xq=queries_QD, xb=vectors_ND, k=depth, metric=faiss.METRIC_INNER_PRODUCT, **place)
+        return faiss.knn(queries_QD, vectors_ND, depth, metric=faiss.METRIC_INNER_PRODUCT)
+
+    def _block(self, number: int) -> torch.Tensor:
+        """float32 [rows, D]; on the device, for faiss on the host."""
+        if self._resident is not None and number in self._resident:
+            return self._resident[number]
+        vectors_ND = np.concatenate([self.embeddings.parts[part] for part in self.shards[number]]).astype(
+            np.float32, copy=False
+        )
+        block_ND = torch.from_numpy(vectors_ND).to("cpu" if self.kind == "flat" else self.device)
+        if self._resident is not None:
+            self._resident[number] = block_ND
+        return block_ND
+
+    def _search_approximate(self, number: int, queries_QD: np.ndarray, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        index = self._only_shard or self.shard(number)
+        if len(self.shards) == 1:
+            self._only_shard = index
+        if self.kind == "hnsw":
+            index.hnsw.efSearch = max(self.options.ef_search, depth)
+        scores_QK, rows_QK = index.search(queries_QD, depth)
+        scores_QK[rows_QK < 0] = -np.inf
+        return in_order(*(torch.from_numpy(array).to(self.device) for array in (scores_QK, rows_QK)))
+
+    def shard(self, number: int) -> Any:
+        """The faiss index of a shard: read where it was kept, else built and kept."""
+        first, stop = self.shards[number][0], self.shards[number][-1] + 1
+        description = self._describe(first, stop)
+        path = None
+        if self.embeddings.folder is not None:
+            path = self.embeddings.folder / f"index-{self.kind}-{number:05d}.faiss"
+            if _kept(path, description):
+                return self._placed(self.faiss.read_index(str(path)))
+        begun = time.monotonic()
+        index = self._build(first, stop)
+        if path is not None:
+            _keep(self.faiss, index, path, description)
+        self.report(f"built {self.kind} over {index.ntotal} vectors in {time.monotonic() - begun:.1f} s")
+        return self._placed(index)
+
+    def _placed(self, index: Any) -> Any:
+        """Ready to search: on all GPUs where faiss has them and the kind can be there."""
+        if self.kind == "ivfpq":
+            self.faiss.extract_index_ivf(index).nprobe = self.options.num_probes  # before it is on a GPU
+        if self.device.type == "cuda" and self.kind == "ivfpq" and num_gpus(self.faiss):
+            return self.faiss.index_cpu_to_all_gpus(index)
+        return index
+
+    def described(self) -> dict[str, Any]:
+        """The kind, and every option that has a part in its results."""
+        options = {name: asdict(self.options)[name] for names in OPTIONS.get(self.kind, ()) for name in names}
+        return {"kind": self.kind, **options, "shards": len(self.shards) if self.approximate else 1}
+
+    def _describe(self, first: int, stop: int) -> dict[str, Any]:
+        """All that decides a shard's index."""
+        names, _ = OPTIONS[self.kind]
+        digests = [part["digest"] for part in self.embeddings.manifest.get("parts", [])[first:stop]]
+        options = {name: asdict(self.options)[name] for name in names}
+        return {"kind": self.kind, **options, "parts": xxhash.xxh3_128_hexdigest(json.dumps(digests).encode())}
+
+    def _build(self, first: int, stop: int) -> Any:
+        faiss, width = self.faiss, self.embeddings.width
+        starts = self.embeddings.starts
+        rows = int(starts[stop] - starts[first])
+        if self.kind == "hnsw":
+            index = faiss.IndexHNSWFlat(width, self.options.links, faiss.METRIC_INNER_PRODUCT)
+            index.hnsw.efConstruction = self.options.ef_construction
+        else:
+            most = max(1, rows // LEAST_A_CENTROID)
+            num_lists = self.options.num_lists or max(1, min(round(4 * rows**0.5), most))
+            factory = f"IVF{num_lists},PQ{self._code_bytes()}"
+            index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+            index.do_polysemous_training = False  # takes minutes, for a filter that is not used here
+            wanted = max(256 * num_lists, 2**16)  # as many as faiss's k-means would look at
+            sample = np.linspace(starts[first], starts[stop] - 1, min(rows, wanted)).astype(np.int64)
+            index.train(self.embeddings.vectors(sample))
+        for part in self.embeddings.parts[first:stop]:
+            index.add(np.array(part, np.float32))
+        return index
+
+    def _code_bytes(self) -> int:
+        width = self.embeddings.width
+        divisors = [n for n in range(1, width + 1) if width % n == 0]
+        if self.options.code_bytes is None:
+            return max(n for n in divisors if n <= max(1, width // 4))
+        if self.options.code_bytes not in divisors:
+            raise SettingsError(
+                f"code_bytes is {self.options.code_bytes}, which does not divide the {width} channels: give one of "
+                f"{', '.join(map(str, divisors))}"
+            )
+        return self.options.code_bytes
+
+    def _check_ivfpq(self) -> None:
+        self._code_bytes()
+        for parts in self.shards:
+            rows = int(self.embeddings.starts[parts[-1] + 1] - self.embeddings.starts[parts[0]])
+            if rows < max(256, self.options.num_lists or 0):
+                raise SettingsError(
+                    f"an ivfpq index of {self.options.num_lists or 'some'} lists cannot be trained on {rows} vectors, "
+                    "it needs 256 and one for each list: take --index exact, fewer lists or larger shards"
+                )
+
+
+def search(
+    queries_QD: np.ndarray, embeddings: Embeddings, depth: int, kind: IndexKind = "exact", **arguments: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores float32 [Q, depth], rows int64 [Q, depth]) of one search; further arguments are those of Index."""
+    return Index(embeddings, kind, **arguments).search(queries_QD, depth)
+
+
+def import_faiss(kind: str) -> Any:
+    """faiss, or SettingsError."""
+    try:
+        import faiss
+    except ImportError:
+        raise SettingsError(
+            f"index {kind} needs faiss, which is not installed: pip install faiss-cpu, or take --index exact"
+        ) from None
+    return faiss
+
+
+def num_gpus(faiss: Any) -> int:
+    """How many GPUs faiss can use; the CPU package has no such function."""
+    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+
+
+def _shards(embeddings: Embeddings, shard_rows: int | None) -> Iterator[list[int]]:
+    """Part numbers of each shard: consecutive parts up to shard_rows rows, one part at least."""
+    shard: list[int] = []
+    rows = 0
+    for number, part in enumerate(embeddings.parts):
+        if shard and shard_rows is not None and rows + len(part) > shard_rows:
+            yield shard
+            shard, rows = [], 0
+        shard.append(number)
+        rows += len(part)
+    yield shard
+
+
+def _kept(path: Path, description: dict[str, Any]) -> bool:
+    """Whether `path` is the index of this description, undamaged."""
+    try:
+        kept = json.loads(path.with_suffix(".json").read_bytes())
+        return kept == {**description, "digest": file_digest(path)}
+    except (OSError, ValueError):
+        return False
+
+
+def _keep(faiss: Any, index: Any, path: Path, description: dict[str, Any]) -> None:
+    staging = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    faiss.write_index(index, str(staging))
+    os.replace(staging, path)
+    with written_whole(path.with_suffix(".json")) as file:
+        json.dump({**description, "digest": file_digest(path)}, file)

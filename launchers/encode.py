@@ -1,0 +1,100 @@
+"""Encodes passages (or queries) into a folder of embeddings.
+
+    python launchers/encode.py --model exported/sentence-transformers --corpus data/scifact --output embeddings/scifact
+    torchrun --nproc_per_node 8 launchers/encode.py ...     # each process takes its share of the parts
+
+The same command again continues where it was stopped, on any number of processes. See docs/search.md.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.engine.environment import discover_environment
+from quincunx.launchers.command_line import parse_settings
+from quincunx.launchers.ranks import without_local_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """Settings of encoding."""
+
+    model: str
+    """Retriever: a sentence-transformers folder, a plain encoder, a Hugging Face name, or package:NAME/FOLDER."""
+    corpus: str
+    """Passages: BEIR folder, tsv, JSONL or Parquet. With --kind query: queries in any format of search.py."""
+    output: str
+    """Folder to write the embeddings into."""
+    kind: Literal["passage", "query"] = "passage"
+    """Which side of the model reads the texts."""
+    format: str | None = None
+    """Format of the corpus (None: told by its name)."""
+    titles: bool = True
+    """Titles belong to the passages' text."""
+    pooling: Literal["cls", "mean"] | None = None
+    """None: as the model says; a plain encoder has cls."""
+    normalise: bool | None = None
+    """Vectors of length 1 (None: as the model says; a plain encoder's are)."""
+    max_tokens: int | None = None
+    """Longest text; longer ones are cut (None: the model's own limit)."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the vectors on disk."""
+    part_rows: int = 10_000
+    """Texts of one part: what a kill loses at most."""
+    batch_tokens: int | None = None
+    """Most tokens of one forward (None: 8192, on a CPU 2048)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes the process's GPU where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the forward; auto is bfloat16 (autocast) on a GPU and float32 elsewhere."""
+    patience: int = 3600
+    """Seconds that rank 0 waits for other ranks' parts while none comes."""
+
+
+def main() -> None:
+    settings = parse_settings(EncodeSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:]))
+    for name in ("part_rows", "batch_tokens", "patience"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
+    environment = discover_environment()
+    from quincunx.engine.generate import choose_device
+    from quincunx.engine.retrieval.collection import read_passages, read_queries
+    from quincunx.engine.retrieval.dual_encoder import load_retriever
+    from quincunx.engine.retrieval.embeddings import write_embeddings
+
+    device, precision = choose_device(settings, environment.local_rank)
+    retriever = load_retriever(
+        settings.model,
+        pooling=settings.pooling,
+        normalise=settings.normalise,
+        **{f"max_{settings.kind}_tokens": settings.max_tokens},
+    )
+    if settings.kind == "passage":
+        collection = read_passages(settings.corpus, format=settings.format, titles=settings.titles)
+    else:
+        collection = read_queries(settings.corpus, format=settings.format)
+    manifest = write_embeddings(
+        settings.output,
+        retriever,
+        collection,
+        settings.kind,
+        environment=environment,
+        made_by={"stage": "encode", "model": settings.model, "corpus": settings.corpus, "titles": settings.titles},
+        dtype=settings.dtype,
+        part_rows=settings.part_rows,
+        batch_tokens=settings.batch_tokens,
+        device=device,
+        precision=precision,
+        patience_seconds=settings.patience,
+    )
+    if manifest is not None:
+        print(
+            f"{settings.output}: {manifest['count']:,} vectors of {manifest['dim']} channels, {manifest['dtype']}, in "
+            f"{len(manifest['parts'])} parts"
+        )
+        print(f"  of model {manifest['model_digest']}, collection {manifest['collection_digest']}")
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

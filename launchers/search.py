@@ -1,0 +1,170 @@
+"""Searches a collection: a run for a file of queries, a prompt on the terminal, or a small web page.
+
+    python launchers/search.py --model MODEL --embeddings EMBEDDINGS --queries data/scifact --output run.trec
+    python launchers/search.py --method bm25 --corpus data/scifact --queries data/scifact --output bm25.trec
+    python launchers/search.py --model MODEL --embeddings EMBEDDINGS --corpus data/scifact --interactive
+    python launchers/search.py --model MODEL --embeddings EMBEDDINGS --corpus data/scifact --page 8080
+
+See docs/search.md.
+"""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
+
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.launchers.command_line import parse_settings
+
+if TYPE_CHECKING:
+    from quincunx.engine.retrieval.finding import Finder
+
+DEPTH_OF_A_RUN = 1000
+DEPTH_FOR_A_PERSON = 10
+RECALL_QUERIES = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """Settings of a search."""
+
+    method: Literal["dense", "bm25"] = "dense"
+    """By the vectors of a model, or by words."""
+    model: str | None = None
+    """Dense: the retriever that made the embeddings."""
+    embeddings: str | None = None
+    """Dense: folder of encode.py."""
+    corpus: str | None = None
+    """Passages; needed by bm25, --interactive and --page, else only compared with the embeddings."""
+    titles: bool = True
+    """Titles belong to the passages' text, as they did in encode.py."""
+    queries: str | None = None
+    """Queries of the run: BEIR folder, tsv, JSONL or DPR json."""
+    qrels: str | None = None
+    """Search only for queries that these judgements name."""
+    output: str | None = None
+    """TREC run to write; a manifest goes beside it."""
+    depth: int | None = None
+    """Passages a query (None: 1000 in a run, 10 for a person)."""
+    index: Literal["exact", "flat", "ivfpq", "hnsw"] = "exact"
+    """Dense: exact (torch), or faiss's flat, ivfpq, hnsw; the last two are kept in the embeddings' folder."""
+    num_lists: int | None = None
+    """ivfpq: lists (None: by the number of passages)."""
+    num_probes: int = 32
+    """ivfpq: lists that a query looks through."""
+    code_bytes: int | None = None
+    """ivfpq: bytes a vector (None: a quarter of its channels)."""
+    links: int = 32
+    """hnsw: links a vector."""
+    ef_construction: int = 200
+    """hnsw: candidates while building."""
+    ef_search: int = 256
+    """hnsw: candidates while searching."""
+    shard_rows: int | None = None
+    """ivfpq, hnsw: vectors of one index, searched one after the other (None: one for all)."""
+    measure_recall: bool = True
+    """ivfpq, hnsw: print the recall against exact search on the first 100 queries of a run."""
+    pooling: Literal["cls", "mean"] | None = None
+    """Dense: as in encode.py; None: as the model says."""
+    normalise: bool | None = None
+    """Dense: as in encode.py; None: as the model says."""
+    max_tokens: int | None = None
+    """Dense: longest query; longer ones are cut (None: the model's own limit)."""
+    k1: float = 1.5
+    """bm25: how soon a repeated word stops counting."""
+    b: float = 0.75
+    """bm25: how much long passages are held against."""
+    interactive: bool = False
+    """Ask for queries on the terminal."""
+    page: int | None = None
+    """Port of a search page on this machine (0: a free one)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where queries are encoded and exact search runs."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the encoder; auto is bfloat16 (autocast) on a GPU and float32 elsewhere."""
+
+
+def check_settings(settings: SearchSettings) -> None:
+    """Raises SettingsError where settings contradict each other or are out of range."""
+    person = settings.interactive + (settings.page is not None)
+    if person + (settings.output is not None) != 1:
+        raise SettingsError("give one of --output (a run), --interactive and --page")
+    for name in {"dense": ("model", "embeddings"), "bm25": ("corpus",)}[settings.method]:
+        if getattr(settings, name) is None:
+            raise SettingsError(f"--method {settings.method} needs --{name}")
+    if person and settings.corpus is None:
+        raise SettingsError("a person wants to read the passages: give --corpus, the one that was encoded")
+    if not person and settings.queries is None:
+        raise SettingsError("a run needs --queries")
+    for name in ("depth", "num_lists", "num_probes", "links", "ef_construction", "ef_search", "shard_rows"):
+        if getattr(settings, name) is not None and getattr(settings, name) < 1:
+            raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
+
+
+def open_finder(settings: SearchSettings) -> "Finder":
+    """Loads the model, embeddings, index and passages of a search."""
+    from quincunx.engine.retrieval import finding
+    from quincunx.engine.retrieval.collection import read_passages
+
+    passages = read_passages(settings.corpus, titles=settings.titles) if settings.corpus is not None else None
+    if settings.method == "bm25":
+        return finding.bm25_finder(passages, settings.k1, settings.b)
+    from quincunx.engine.generate import choose_device
+    from quincunx.engine.retrieval.dual_encoder import load_retriever
+    from quincunx.engine.retrieval.embeddings import open_embeddings
+    from quincunx.engine.retrieval.index import Index, IndexOptions
+
+    device, precision = choose_device(settings, local_rank=0)
+    retriever = load_retriever(
+        settings.model,
+        pooling=settings.pooling,
+        normalise=settings.normalise,
+        max_query_tokens=settings.max_tokens,
+    )
+    embeddings = open_embeddings(
+        settings.embeddings,
+        model_digest=retriever.digest,
+        collection_digest=passages.digest if passages is not None else None,
+    )
+    options = IndexOptions(**{option.name: getattr(settings, option.name) for option in fields(IndexOptions)})
+    index = Index(
+        embeddings,
+        settings.index,
+        options=options,
+        device=device,
+        shard_rows=settings.shard_rows,
+        report=print,
+    )
+    return finding.dense_finder(
+        settings.model, retriever, embeddings, passages, index, device=device, precision=precision
+    )
+
+
+def main() -> None:
+    settings = parse_settings(SearchSettings, __doc__.split("\n")[0])
+    check_settings(settings)
+    from quincunx.engine.retrieval.collection import read_queries
+    from quincunx.engine.retrieval.finding import judged_queries, search_to_run
+    from quincunx.engine.retrieval.judgements import read_qrels
+
+    if settings.output is None:
+        from quincunx.engine.retrieval.search_page import search_on_terminal, serve_page
+
+        finder, depth = open_finder(settings), settings.depth or DEPTH_FOR_A_PERSON
+        serve_page(finder, settings.page, depth) if settings.page is not None else search_on_terminal(finder, depth)
+        return
+    queries, depth = read_queries(settings.queries), settings.depth or DEPTH_OF_A_RUN
+    if settings.qrels is not None:
+        queries = judged_queries(queries, read_qrels(settings.qrels), settings.qrels)
+    finder = open_finder(settings)
+    lines = search_to_run(finder, queries, depth, settings.output)
+    if lines is None:
+        print(f"{settings.output} is there, made from these files by these settings: nothing to do")
+        return
+    print(f"{settings.output}: {len(queries):,} queries, {lines:,} results, {finder.model}, {finder.index}")
+    if finder.recall is not None and settings.measure_recall:
+        some = queries.texts(range(min(len(queries), RECALL_QUERIES)))
+        for first, recall in finder.recall(some, depth):
+            print(f"  recall of the exact first {first} on {len(some)} queries: {recall:.4f}")
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

@@ -1,0 +1,180 @@
+"""Embeddings of any number of ranks are the same; foreign, damaged and unfinished ones are refused by name."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.tokenizer_training import train_wordpiece
+from quincunx.engine.environment import Environment
+from quincunx.engine.retrieval.collection import make_collection
+from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
+from quincunx.engine.retrieval.embeddings import Embeddings, open_embeddings, write_embeddings
+
+WORDS = ["amber", "birch", "cedar", "dune", "elder", "fern", "grove", "heath", "iris", "juniper"]
+DRAW = np.random.default_rng(0)
+TEXTS = [" ".join(DRAW.choice(WORDS, DRAW.integers(1, 20))) for _ in range(47)] + [""]
+IDS = [f"p{n}" for n in range(len(TEXTS))]
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_wordpiece(TEXTS, 60)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    return load_retriever(str(folder), pooling="mean")
+
+
+@pytest.fixture
+def passages():
+    return make_collection(IDS, TEXTS, "the passages")
+
+
+def rank_of(rank, world_size):
+    return Environment(
+        launcher="torch", rank=rank, world_size=world_size, local_rank=rank, master_addr="127.0.0.1", master_port=1
+    )
+
+
+def write(folder, retriever, passages, rank=0, world_size=1, kind="passage", **settings):
+    settings = {"part_rows": 10, "batch_tokens": 64, "dtype": "float32", "patience_seconds": 20} | settings
+    environment = rank_of(rank, world_size)
+    return write_embeddings(folder, retriever, passages, kind, environment=environment, made_by={}, **settings)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_folder_gives_the_vectors_of_the_texts_in_their_order(dtype, retriever, passages, tmp_path):
+    manifest = write(tmp_path, retriever, passages, dtype=dtype)
+    embeddings = open_embeddings(
+        tmp_path, model_digest=retriever.digest, collection_digest=passages.digest, verify=True
+    )
+    assert embeddings.manifest == manifest and len(embeddings) == manifest["count"] == len(TEXTS)
+    assert [len(part) for part in embeddings.parts] == [10, 10, 10, 10, 8] and embeddings.width == 16
+    assert all(part.dtype == dtype and isinstance(part, np.memmap) for part in embeddings.parts)
+    expected = encode_texts(retriever, TEXTS, "passage")
+    tolerance = 1e-6 if dtype == "float32" else 1e-3  # rounding to 11 bits of numbers below 1
+    np.testing.assert_allclose(np.concatenate(embeddings.parts), expected, rtol=0, atol=tolerance)
+    rows = [47, 0, 10, 9, 10]
+    np.testing.assert_allclose(embeddings.vectors(rows), expected[rows], rtol=0, atol=tolerance)
+    assert embeddings.vectors(rows).dtype == np.float32 and embeddings.ids() == IDS
+
+
+def test_ranks_share_the_parts_and_rank_0_waits_for_all(retriever, passages, tmp_path):
+    alone = write(tmp_path / "alone", retriever, passages)
+    main = threading.Thread(target=write, args=(tmp_path / "shared", retriever, passages, 0, 3))
+    main.start()
+    for rank in (2, 1):
+        assert write(tmp_path / "shared", retriever, passages, rank, 3) is None
+    main.join()
+    assert open_embeddings(tmp_path / "shared").manifest == alone
+
+
+def test_only_parts_that_are_missing_or_damaged_are_made_again(retriever, passages, tmp_path, monkeypatch):
+    manifest = write(tmp_path, retriever, passages)
+    (tmp_path / "part-00001.npy").write_bytes((tmp_path / "part-00001.npy").read_bytes()[:-4])
+    (tmp_path / "part-00003.json").unlink()
+    with pytest.raises(DataError, match=r"part-00001.npy .*run the same encode.py command again"):
+        open_embeddings(tmp_path)
+    encoded = []
+
+    def counting(retriever, texts, *arguments, **settings):
+        encoded.append(list(texts))
+        return encode_texts(retriever, texts, *arguments, **settings)
+
+    monkeypatch.setattr("quincunx.engine.retrieval.dual_encoder.encode_texts", counting)
+    (tmp_path / ".part-00002.npy.tmp1").write_bytes(b"of a rank that was killed")
+    assert write(tmp_path, retriever, passages) == manifest
+    assert encoded == [TEXTS[10:20], TEXTS[30:40]]
+    assert open_embeddings(tmp_path, verify=True).manifest == manifest
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_flipped_bits_are_found_when_asked_for(retriever, passages, tmp_path):
+    write(tmp_path, retriever, passages)
+    content = bytearray((tmp_path / "part-00002.npy").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "part-00002.npy").write_bytes(content)
+    with pytest.raises(DataError, match=r"part-00002.npy is damaged"):
+        open_embeddings(tmp_path, verify=True)
+
+
+def test_embeddings_of_another_model_or_corpus_are_refused_with_both_ids(retriever, passages, tmp_path):
+    write(tmp_path, retriever, passages)
+    with pytest.raises(DataError, match=f"of model {retriever.digest}, and the model given here is 00ff"):
+        open_embeddings(tmp_path, model_digest="00ff")
+    other = make_collection(IDS, [*TEXTS[:-1], "one more word"], "others")
+    with pytest.raises(
+        DataError, match=f"collection {passages.digest}, and the collection given here is {other.digest}"
+    ):
+        open_embeddings(tmp_path, collection_digest=other.digest)
+
+
+@pytest.mark.parametrize(("settings", "named"), [({"dtype": "float16"}, "dtype"), ({"kind": "query"}, "kind")])
+def test_another_work_in_the_same_folder_is_refused_and_leaves_it(settings, named, retriever, passages, tmp_path):
+    manifest = write(tmp_path, retriever, passages)
+    with pytest.raises(DataError, match=f"parts of other work .*{named}"):
+        write(tmp_path, retriever, passages, **settings)
+    assert open_embeddings(tmp_path, verify=True).manifest == manifest
+
+
+def test_without_the_parts_of_another_rank_there_is_no_manifest(retriever, passages, tmp_path):
+    with pytest.raises(DataError, match=r"2 of 5 parts are missing"):
+        write(tmp_path, retriever, passages, 0, 2, patience_seconds=0.5)
+    with pytest.raises(DataError, match="holds no finished embeddings"):
+        open_embeddings(tmp_path)
+
+
+def test_parts_that_do_not_add_up_are_refused(retriever, passages, tmp_path, monkeypatch):
+    """A part changed behind its description's back, between its check and the count."""
+    from quincunx.engine.retrieval import embeddings as embeddings_file
+
+    def short(*arguments, **settings):
+        paths = run_parts(*arguments, **settings)
+        np.save(paths[0], np.load(paths[0])[:-1])
+        return paths
+
+    run_parts = embeddings_file.run_parts
+    monkeypatch.setattr(embeddings_file, "run_parts", short)
+    with pytest.raises(DataError, match=r"hold 47 vectors, the passages has 48 texts"):
+        write(tmp_path, retriever, passages)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_vectors_that_are_not_finite_are_named_by_their_text(retriever, passages, tmp_path, monkeypatch):
+    def broken(retriever, texts, *_, **__):
+        vectors = np.zeros((len(texts), 16), np.float32)
+        vectors[3] = 1e6  # no float16
+        return vectors
+
+    monkeypatch.setattr("quincunx.engine.retrieval.dual_encoder.encode_texts", broken)
+    with pytest.raises(DataError, match=r"vector of passage p3 is not finite in float16.*--dtype float32"):
+        write(tmp_path, retriever, passages, dtype="float16")
+
+
+def test_ids_and_manifest_that_were_tampered_with_are_refused(retriever, passages, tmp_path):
+    write(tmp_path, retriever, passages)
+    (tmp_path / "ids.txt").write_text("\n".join(IDS[:-1]))
+    with pytest.raises(DataError, match=r"ids.txt is not the one"):
+        open_embeddings(tmp_path).ids()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["dim"] = 17
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"holds float32 \(10, 16\) instead of float32 \(10, 17\)"):
+        open_embeddings(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(DataError, match="is not a manifest of embeddings"):
+        open_embeddings(tmp_path)
+
+
+def test_vectors_in_memory_are_embeddings_too():
+    vectors = np.arange(12, dtype=np.float32).reshape(6, 2)
+    embeddings = Embeddings(np.split(vectors, [2, 3]))
+    np.testing.assert_array_equal(embeddings.vectors([5, 2, 0]), vectors[[5, 2, 0]])
+    assert len(embeddings) == 6 and embeddings.width == 2

@@ -1,0 +1,120 @@
+"""The search page as a browser, a script and a terminal see it: escaped, for this machine only, readable on a phone."""
+
+import http.client
+import io
+import json
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from urllib.parse import quote
+
+import pytest
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.retrieval.collection import make_collection
+from quincunx.engine.retrieval.finding import bm25_finder
+from quincunx.engine.retrieval.search_page import make_server, search_on_terminal
+
+PASSAGES = {
+    "tides": "The moon pulls the sea towards it, and so the tide rises twice a day. " + "Harbours wait for it. " * 40,
+    "<b>evil</b>": 'A tide of <script>alert(1)</script> & "quotes" in a passage.',
+    "volcano": "Lava flows from a volcano when pressure below grows.",
+}
+
+
+@pytest.fixture(scope="module")
+def finder():
+    return bm25_finder(make_collection(PASSAGES, PASSAGES.values(), "three <passages>"), 1.5, 0.75)
+
+
+@pytest.fixture(scope="module")
+def address(finder):
+    with make_server(finder, 0, 10) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def get(url):
+    with urllib.request.urlopen(url) as answer:
+        return answer.read().decode("utf-8"), answer.headers
+
+
+def test_the_page_shows_the_passages_found_with_their_scores_escaped(address):
+    content, headers = get(f"{address}/?q=tide+%3Ci%3E&k=5")
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "2 passages in" in content and "volcano" not in content
+    assert "BM25 (k1 1.5, b 0.75)" in content and "three &lt;passages&gt;, 3 passages" in content
+    assert "&lt;b&gt;evil&lt;/b&gt;" in content and "&lt;<mark>" not in content
+    assert "<script" not in content and "<b>" not in content and 'value="tide &lt;i&gt;"' in content
+    assert "<mark>tide</mark>" in content and "<details>" in content
+    assert "http://" not in content and "https://" not in content and "src=" not in content, "an asset from elsewhere"
+
+
+def test_the_page_without_a_query_is_a_text_box(address):
+    content, headers = get(address)
+    assert "autofocus" in content and "<ol>" not in content
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+
+
+def test_the_api_answers_what_the_page_shows(address, finder):
+    content, headers = get(f"{address}/api?q=tide&k=1")
+    answer = json.loads(content)
+    assert headers["Content-Type"].startswith("application/json")
+    assert {name: answer[name] for name in ("query", "model", "collection", "index")} == {
+        "query": "tide",
+        "model": "BM25 (k1 1.5, b 0.75)",
+        "collection": "three <passages>",
+        "index": "bm25",
+    }
+    (result,) = answer["results"]
+    scores, rows = finder.find(["tide"], 1)
+    assert (result["rank"], result["id"]) == (1, list(PASSAGES)[rows[0, 0]])
+    assert result["score"] == pytest.approx(float(scores[0, 0])) and result["text"] == PASSAGES[result["id"]]
+    assert answer["seconds"] > 0
+    assert json.loads(get(f"{address}/api?q=nothingofthesort")[0])["results"] == []
+
+
+@pytest.mark.parametrize(
+    "query", ["k=-3", "k=9999999999", "k=x", "q=", "q=%00%ff", "q=" + quote("潮 tide \ud83c\udf0a", errors="ignore")]
+)
+def test_odd_requests_are_answered(address, query):
+    content, _ = get(f"{address}/?q=tide&{query}" if query.startswith("k") else f"{address}/?{query}")
+    assert content.endswith("</html>\n")
+
+
+def test_another_host_name_and_another_path_are_refused(address):
+    connection = http.client.HTTPConnection(address.removeprefix("http://"))
+    connection.request("GET", "/api?q=tide", headers={"Host": "evil.example:80"})
+    assert connection.getresponse().status == 403
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        get(f"{address}/etc/passwd")
+
+
+def test_a_port_that_is_taken_is_refused_in_one_sentence(address, finder):
+    port = int(address.rpartition(":")[2])
+    with pytest.raises(SettingsError, match=f"port {port} of 127.0.0.1 is not to be had"):
+        make_server(finder, port, 10)
+    with pytest.raises(SettingsError, match="give another"):
+        make_server(finder, 70_000, 10)
+
+
+def test_the_terminal_shows_score_id_and_first_words_until_an_empty_line(finder):
+    out = io.StringIO()
+    search_on_terminal(finder, 2, ["tide moon\n", "\n", "never asked"], out)
+    shown = out.getvalue()
+    assert "  1  " in shown and "tides" in shown and "The moon pulls the sea" in shown and "..." in shown
+    assert "2 passages in" in shown and shown.count(" ms\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
+def test_chromium_renders_the_results_and_runs_no_script_of_a_passage(address, tmp_path):
+    command = [
+        "chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path}", "--virtual-time-budget=2000", "--dump-dom", f"{address}/?q=tide&k=5",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("<article>") == 2 and done.stdout.count("<mark>tide</mark>") >= 2
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in done.stdout.replace("<mark>", "").replace("</mark>", "")

@@ -1,0 +1,135 @@
+"""encode.py as a user runs it: one process and several, killed and rerun; one sentence for what cannot be encoded."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.engine.retrieval.embeddings import open_embeddings
+from quincunx.launchers import encode
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["amber", "birch", "cedar", "dune", "elder", "fern", "grove", "heath", "iris", "juniper"]
+NUM_PASSAGES = 700
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A tiny random encoder and a corpus."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from quincunx.data_shards.tokenizer_training import train_wordpiece
+
+    folder = tmp_path_factory.mktemp("encode")
+    tokenizer = train_wordpiece([" ".join(WORDS)] * 3, 60)
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **sizes)).save_pretrained(
+        folder / "model"
+    )
+    draw = np.random.default_rng(0)
+    rows = [
+        {"_id": f"p{n}", "title": draw.choice(WORDS), "text": " ".join(draw.choice(WORDS, draw.integers(3, 30)))}
+        for n in range(NUM_PASSAGES)
+    ]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "queries.tsv").write_text("q1\tamber birch\nq2\tdune\n")
+    return folder
+
+
+def command(data, output, *flags):
+    words = [
+        sys.executable, "launchers/encode.py", "--model", data / "model", "--corpus", data / "corpus.jsonl",
+        "--output", output, "--device=cpu", "--part_rows=20", "--dtype=float32", *flags,
+    ]  # fmt: skip
+    return list(map(str, words))
+
+
+def run(words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
+@pytest.fixture(scope="module")
+def encoded(data):
+    """The parts' bytes by name, made by one process without interruption."""
+    done = run(command(data, data / "alone"))
+    assert done.returncode == 0, done.stderr
+    assert "700 vectors of 32 channels, float32, in 35 parts" in done.stdout
+    return {path.name: path.read_bytes() for path in sorted((data / "alone").iterdir())}
+
+
+def test_two_ranks_killed_and_run_again_make_what_one_process_makes(data, encoded, tmp_path):
+    words = [sys.executable, "tests/launchers/spawn_ranks.py", "2", *command(data, tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ranks = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    while ranks.poll() is None and len(list(tmp_path.glob("part-*.json"))) < 3:
+        time.sleep(0.02)
+    os.killpg(ranks.pid, signal.SIGKILL)
+    ranks.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.json")}
+    assert 3 <= len(kept) < 35 and not (tmp_path / "manifest.json").exists(), "the kill came too late to prove anything"
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    found = {path.name: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+    assert found == encoded  # bit for bit: parts are a function of the rows alone
+    assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in kept.items()), "a part was made twice"
+
+
+def here(words):
+    """Runs the launcher in this process."""
+    before, sys.argv = sys.argv, words[1:]
+    try:
+        encode.main()
+    finally:
+        sys.argv = before
+
+
+def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(data, encoded, tmp_path):
+    here(command(data, tmp_path / "bare", "--titles=false", "--max_tokens=9"))
+    bare = open_embeddings(tmp_path / "bare")
+    with_titles = open_embeddings(data / "alone")
+    assert bare.manifest["max_tokens"] == 9 and with_titles.manifest["max_tokens"] == 40
+    assert bare.manifest["collection_digest"] != with_titles.manifest["collection_digest"]
+    words = command(data, tmp_path / "queries", "--kind=query")
+    words[words.index("--corpus") + 1] = str(data / "queries.tsv")
+    here(words)
+    queries = open_embeddings(tmp_path / "queries")
+    assert queries.ids() == ["q1", "q2"] and queries.manifest["kind"] == "query"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "sentence"),
+    [
+        (["--part_rows=0"], 2, "part_rows is 0: give 1 or more"),
+        (["--model=/no/such/folder"], 2, "is no folder"),
+        (["--corpus=/no/such/corpus.jsonl"], 3, "/no/such/corpus.jsonl"),
+        (["--dtype=float16"], 3, "parts of other work (differs in dtype"),
+    ],
+)
+def test_what_cannot_be_encoded_is_one_sentence_and_changes_nothing(flags, code, sentence, data, encoded, capsys):
+    words = command(data, data / "alone")
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        place = next(place for place, word in enumerate(words) if word.partition("=")[0] == name)
+        words[place : place + (1 if "=" in words[place] else 2)] = [f"{name}={value}"]
+    with pytest.raises(SystemExit) as ended:
+        exit_with_one_sentence(lambda: here(words))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == code and len(lines) == 1 and sentence in lines[0]
+    assert {path.name: path.read_bytes() for path in sorted((data / "alone").iterdir())} == encoded
+
+
+def test_help_loads_no_torch():
+    code = "import sys; from quincunx.launchers import encode, search; print({'torch', 'faiss'} & set(sys.modules))"
+    assert run([sys.executable, "-c", code]).stdout == "set()\n"
+    assert "what a kill loses at most" in run([sys.executable, "launchers/encode.py", "--help"]).stdout
