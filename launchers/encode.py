@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
-from quincunx.engine.environment import discover_environment
+from quincunx.engine.environment import Environment, discover_environment
 from quincunx.launchers.command_line import parse_settings
-from quincunx.launchers.ranks import without_local_rank
+from quincunx.launchers.ranks import one_voice, without_local_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +53,16 @@ class EncodeSettings:
 
 
 def main() -> None:
-    settings = parse_settings(EncodeSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:]))
+    environment = discover_environment()
+    with one_voice(environment):
+        encode(parse_settings(EncodeSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:])), environment)
+
+
+def encode(settings: EncodeSettings, environment: Environment) -> None:
+    """This rank's share, and on rank 0 the rest."""
     for name in ("part_rows", "batch_tokens", "patience"):
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
-    environment = discover_environment()
     from quincunx.engine.generate import choose_device
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.dual_encoder import load_retriever

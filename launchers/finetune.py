@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.engine.deepspeed_config import check_settings
 from quincunx.engine.environment import discover_environment
 from quincunx.engine.retrieval.finetune_settings import STAGES, FinetuneSettings, find_problems
 from quincunx.launchers.command_line import parse_settings
-from quincunx.launchers.ranks import say_once, without_local_rank
+from quincunx.launchers.ranks import one_voice, without_local_rank
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "finetune"
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs this rank; returns its exit code."""
     arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
     environment = discover_environment()
-    try:
+    with one_voice(environment):
         settings = parse_settings(
             FinetuneSettings,
             __doc__,
@@ -42,8 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from quincunx.engine.retrieval.finetuning import finetune
 
         return finetune(settings, environment)
-    except (SettingsError, DataError, CheckpointError) as error:
-        raise say_once(error, environment) from None
 
 
 def stage_named_in(arguments: Sequence[str]) -> str:

@@ -13,26 +13,24 @@ Exit codes: 0 done, 2 settings, 3 data, 4 checkpoint, 75 stopped on request afte
 import sys
 from collections.abc import Sequence
 
-from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.engine.deepspeed_config import check_settings
 from quincunx.engine.environment import discover_environment
 from quincunx.engine.retrieval.glue_settings import GlueSettings, find_problems
 from quincunx.launchers.command_line import parse_settings
-from quincunx.launchers.ranks import say_once, without_local_rank
+from quincunx.launchers.ranks import one_voice, without_local_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs this rank; returns its exit code."""
     arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
     environment = discover_environment()
-    try:
+    with one_voice(environment):
         settings = parse_settings(GlueSettings, __doc__, arguments, config_flag="--recipe")
         check_settings(settings, find_problems(settings), environment.world_size)  # at once: imports take seconds
         from quincunx.engine.retrieval.glue import run_glue
 
         return run_glue(settings, environment)
-    except (SettingsError, DataError, CheckpointError) as error:
-        raise say_once(error, environment) from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What launchers of many ranks share: the launcher's own flag, and one voice for an error that all ranks find."""
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError
 from quincunx.engine.environment import Environment
 
 RANK_0_SPEAKS_FIRST_SECONDS = 5.0
@@ -13,12 +15,16 @@ def without_local_rank(arguments: Sequence[str]) -> list[str]:
     return [word for word in arguments if word.split("=")[0] not in ("--local_rank", "--local-rank")]
 
 
-def say_once(error: Exception, environment: Environment) -> Exception:
-    """The error as this rank should say it: rank 0 at once; others later and by name, should rank 0 not have it.
+@contextlib.contextmanager
+def one_voice(environment: Environment) -> Iterator[None]:
+    """Has rank 0 say a user's error at once, and others later and by name, should rank 0 not have it.
 
     All ranks find the same error in the same files, and the launcher ends them as soon as the first one leaves.
     """
-    if environment.is_main:
-        return error
-    time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
-    return type(error)(f"rank {environment.rank}: {error}")
+    try:
+        yield
+    except (SettingsError, DataError, CheckpointError) as error:
+        if environment.is_main:
+            raise
+        time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
+        raise type(error)(f"rank {environment.rank}: {error}") from None

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
-from quincunx.engine.environment import discover_environment
+from quincunx.engine.environment import Environment, discover_environment
 from quincunx.launchers.command_line import parse_settings
-from quincunx.launchers.ranks import without_local_rank
+from quincunx.launchers.ranks import one_voice, without_local_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,14 @@ def check_settings(settings: ScoreSettings) -> None:
 
 
 def main() -> None:
-    settings = parse_settings(ScoreSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:]))
-    check_settings(settings)
     environment = discover_environment()
+    with one_voice(environment):
+        score(parse_settings(ScoreSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:])), environment)
+
+
+def score(settings: ScoreSettings, environment: Environment) -> None:
+    """This rank's share, and on rank 0 the merged file."""
+    check_settings(settings)
     from quincunx.engine.generate import choose_device
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.cross_encoder import load_reranker
