@@ -7,10 +7,10 @@
 # DATA: folders corpora/*/docs.jsonl (documents in reading order) and the BEIR folders medquad (pre-training only),
 # squadshifts_new_wiki (fine-tuned and judged) and scifact (judged: transfer). Finished stages are skipped.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,9p' "$0"; exit 2; }
+cd "$(dirname "$0")/.." # relative names start at the repository
+[ $# -ge 2 ] || { sed -n '2,8p' benchmarks/pretraining_helps.sh; exit 2; }
 data=$1 output=$2 results=${3:-benchmarks/results/pretraining_helps.json}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-cd "$(dirname "$0")/.."
 
 run() {
     python benchmarks/pretraining_helps.py --corpora "$data"/corpora/* "$data/medquad" \

@@ -157,7 +157,7 @@ def add_decoders(folder: Path, weights: "dict[str, torch.Tensor]", checkpoint: C
     settings = checkpoint.state["settings"]
     description = {
         "tasks": dict.fromkeys(settings["tasks"], settings["decoder"]),
-        "shared_decoder": settings["shared_decoder"],
+        "shared_decoder": settings.get("shared_decoder", False),
         "step": checkpoint.step,
         "dataset_ids": checkpoint.state["dataset_ids"],
         "settings": learned_settings(settings),

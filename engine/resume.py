@@ -1,5 +1,6 @@
 """Which checkpoint a run continues from, and whether it may. Rank 0 alone decides, before the ranks talk."""
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -86,6 +87,15 @@ def run_state(job: Job, model_digest: str, counters: dict[str, Any], run_id: str
     }
 
 
+def settings_of(state: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A checkpoint's settings; one that is younger than the checkpoint had its default then."""
+    return as_plain(kind(**{name: value for name, value in state["settings"].items() if name in field_names(kind)}))
+
+
+def field_names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
 def check_fits(checkpoint: Checkpoint, job: Job, model_digest: str) -> list[str]:
     """Compares a checkpoint with the run that wants to continue it.
 
@@ -99,10 +109,8 @@ def check_fits(checkpoint: Checkpoint, job: Job, model_digest: str) -> list[str]
             f"{checkpoint.folder} was trained on dataset {', '.join(state['dataset_ids'])} (weights "
             f"{state['dataset_weights']}), this one is {', '.join(job.dataset_ids)} ({job.dataset_weights}); {remedy}"
         )
-    now, then = as_plain(settings), state["settings"]
-    changed = {
-        name: f"{name} was {then.get(name)} and is {value}" for name, value in now.items() if then.get(name) != value
-    }
+    now, then = as_plain(settings), settings_of(state, type(settings))
+    changed = {name: f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value}
     foreign = [changed[name] for name in (*settings.MODEL_FIELDS, *settings.STREAM_FIELDS) if name in changed]
     if foreign:
         raise CheckpointError(f"{checkpoint.folder} belongs to another run: {'; '.join(foreign)}; {remedy}")

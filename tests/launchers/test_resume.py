@@ -111,6 +111,9 @@ def test_a_checkpoint_of_another_run_is_refused(through, tiny_shards, tmp_path, 
     ):
         with pytest.raises(CheckpointError, match=clause):
             check_fits(checkpoint, dataclasses.replace(job, settings=dataclasses.replace(settings, **changes)), digest)
+    older = dataclasses.replace(checkpoint, state={**checkpoint.state, "settings": dict(checkpoint.state["settings"])})
+    del older.state["settings"]["shared_decoder"]  # a setting younger than the checkpoint had its default then
+    assert check_fits(older, job, digest) == []
     with pytest.raises(CheckpointError, match="this one is x"):
         check_fits(checkpoint, SimpleNamespace(**parts_of(job) | {"dataset_ids": ["x"]}), digest)
     with pytest.raises(CheckpointError, match="other shapes"):
