@@ -43,7 +43,7 @@ class EncodeSettings:
     part_rows: int = 10_000
     """Texts of one part: what a kill loses at most."""
     batch_tokens: int | None = None
-    """Most tokens of one forward (None: 8192, on a CPU 2048)."""
+    """Most tokens of one forward (None: 8192, on a CPU 4096)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the process's GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
