@@ -4,8 +4,8 @@
         [--passages 512] [--turns 7] [--device auto] [--output benchmarks/results/encode.json]
 
 Each contender is a process of its own and encodes the same passages, spread evenly over the corpus, once a turn, from
-text to vectors; the first turn warms up and does not count. Beside the time on the clock, the processor's time is taken:
-with --threads 1 it tells what a contender costs even where others use the machine. On a GPU both run in bfloat16: ours
+text to vectors; the first turn warms up and does not count. The processor's time is taken beside the clock's: with
+--threads 1 it tells what a contender costs even where others use the machine. On a GPU both run in bfloat16: ours
 under autocast, sentence-transformers with its model cast. It is measured at several batch sizes, of which the best
 counts.
 """

@@ -26,10 +26,7 @@ def tokenise(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[np.n
 
 
 def batches_by_length(texts: Sequence[np.ndarray], batch_tokens: int = BATCH_TOKENS) -> list[np.ndarray]:
-    """Cuts the texts, longest first, into batches of at most `batch_tokens` tokens (one text at least).
-
-    int64 [texts of the batch] each: indices into `texts`. No texts, no batches.
-    """
+    """Indices (int64) of the texts, longest first, in batches of at most `batch_tokens` tokens, one text at least."""
     order = sorted(range(len(texts)), key=lambda index: (-len(texts[index]), index))
     batches: list[list[int]] = []
     tokens = 0
