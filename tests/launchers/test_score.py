@@ -129,7 +129,7 @@ def test_killed_scoring_goes_on_where_it_was_at_another_number_of_ranks(data, sc
     assert [row.query_id for row in first] == [row.query_id for row in whole]
     for ours, theirs in zip(first, whole, strict=True):
         assert (ours.positives, ours.negatives) == (theirs.positives, theirs.negatives)
-        assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
+        assert ours.scores == pytest.approx(theirs.scores, abs=5e-5)  # float32 in other batches, scores around 3
 
 
 def test_a_run_is_reranked(data, scored, tmp_path):

@@ -79,7 +79,7 @@ def test_every_candidate_gets_the_rerankers_score(tmp_path, reranker, collection
         assert row.scores.keys() == set(ids)
         query = queries.text_at(queries.row(row.query_id))
         expected = score_pairs(reranker, [(query, text) for text in passages.texts(passages.rows(ids))])
-        np.testing.assert_allclose([row.scores[id] for id in ids], expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose([row.scores[id] for id in ids], expected, rtol=0, atol=5e-5)
     assert np.std([score for row in found for score in row.scores.values()]) > 0.01
     assert counts["pairs"] == sum(len(row.scores) for row in found) and 0 < counts["cut"] < counts["pairs"]
     assert read_manifest(output)["made_by"] == {"model": reranker.digest}
@@ -98,7 +98,7 @@ def test_a_run_is_reranked_to_the_depth_asked(tmp_path, reranker, collections):
         assert list(scores.values()) == sorted(scores.values(), reverse=True)
         query = queries.text_at(queries.row(query_id))
         expected = score_pairs(reranker, [(query, text) for text in passages.texts(passages.rows(scores))])
-        np.testing.assert_allclose(list(scores.values()), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(list(scores.values()), expected, rtol=0, atol=5e-5)
     assert read_manifest(tmp_path / "out.trec")["counts"] == {"queries": 8, "results": 48}
 
 
