@@ -11,7 +11,7 @@ from typing import Any
 
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.retrieval.finetune_settings import FinetuneSettings, find_problems
+from quincunx.engine.retrieval.finetune_settings import OF_RERANKERS, OF_RETRIEVERS, FinetuneSettings, find_problems
 from quincunx.engine.retrieval.pipeline import STAGES_FOLDER, Stage
 from quincunx.engine.run_settings import require
 from quincunx.engine.settings import PretrainSettings
@@ -43,12 +43,6 @@ MINED_DEPTH = 200
 """Ranks that are searched for mining where the recipe does not say: mine.py's own depth."""
 LENGTHS = {"max_query_tokens": 32, "max_passage_tokens": 144}
 """finetune.py's own, for the encoder that is not fine-tuned yet."""
-OF_RETRIEVERS = {
-    "max_query_tokens", "max_passage_tokens", "towers", "pooling", "normalise", "temperature", "all_pairs",
-    "mask_known_positives", "probe_every",
-}  # fmt: skip
-OF_RERANKERS = {"max_pair_tokens", "gradient_candidates", "r_drop"}
-"""Shared settings that the other kind of model has no use for."""
 NAMES = {"model", "encoder", "path", "shards"}
 """Flags whose value may be a name instead of a file: of a model, of documentation to read, of a remote shard set."""
 
@@ -112,7 +106,7 @@ class Chain:
 
     def finetune(self, stage: str, encoder: str, candidates: str) -> str:
         """The trained retriever or reranker."""
-        idle = OF_RETRIEVERS if stage == "reranker" else OF_RERANKERS
+        idle = (*OF_RETRIEVERS, "probe_every") if stage == "reranker" else OF_RERANKERS
         shared = {key: value for key, value in self._placed("finetune").items() if key not in idle}
         settings = {"stage": stage, **shared, **self.recipe.settings(stage)}
         if settings.get("steps") is not None:

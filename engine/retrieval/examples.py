@@ -28,8 +28,26 @@ from quincunx.engine.retrieval.groups import Groups
 CACHED_TEXTS = 1 << 18
 
 
+class GroupedBatch:
+    """What the loop counts in a micro-batch of queries with their candidates."""
+
+    query_rows: np.ndarray
+    passage_rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.query_rows)
+
+    def num_labels(self) -> list[int]:
+        """[B]: what the loss is a mean over."""
+        return [len(self)]
+
+    @property
+    def num_passages(self) -> int:
+        return len(self.passage_rows)
+
+
 @dataclass(frozen=True)
-class RetrieverBatch:
+class RetrieverBatch(GroupedBatch):
     """A micro-batch of B queries and their B * G passages."""
 
     queries: PackedText
@@ -48,24 +66,13 @@ class RetrieverBatch:
     num_cut_texts: int
     """How many of the texts were longer than allowed and were cut."""
 
-    def __len__(self) -> int:
-        return len(self.query_rows)
-
-    def num_labels(self) -> list[int]:
-        """[B]: what the loss is a mean over."""
-        return [len(self)]
-
-    @property
-    def num_passages(self) -> int:
-        return len(self.passage_rows)
-
     @property
     def num_tokens(self) -> int:
         return len(self.queries.input_ids) + len(self.passages.input_ids)
 
 
 @dataclass(frozen=True)
-class RerankerBatch:
+class RerankerBatch(GroupedBatch):
     """A micro-batch of B * G (query, passage) pairs, group by group, the positive first; fields as above."""
 
     pairs: PackedText
@@ -75,17 +82,6 @@ class RerankerBatch:
     query_rows: np.ndarray
     passage_rows: np.ndarray
     num_cut_texts: int
-
-    def __len__(self) -> int:
-        return len(self.query_rows)
-
-    def num_labels(self) -> list[int]:
-        """[B]: what the loss is a mean over."""
-        return [len(self)]
-
-    @property
-    def num_passages(self) -> int:
-        return len(self.passage_rows)
 
     @property
     def num_tokens(self) -> int:

@@ -9,6 +9,12 @@ from typing import ClassVar, Literal
 from quincunx.engine.run_settings import RunSettings, find_run_problems
 
 STAGES = ("retriever1", "retriever2", "reranker", "distil")
+OF_RETRIEVERS = (
+    "max_query_tokens", "max_passage_tokens", "towers", "pooling", "normalise", "temperature", "all_pairs",
+    "mask_known_positives",
+)  # fmt: skip
+OF_RERANKERS = ("max_pair_tokens", "gradient_candidates", "r_drop")
+"""Settings that only the one kind of model has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +123,9 @@ def find_problems(settings: FinetuneSettings) -> list[str]:
 def find_idle_settings(settings: FinetuneSettings) -> list[str]:
     """One sentence per setting that was changed but has no effect in this stage."""
     defaults, sentences = FinetuneSettings(), []
-    dual = (
-        "max_query_tokens", "max_passage_tokens", "towers", "pooling", "normalise", "temperature", "all_pairs",
-        "mask_known_positives", "probe",
-    )  # fmt: skip
     groups = (
-        (settings.is_reranker, dual, "a reranker reads pairs"),
-        (not settings.is_reranker, ("max_pair_tokens", "gradient_candidates", "r_drop"), "only a reranker has it"),
+        (settings.is_reranker, (*OF_RETRIEVERS, "probe"), "a reranker reads pairs"),
+        (not settings.is_reranker, OF_RERANKERS, "only a reranker has it"),
         (settings.stage != "distil", ("distil_loss", "contrastive_weight"), "only distil has it"),
     )
     for idle, names, reason in groups:
