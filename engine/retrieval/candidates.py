@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import BadRecordError, check_id, load_json
-from quincunx.engine.retrieval.files import check_manifest, read_lines, write_manifest, written_whole
+from quincunx.data_shards.records import BadRecordError, check_id
+from quincunx.engine.retrieval.files import check_manifest, read_json_lines, write_manifest, written_whole
 from quincunx.engine.retrieval.files import read_manifest as read_manifest
 
 KIND = "candidates"
@@ -181,7 +181,7 @@ def iterate_candidates(path: str | Path) -> Iterator[Candidates]:
     known: dict[str, str] = {}
     seen = set()
     is_parquet = path.suffix == ".parquet"
-    for number, record in _parquet_records(path) if is_parquet else _json_records(path):
+    for number, record in _parquet_records(path) if is_parquet else read_json_lines(path):
         where = f"{path}: row {number}" if is_parquet else f"{path}:{number}"
         try:
             row = parse_candidates(record, known)
@@ -192,16 +192,6 @@ def iterate_candidates(path: str | Path) -> Iterator[Candidates]:
             raise DataError(f"{where}: {error}; mend or remove the record") from None
         seen.add(row.query_id)
         yield row
-
-
-def _json_records(path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = load_json(line)
-        except BadRecordError as error:
-            raise DataError(f"{path}:{number}: {error}; mend or remove the record") from None
-        if record is not None:
-            yield number, record
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[int, dict]]:

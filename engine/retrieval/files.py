@@ -16,6 +16,7 @@ from typing import IO, Any
 import xxhash
 
 from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.records import BadRecordError, load_json
 
 SCHEMA_VERSION = 1
 
@@ -43,6 +44,17 @@ def read_lines(path: str | Path) -> Iterator[str]:
         raise DataError(f"{path} is a damaged gzip file ({error}): fetch it again") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 after line {number} ({error.reason}): convert it") from None
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """(line number from 1, object) of each line of a JSONL file that is not blank. Raises DataError (file:line)."""
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            record = load_json(line)
+        except BadRecordError as error:
+            raise DataError(f"{path}:{number}: {error}; mend or remove the record") from None
+        if record is not None:
+            yield number, record
 
 
 @contextlib.contextmanager

@@ -31,6 +31,20 @@ scores = CrossEncoder(".").predict([("a query", "a passage")])
 ```"""
 
 
+def find_trained(run_folder: Path, launcher: str) -> tuple[Checkpoint, Path]:
+    """(the newest checkpoint that verifies, the folder of the model that the run started from).
+
+    Raises CheckpointError where there is none; launcher: what makes such runs, for the message.
+    """
+    checkpoint = find_newest(run_folder / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{run_folder} has no checkpoint: give a run folder of {launcher} that has saved one")
+    model_folder = run_folder / MODEL_FOLDER
+    if not model_folder.is_dir():
+        raise CheckpointError(f"{run_folder} has no folder {MODEL_FOLDER}, which every run writes: restore it")
+    return checkpoint, model_folder
+
+
 def export_finetuned(run_folder: Path, output: Path) -> list[Path]:
     """Exports the newest checkpoint that verifies; replaces an earlier export. Returns the card and the plot.
 
@@ -38,12 +52,7 @@ def export_finetuned(run_folder: Path, output: Path) -> list[Path]:
         CheckpointError: the run has no usable checkpoint, or its folder `model` is missing.
     """
     run_folder, output = Path(run_folder), Path(output)
-    checkpoint = find_newest(run_folder / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError(f"{run_folder} has no checkpoint: give a run folder of finetune.py that has saved one")
-    model_folder = run_folder / MODEL_FOLDER
-    if not model_folder.is_dir():
-        raise CheckpointError(f"{run_folder} has no folder {MODEL_FOLDER}, which every run writes: restore it")
+    checkpoint, model_folder = find_trained(run_folder, "finetune.py")
     weights, settings = consolidated_state_dict(checkpoint.folder), checkpoint.state["settings"]
     output.mkdir(parents=True, exist_ok=True)
     plot = plot_losses(run_folder, output / PLOT_FILE)

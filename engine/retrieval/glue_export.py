@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from quincunx.data_shards.errors import CheckpointError
-from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
-from quincunx.engine.export import MODEL_FOLDER
+from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict
 from quincunx.engine.model_card import PLOT_FILE, first_and_last, plot_losses
 from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker, score_tokenised
+from quincunx.engine.retrieval.finetune_export import find_trained
 from quincunx.engine.retrieval.glue_batches import tokenise_examples
 from quincunx.engine.retrieval.glue_data import TASKS, read_examples
 from quincunx.engine.retrieval.glue_metrics import write_predictions
@@ -41,12 +40,7 @@ def export_glue(run_folder: Path, output: Path, test: Path | None, device: str) 
         DataError: the test file cannot be read.
     """
     run_folder, output = Path(run_folder), Path(output)
-    checkpoint = find_newest(run_folder / "checkpoints")
-    if checkpoint is None:
-        raise CheckpointError(f"{run_folder} has no checkpoint: give a run folder of glue.py that has saved one")
-    model_folder = run_folder / MODEL_FOLDER
-    if not model_folder.is_dir():
-        raise CheckpointError(f"{run_folder} has no folder {MODEL_FOLDER}, which every run writes: restore it")
+    checkpoint, model_folder = find_trained(run_folder, "glue.py")
     settings = checkpoint.state["settings"]
     task, max_tokens = TASKS[settings["task"]], settings["max_tokens"]
     loaded = load_reranker(str(model_folder), num_labels=len(task.classes) or 1, max_tokens=max_tokens)

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import BadRecordError, check_id, load_json
+from quincunx.data_shards.records import BadRecordError, check_id
 from quincunx.engine.retrieval.candidates import Candidates, read_candidates
 from quincunx.engine.retrieval.collection import Collection, make_collection
-from quincunx.engine.retrieval.files import read_lines, written_whole
+from quincunx.engine.retrieval.files import read_json_lines, read_lines, written_whole
 from quincunx.engine.retrieval.questions import read_questions
 
 Qrels = dict[str, dict[str, int]]
@@ -354,10 +354,5 @@ def _answer_records(path: Path) -> Iterator[tuple[str, str | None, dict]]:
         for number, (_, record) in enumerate(read_questions(path)):
             yield f"{path}: record {number + 1}", str(number), record
         return
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = load_json(line)
-        except BadRecordError as error:
-            raise DataError(f"{path}:{number}: {error}; mend or remove the record") from None
-        if record is not None:
-            yield f"{path}:{number}", None, record
+    for number, record in read_json_lines(path):
+        yield f"{path}:{number}", None, record
