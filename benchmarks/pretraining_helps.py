@@ -336,7 +336,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--encoder", required=True, help="the encoder that every variant starts from")
     parser.add_argument("--steps", type=int, required=True, help="of pre-training")
     parser.add_argument("--finetune_steps", type=int, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pre-training and fine-tuning")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="of pre-training and fine-tuning; none: data only"
+    )
     parser.add_argument("--variants", nargs="+", help="rows of the table (default: all)")
     parser.add_argument("--pooling", choices=POOLINGS, default="cls")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -380,7 +382,10 @@ def main() -> int:
         code = pipeline.run()
         if code:
             return code
-        experiment.write(variants, baselines, options.seeds)
+        if cells:
+            experiment.write(variants, baselines, options.seeds)
+    if not cells:
+        return 0
     print(f"wrote {options.results} and {Path(options.results).with_suffix('.md')}")
     return 0
 

@@ -21,7 +21,7 @@ run() {
         learning_rate=5.0e-5 warmup_share=0.1 all_pairs=false --output "$output" "$@"
 }
 
-run --seeds 0 --variants none --results "$output/first.json" # makes what all cells share
+run --results "$output/seed-none.json" --seeds # makes what all cells share
 run --seeds 0 --results "$output/seed-0.json" &
 first=$!
 run --seeds 1 --results "$output/seed-1.json"
