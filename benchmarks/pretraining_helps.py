@@ -376,7 +376,7 @@ def main() -> int:
     cells = [(variant, seed) for seed in options.seeds for variant in variants]
     pipelines = [experiment.data, *(experiment.cell(*cell) for cell in cells)]  # wrong settings are found here
     if options.untuned:
-        pipelines += [experiment.untuned(variant, options.seeds[0]) for variant in variants]
+        pipelines += [experiment.untuned(variant, seed) for seed in options.seeds[:1] for variant in variants]
     for pipeline in pipelines:
         print(f"\n== {pipeline.folder}", flush=True)
         code = pipeline.run()

@@ -43,7 +43,7 @@ def main() -> None:
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.judgements import check_against, read_answers, read_qrels
     from quincunx.engine.retrieval.mining import TeacherScores, mine, stream_run
-    from quincunx.engine.retrieval.parts import input_digest, is_made
+    from quincunx.engine.retrieval.parts import input_digest, making
     from quincunx.engine.retrieval.progress import counted
 
     drop = settings.unknown_ids == "drop"
@@ -60,17 +60,18 @@ def main() -> None:
             for name in ("run", "qrels", "answers", "teacher_scores")
         },
     }
-    if is_made(Path(settings.output), KIND, made_by):
-        print(f"{settings.output} is there, made from these files by these rules: nothing to do")
-        return
-    qrels, unknown = check_against(qrels, queries, passages, settings.qrels, drop)
-    teacher = None
-    if settings.teacher_scores is not None:
-        teacher = TeacherScores(iterate_candidates(settings.teacher_scores), settings.teacher_scores)
     counts: dict[str, int] = {}
-    run = counted(stream_run(settings.run, settings.depth), "mine", "query")
-    rows = mine(run, qrels, queries, passages, settings, counts, answers=answers, teacher=teacher)
-    write_candidates(settings.output, rows, {**made_by, "mining": counts, "judgements_dropped": unknown})
+    with making(Path(settings.output), KIND, made_by) as missing:
+        if not missing:
+            print(f"{settings.output} is there, made from these files by these rules: nothing to do")
+            return
+        qrels, unknown = check_against(qrels, queries, passages, settings.qrels, drop)
+        teacher = None
+        if settings.teacher_scores is not None:
+            teacher = TeacherScores(iterate_candidates(settings.teacher_scores), settings.teacher_scores)
+        run = counted(stream_run(settings.run, settings.depth), "mine", "query")
+        rows = mine(run, qrels, queries, passages, settings, counts, answers=answers, teacher=teacher)
+        write_candidates(settings.output, rows, {**made_by, "mining": counts, "judgements_dropped": unknown})
     width = max(map(len, counts))
     print(f"{settings.output}")
     for name, count in counts.items():

@@ -1,6 +1,5 @@
 """One way to ask for passages, whatever searches (a dual encoder over its embeddings, BM25), and runs written by it."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quincunx.engine.retrieval.collection import Collection, make_collection
-from quincunx.engine.retrieval.files import write_manifest, written_whole
+from quincunx.engine.retrieval.files import write_manifest
 from quincunx.engine.retrieval.judgements import Qrels, check_against, write_run
-from quincunx.engine.retrieval.parts import is_made
-from quincunx.engine.retrieval.progress import progress_bar
+from quincunx.engine.retrieval.parts import making
 
 if TYPE_CHECKING:
     from quincunx.engine.retrieval.dual_encoder import Retriever
@@ -20,7 +18,8 @@ if TYPE_CHECKING:
     from quincunx.engine.retrieval.index import Index
 
 RUN = "run"
-QUERIES_AT_ONCE = 4096
+QUERIES_AT_ONCE = 2**15
+"""Large collections pass through the memory, or into a GPU's, once for so many queries."""
 RECALL_DEPTHS = (10, 100)
 
 
@@ -108,29 +107,21 @@ def search_to_run(finder: Finder, queries: Collection, depth: int, output: str |
     """
     output = Path(output)
     made_by = finder.made_by | {"queries": queries.digest, "depth": depth}
-    begun = output.with_name(
-        f".{output.name}.begun"
-    )  # tells a run whose manifest a kill has cut off from a foreign one
-    mark = json.dumps(made_by, sort_keys=True)
-    if is_made(output, RUN, made_by, begun=begun.is_file() and begun.read_text(encoding="utf-8") == mark):
-        return None
-    with written_whole(begun) as file:
-        file.write(mark)
     ids = queries.ids()
 
     def results() -> Iterator[tuple[str, list[str], np.ndarray]]:
-        with progress_bar(len(ids), "searching", "query") as bar:
-            for start in range(0, len(ids), QUERIES_AT_ONCE):
-                some = range(start, min(start + QUERIES_AT_ONCE, len(ids)))
-                for query, scores, rows in zip(some, *finder.find(queries.texts(some), depth), strict=True):
-                    found = rows >= 0
-                    yield ids[query], [finder.passage_ids[row] for row in rows[found]], scores[found]
-                bar.update(len(some))
+        for start in range(0, len(ids), QUERIES_AT_ONCE):
+            some = range(start, min(start + QUERIES_AT_ONCE, len(ids)))
+            for query, scores, rows in zip(some, *finder.find(queries.texts(some), depth), strict=True):
+                found = rows >= 0
+                yield ids[query], [finder.passage_ids[row] for row in rows[found]], scores[found]
 
-    lines = write_run(output, results(), finder.index)
-    write_manifest(output, RUN, {"queries": len(ids), "results": lines}, made_by)
-    begun.unlink()
-    return lines
+    with making(output, RUN, made_by) as missing:
+        if not missing:
+            return None
+        lines = write_run(output, results(), finder.index)
+        write_manifest(output, RUN, {"queries": len(ids), "results": lines}, made_by)
+        return lines
 
 
 def judged_queries(queries: Collection, qrels: Qrels, name: str) -> Collection:

@@ -24,6 +24,7 @@ import xxhash
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.embeddings import Embeddings
 from quincunx.engine.retrieval.files import file_digest, written_whole
+from quincunx.engine.retrieval.progress import FEW_QUERIES, counted
 from quincunx.engine.retrieval.top_results import Best, in_order, top_rows
 
 IndexKind = Literal["exact", "flat", "ivfpq", "hnsw"]
@@ -98,7 +99,8 @@ class Index:
                 "with one model"
             )
         best = Best(len(queries_QD), depth, self.device)
-        for number, parts in enumerate(self.shards):
+        shards = counted(self.shards, "searching", "shard", show=len(queries_QD) >= FEW_QUERIES)
+        for number, parts in enumerate(shards):
             one = self._search_approximate if self.approximate else self._search_block
             scores_QK, rows_QK = one(number, queries_QD, depth)
             start = int(self.embeddings.starts[parts[0]])
@@ -126,10 +128,8 @@ class Index:
         """float32 [rows, D]; on the device, for faiss on the host."""
         if self._resident is not None and number in self._resident:
             return self._resident[number]
-        vectors_ND = np.concatenate([self.embeddings.parts[part] for part in self.shards[number]]).astype(
-            np.float32, copy=False
-        )
-        block_ND = torch.from_numpy(vectors_ND).to("cpu" if self.kind == "flat" else self.device)
+        vectors_ND = np.concatenate([self.embeddings.parts[part] for part in self.shards[number]])
+        block_ND = torch.from_numpy(vectors_ND).to("cpu" if self.kind == "flat" else self.device).float()
         if self._resident is not None:
             self._resident[number] = block_ND
         return block_ND

@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,30 @@ def is_made(output: Path, kind: str, made_by: dict[str, Any], *, begun: bool = F
             "another --output"
         )
     return True
+
+
+@contextmanager
+def making(output: Path, kind: str, made_by: dict[str, Any]) -> Iterator[bool]:
+    """Whether the caller has to make a stage's file, with its manifest, in this block; False where it is there.
+
+    A mark beside the file, .NAME.begun, stands while it is made: a file without manifest and with this mark is what a
+    kill has cut off before the manifest. kind, made_by, errors: as is_made.
+    """
+    mark, text = output.with_name(f".{output.name}.begun"), json.dumps(made_by, sort_keys=True)
+    try:
+        begun = mark.read_text(encoding="utf-8") == text
+    except FileNotFoundError:
+        begun = False
+    if is_made(output, kind, made_by, begun=begun):
+        yield False
+        return
+    with written_whole(mark) as file:
+        file.write(text)
+    try:
+        yield True
+    finally:
+        if manifest_path(output).exists() or not output.exists():
+            mark.unlink()
 
 
 def part_path(folder: Path, part: Part) -> Path:

@@ -1,11 +1,13 @@
 """Progress on stderr: a bar with rate and time left on a terminal, a line every half minute elsewhere."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 30
+FEW_QUERIES = 500
+"""A search for fewer is over before a bar would help."""
 
 
 def progress_bar(total: int | None, label: str, unit: str, *, initial: int = 0, show: bool = True) -> Any:
@@ -26,9 +28,13 @@ def progress_bar(total: int | None, label: str, unit: str, *, initial: int = 0, 
     )
 
 
-def counted(items: Iterable[Item], label: str, unit: str, total: int | None = None) -> Iterator[Item]:
-    """The items, with a bar that counts them."""
-    with progress_bar(total, label, unit) as bar:
+def counted(
+    items: Iterable[Item], label: str, unit: str, total: int | None = None, *, show: bool = True
+) -> Iterator[Item]:
+    """The items, with a bar that counts them; a sequence tells the total itself."""
+    if isinstance(items, Sized):
+        total = len(items)
+    with progress_bar(total, label, unit, show=show) as bar:
         for item in items:
             yield item
             bar.update()

@@ -63,6 +63,16 @@ def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes
     assert (data / "out.jsonl").stat().st_mtime_ns == written
 
 
+def test_negatives_whose_manifest_a_kill_cut_off_are_mined_again(data, monkeypatch):
+    monkeypatch.setattr("sys.argv", command(data))
+    with monkeypatch.context() as patch:
+        patch.setattr("quincunx.engine.retrieval.candidates.write_manifest", lambda *_: None)  # as if killed before it
+        main()
+    assert sorted(path.name for path in data.glob("*out.jsonl*")) == [".out.jsonl.begun", "out.jsonl"]
+    main()
+    assert sorted(path.name for path in data.glob("*out.jsonl*")) == ["out.jsonl", "out.jsonl.manifest.json"]
+
+
 def test_answers_the_teachers_margin_and_random_fill_work_together(data):
     (data / "answers.jsonl").write_text('{"query_id": "q0", "answers": ["text 1", "amber"]}\n')
     scored = [

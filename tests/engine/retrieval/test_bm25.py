@@ -1,7 +1,11 @@
-"""BM25: the published formula, bm25s' scores, an index that is the same after saving, and the collections' numbers."""
+"""BM25: the published formula, bm25s' scores, the same from one process and several, and the collections' numbers."""
 
+import contextlib
 import math
 import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -79,33 +83,49 @@ def test_stemming_and_stop_words_and_queries_without_a_known_word(passages):
     assert bm25.search(index, [], 3)[1].shape == (0, 3)
 
 
-def test_an_index_is_the_same_after_saving_and_is_replaced_whole(passages, tmp_path):
-    index = bm25.build(passages, 0.9, 0.4)
-    bm25.save(index, tmp_path / "index")
-    bm25.save(index, tmp_path / "index")
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-    loaded = bm25.load(tmp_path / "index", passages.digest)
-    assert (loaded.k1, loaded.b, loaded.count, loaded.collection_digest) == (0.9, 0.4, 200, passages.digest)
-    queries = random_texts(1, 20)
-    for built, found in zip(bm25.search(index, queries, 50), bm25.search(loaded, queries, 50)):
-        assert np.array_equal(built, found)
+def test_processes_share_the_queries_and_find_the_same(passages):
+    index, queries = bm25.build(passages, 0.9, 0.4), random_texts(1, 150)
+    for alone, shared in zip(bm25.search(index, queries, 50), bm25.search(index, queries, 50, processes=2)):
+        assert np.array_equal(alone, shared) and len(shared) == 150
 
 
-def test_an_index_of_another_collection_or_damaged_or_absent_is_refused(passages, tmp_path):
-    bm25.save(bm25.build(passages), tmp_path / "index")
-    other = make_collection(["x"], ["lift"], "other")
-    with pytest.raises(DataError, match=f"built from collection {passages.digest}.*given is {other.digest}"):
-        bm25.load(tmp_path / "index", other.digest)
-    data = bytearray((tmp_path / "index" / "data.csc.index.npy").read_bytes())
-    data[-1] ^= 1
-    (tmp_path / "index" / "data.csc.index.npy").write_bytes(data)
-    with pytest.raises(DataError, match=r"data\.csc\.index\.npy is missing or does not match manifest\.json"):
-        bm25.load(tmp_path / "index")
-    with pytest.raises(DataError, match="is no BM25 index"):
-        bm25.load(tmp_path / "nothing")
+SEARCHER = """
+import os, sys, tempfile
+from quincunx.engine.retrieval import bm25
+from quincunx.engine.retrieval.collection import make_collection
+if __name__ == "__main__":
+    tempfile.tempdir = sys.argv[1]
+    index = bm25.build(make_collection(["a", "b"], ["lift", "drag"], "two"))
+    with bm25._searching(index, 2) as found:
+        for _ in found([["lift"]] * 10**4, 1):
+            print("searching", flush=True)
+"""
 
 
-def test_settings_and_folders_that_do_not_fit_are_refused(passages, tmp_path):
+def test_processes_end_with_the_search_that_was_killed(tmp_path):
+    (tmp_path / "searcher.py").write_text(SEARCHER)
+    command = [sys.executable, str(tmp_path / "searcher.py"), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as searcher:
+        assert searcher.stdout.readline() == "searching\n"
+        searcher.kill()
+    deadline = time.monotonic() + 30
+    while processes_of(searcher.pid):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.1)
+
+
+def processes_of(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_settings_that_do_not_fit_are_refused(passages):
     for k1, b in [(-1, 0.5), (1, 1.5), (float("nan"), 0.5)]:
         with pytest.raises(SettingsError, match="give k1 of 0 or more and b from 0 to 1"):
             bm25.build(passages, k1, b)
@@ -113,10 +133,6 @@ def test_settings_and_folders_that_do_not_fit_are_refused(passages, tmp_path):
         bm25.build(make_collection(["a", "b"], ["", "the of"], "empty"))
     with pytest.raises(SettingsError, match="depth is 0"):
         bm25.search(bm25.build(passages), ["lift"], 0)
-    (tmp_path / "letter.txt").write_text("keep me")
-    with pytest.raises(SettingsError, match="is no BM25 index"):
-        bm25.save(bm25.build(passages), tmp_path)
-    assert (tmp_path / "letter.txt").read_text() == "keep me"
 
 
 @pytest.mark.skipif("QUINCUNX_DATA" not in os.environ, reason="QUINCUNX_DATA is the folder of the collections")

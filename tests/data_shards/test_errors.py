@@ -1,0 +1,46 @@
+"""Errors of a user end a launcher with one sentence and a code; ours keep their traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, exit_with_one_sentence
+
+
+@pytest.mark.parametrize(("kind", "code"), [(SettingsError, 2), (DataError, 3), (CheckpointError, 4)])
+def test_a_users_error_is_one_sentence_and_its_code(kind, code, capsys):
+    def main():
+        raise kind("give another")
+
+    with pytest.raises(SystemExit) as ended:
+        exit_with_one_sentence(main)
+    assert ended.value.code == code and capsys.readouterr().err == "error: give another\n"
+
+
+def test_other_errors_keep_their_traceback_a_broken_pipe_of_a_network_too():
+    for error in (KeyError("ours"), BrokenPipeError("a socket's")):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            exit_with_one_sentence(main)
+
+
+def test_the_code_that_main_returns_is_the_exit_code():
+    for returned, code in ((None, 0), (0, 0), (75, 75)):
+        with pytest.raises(SystemExit) as ended:
+            exit_with_one_sentence(lambda returned=returned: returned)
+        assert ended.value.code == code
+
+
+def test_a_reader_that_goes_away_ends_a_launcher_quietly():
+    script = (
+        "from quincunx.data_shards.errors import exit_with_one_sentence\n"
+        "exit_with_one_sentence(lambda: [print('line', flush=True) for _ in iter(int, 1)])"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True) as launcher:
+        assert launcher.stdout.readline() == "line\n"
+        launcher.stdout.close()
+        assert launcher.stderr.read() == "" and launcher.wait() == 141
