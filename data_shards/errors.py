@@ -5,14 +5,12 @@ A message is one sentence: what was given, what is allowed, how to mend it. The 
 """
 
 import os
-import select
 import sys
 from collections.abc import Callable
 
 EXIT_PREEMPTED = 75
 EXIT_HUNG = 76
 EXIT_DIVERGED = 77
-EXIT_PIPE = 141  # as a shell names the end by SIGPIPE
 
 
 class SettingsError(ValueError):
@@ -45,18 +43,4 @@ def exit_with_one_sentence(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        if not _stdout_is_closed():
-            raise
-        sys.exit(EXIT_PIPE)
     sys.exit(code or 0)
-
-
-def _stdout_is_closed() -> bool:
-    """Whether nobody reads stdout any more, as after `| head`; what was still to be written is dropped then."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # POLLERR is always told
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True

@@ -19,6 +19,7 @@ from quincunx.data_shards.generations import MANIFEST_NAME, PART_NAME
 from quincunx.data_shards.passages import Passage, read_passages
 from quincunx.data_shards.readers import list_inputs
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
+from quincunx.engine.environment import Environment, choose_device
 
 if TYPE_CHECKING:
     from quincunx.engine.generator import Generator, Sampling
@@ -98,7 +99,7 @@ class GenerateSettings:
         return self.max_new_tokens or DEFAULT_NEW_TOKENS[self.task]
 
 
-def generate_corpus(settings: GenerateSettings, rank: int, world_size: int, local_rank: int) -> dict[str, int]:
+def generate_corpus(settings: GenerateSettings, environment: Environment) -> dict[str, int]:
     """Writes this rank's missing parts; all ranks together finish the folder.
 
     Returns the counts of what this process did: parts, skipped_parts (already there), passages, texts, empty_texts,
@@ -116,7 +117,7 @@ def generate_corpus(settings: GenerateSettings, rank: int, world_size: int, loca
 
     from quincunx.engine.generator import Sampling, load_generator
 
-    device, precision = choose_device(settings, local_rank)
+    device, precision = device_and_precision(settings.device, settings.precision, environment)
     generator = load_generator(settings.model, device, precision)
     sampling = Sampling(
         seed=settings.seed,
@@ -132,7 +133,7 @@ def generate_corpus(settings: GenerateSettings, rank: int, world_size: int, loca
 
     report = ReadReport()
     counts = {"parts": 0, "skipped_parts": 0, "passages": 0, "texts": 0, "empty_texts": 0, "cut_prompts": 0}
-    for part in range(rank, num_parts, world_size):
+    for part in range(environment.rank, num_parts, environment.world_size):
         target = output / PART_NAME.format(part)
         if target.exists():
             counts["skipped_parts"] += 1
@@ -149,7 +150,7 @@ def generate_corpus(settings: GenerateSettings, rank: int, world_size: int, loca
             report,
         )
         passages = [passage for _, of_document in documents for passage in of_document]
-        label = f"part {part + 1} of {num_parts}" if rank == 0 else None
+        label = f"part {part + 1} of {num_parts}" if environment.is_main else None
         texts = generate_part(generator, passages, settings, sampling, label)
         write_part(target, settings.task, passages, texts)
         counts["parts"] += 1
@@ -164,17 +165,14 @@ def generate_corpus(settings: GenerateSettings, rank: int, world_size: int, loca
     return counts | dict(report.counts)
 
 
-def choose_device(settings: GenerateSettings, local_rank: int) -> tuple[str, str]:
-    """(torch device, precision) by the settings and what the machine has."""
-    import torch
+def device_and_precision(device: str, precision: str, environment: Environment) -> tuple[str, str]:
+    """(torch's device, float32 or bfloat16) of this rank for encoding and generating, which train nothing.
 
-    has_gpu = torch.cuda.is_available()
-    if settings.device == "cuda" and not has_gpu:
-        raise SettingsError("device is cuda, but torch finds no GPU here: give cpu or auto, or install torch for CUDA")
-    use_gpu = has_gpu and settings.device != "cpu"
-    device = f"cuda:{local_rank % torch.cuda.device_count()}" if use_gpu else "cpu"
-    precision = settings.precision if settings.precision != "auto" else "bfloat16" if use_gpu else "float32"
-    return device, precision
+    precision auto: bfloat16 on a GPU, float32 elsewhere. Raises SettingsError as choose_device.
+    """
+    cuda = choose_device(device, environment)
+    precision = precision if precision != "auto" else "bfloat16" if cuda else "float32"
+    return f"cuda:{environment.local_rank}" if cuda else "cpu", precision
 
 
 def generate_part(

@@ -63,12 +63,12 @@ def encode(settings: EncodeSettings, environment: Environment) -> None:
     for name in ("part_rows", "batch_tokens", "patience"):
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
-    from quincunx.engine.generate import choose_device
+    from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.dual_encoder import load_retriever
     from quincunx.engine.retrieval.embeddings import write_embeddings
 
-    device, precision = choose_device(settings, environment.local_rank)
+    device, precision = device_and_precision(settings.device, settings.precision, environment)
     retriever = load_retriever(
         settings.model,
         pooling=settings.pooling,

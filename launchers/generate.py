@@ -20,7 +20,7 @@ from quincunx.launchers.command_line import parse_settings
 def main() -> int:
     settings = parse_settings(GenerateSettings, "Writes queries or continuations for every passage of a corpus.")
     environment = discover_environment()
-    counts = generate_corpus(settings, environment.rank, environment.world_size, environment.local_rank)
+    counts = generate_corpus(settings, environment)
     done = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
     print(f"rank {environment.rank}: {done}", file=sys.stderr)
     return 0

@@ -75,13 +75,13 @@ def main() -> None:
 def score(settings: ScoreSettings, environment: Environment) -> None:
     """This rank's share, and on rank 0 the merged file."""
     check_settings(settings)
-    from quincunx.engine.generate import choose_device
+    from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.cross_encoder import load_reranker
     from quincunx.engine.retrieval.parts import input_digest
     from quincunx.engine.retrieval.scoring import CANDIDATES, RUN, Source, score_source
 
-    device, precision = choose_device(settings, environment.local_rank)
+    device, precision = device_and_precision(settings.device, settings.precision, environment)
     path, kind = (settings.run, RUN) if settings.candidates is None else (settings.candidates, CANDIDATES)
     queries, passages = read_queries(settings.queries), read_passages(settings.corpus, titles=settings.titles)
     reranker = load_reranker(settings.model, max_tokens=settings.max_tokens, allow_fresh_head=False)

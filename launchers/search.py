@@ -8,6 +8,7 @@
 See docs/search.md.
 """
 
+import signal
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 DEPTH_OF_A_RUN = 1000
 DEPTH_FOR_A_PERSON = 10
 RECALL_QUERIES = 100
+OF_INDEXES = {
+    "ivfpq": ("num_lists", "num_probes", "code_bytes"),
+    "hnsw": ("links", "ef_construction", "ef_search"),
+}
+"""Settings that one kind of index has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +100,25 @@ def check_settings(settings: SearchSettings) -> None:
         raise SettingsError("a person wants to read the passages: give --corpus, the one that was encoded")
     if not person and settings.queries is None:
         raise SettingsError("a run needs --queries")
+    for name in without_effect(settings):
+        raise SettingsError(
+            f"{name} has no effect with --method {settings.method} --index {settings.index}: leave it out"
+        )
     for name in ("depth", "num_lists", "num_probes", "links", "ef_construction", "ef_search", "shard_rows"):
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
+
+
+def without_effect(settings: SearchSettings) -> list[str]:
+    """Settings that were changed and that this method and index do not have."""
+    names = {"bm25": ("k1", "b")} | OF_INDEXES
+    names["dense"] = ("model", "embeddings", "index", "measure_recall", "pooling", "normalise", "max_tokens")
+    used = (settings.method, settings.index)
+    idle = [name for kind, own in names.items() if kind not in used for name in own]
+    if settings.index not in OF_INDEXES:
+        idle.append("shard_rows")
+    defaults = {field.name: field.default for field in fields(settings)}
+    return [name for name in idle if getattr(settings, name) != defaults[name]]
 
 
 def open_finder(settings: SearchSettings) -> "Finder":
@@ -107,12 +129,13 @@ def open_finder(settings: SearchSettings) -> "Finder":
     passages = read_passages(settings.corpus, titles=settings.titles) if settings.corpus is not None else None
     if settings.method == "bm25":
         return finding.bm25_finder(passages, settings.k1, settings.b)
-    from quincunx.engine.generate import choose_device
+    from quincunx.engine.environment import discover_environment
+    from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.dual_encoder import load_retriever
     from quincunx.engine.retrieval.embeddings import open_embeddings
     from quincunx.engine.retrieval.index import Index, IndexOptions
 
-    device, precision = choose_device(settings, local_rank=0)
+    device, precision = device_and_precision(settings.device, settings.precision, discover_environment())
     retriever = load_retriever(
         settings.model,
         pooling=settings.pooling,
@@ -149,7 +172,11 @@ def main() -> None:
         from quincunx.engine.retrieval.search_page import search_on_terminal, serve_page
 
         finder, depth = open_finder(settings), settings.depth or DEPTH_FOR_A_PERSON
-        serve_page(finder, settings.page, depth) if settings.page is not None else search_on_terminal(finder, depth)
+        if settings.page is not None:
+            serve_page(finder, settings.page, depth)
+        else:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the prompt quietly
+            search_on_terminal(finder, depth)
         return
     queries, depth = read_queries(settings.queries), settings.depth or DEPTH_OF_A_RUN
     if settings.qrels is not None:

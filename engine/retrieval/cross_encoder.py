@@ -7,8 +7,6 @@ CrossEncoder on the exported folder (tests/engine/retrieval/test_cross_encoder.p
 Letters: T tokens of all pairs, S pairs, D channels, C labels.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from quincunx.engine.encoder import PACKED, PackedEncoder, fetch_pretrained
 from quincunx.engine.lean_modules import make_lean
 from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack
 from quincunx.engine.retrieval.dual_encoder import Precision, mean_pool
+from quincunx.engine.retrieval.files import folder_written_whole
 from quincunx.engine.tensors import TensorText, text_to_tensors
 
 FAMILIES = ("bert", "roberta", "electra", "xlm-roberta", "modernbert")
@@ -212,29 +211,21 @@ def save_reranker(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise SettingsError(f"{folder} holds something else than a model: give a new folder, or move that one away")
-    staging = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    config = type(model.config).from_dict(model.config.to_dict())
-    config.architectures = [type(model.model).__name__]
-    config.dtype = "float32"
-    config.sentence_transformers = {"activation_fn": ACTIVATION}
-    config.save_pretrained(staging)
-    own = model.state_dict() if state is None else state
-    weights = {name.removeprefix("model."): weight.float().contiguous().cpu() for name, weight in own.items()}
-    expected = {name.removeprefix("model.") for name in model.state_dict()}
-    assert weights.keys() == expected, f"not this model's weights: {sorted(weights.keys() ^ expected)[:3]}"
-    save_file(weights, staging / "model.safetensors", {"format": "pt"})
-    limit, tokenizer.model_max_length = tokenizer.model_max_length, max_tokens
-    tokenizer.save_pretrained(staging)
-    tokenizer.model_max_length = limit
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(staging, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with folder_written_whole(folder) as staging:
+        config = type(model.config).from_dict(model.config.to_dict())
+        config.architectures = [type(model.model).__name__]
+        config.dtype = "float32"
+        config.sentence_transformers = {"activation_fn": ACTIVATION}
+        config.save_pretrained(staging)
+        own = model.state_dict() if state is None else state
+        weights = {name.removeprefix("model."): weight.float().contiguous().cpu() for name, weight in own.items()}
+        expected = {name.removeprefix("model.") for name in model.state_dict()}
+        assert weights.keys() == expected, f"not this model's weights: {sorted(weights.keys() ^ expected)[:3]}"
+        save_file(weights, staging / "model.safetensors", {"format": "pt"})
+        limit, tokenizer.model_max_length = tokenizer.model_max_length, max_tokens
+        tokenizer.save_pretrained(staging)
+        tokenizer.model_max_length = limit
+        (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def tokenise_pairs(

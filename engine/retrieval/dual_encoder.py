@@ -9,8 +9,6 @@ Letters: T tokens, S sequences, B queries, N passages, D channels.
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.encoder import PackedEncoder, load_encoder
 from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack, tokenise
+from quincunx.engine.retrieval.files import folder_written_whole
 from quincunx.engine.retrieval.sentence_folder import fetch_folder, read_sentence_folder, write_sentence_folder
 from quincunx.engine.tensors import TensorText, text_to_tensors
 
@@ -270,43 +269,36 @@ def save_retriever(
     both sides has one max_seq_length in sentence-transformers, the larger of the two: only load_retriever cuts queries
     at max_query_tokens.
     """
-    folder = Path(folder)
     state = model.state_dict() if state is None else state
-    staging = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    places = write_sentence_folder(
-        staging,
-        width=model.width,
-        pooling=model.pooling,
-        normalise=model.normalise,
-        max_query_tokens=max_query_tokens,
-        max_passage_tokens=max_passage_tokens,
-        query_prompt=query_prompt,
-        passage_prompt=passage_prompt,
-        separate=not model.shared,
-    )
-    for kind, place in places.items():
-        encoder = model.tower(kind).model
-        prefix = f"{kind}.model."
-        weights = {
-            key.removeprefix(prefix): value.detach().float().cpu().contiguous()
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
-        assert set(weights) == set(encoder.state_dict()), "the state is not of this model"
-        save_file(weights, place / "model.safetensors", {"format": "pt"})
-        config = copy.deepcopy(encoder.config)
-        config.architectures, config.dtype = [type(encoder).__name__], torch.float32
-        config.save_pretrained(place)
-        own_tokenizer = copy.deepcopy(tokenizer)
-        own_tokenizer.backend_tokenizer.encode_special_tokens = False
-        own_tokenizer.model_max_length = json.loads((place / "sentence_bert_config.json").read_text())["max_seq_length"]
-        own_tokenizer.save_pretrained(place)
-    (staging / "README.md").write_text(card, encoding="utf-8")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(staging, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with folder_written_whole(folder) as staging:
+        places = write_sentence_folder(
+            staging,
+            width=model.width,
+            pooling=model.pooling,
+            normalise=model.normalise,
+            max_query_tokens=max_query_tokens,
+            max_passage_tokens=max_passage_tokens,
+            query_prompt=query_prompt,
+            passage_prompt=passage_prompt,
+            separate=not model.shared,
+        )
+        for kind, place in places.items():
+            encoder = model.tower(kind).model
+            prefix = f"{kind}.model."
+            weights = {
+                key.removeprefix(prefix): value.detach().float().cpu().contiguous()
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+            assert set(weights) == set(encoder.state_dict()), "the state is not of this model"
+            save_file(weights, place / "model.safetensors", {"format": "pt"})
+            config = copy.deepcopy(encoder.config)
+            config.architectures, config.dtype = [type(encoder).__name__], torch.float32
+            config.save_pretrained(place)
+            own_tokenizer = copy.deepcopy(tokenizer)
+            own_tokenizer.backend_tokenizer.encode_special_tokens = False
+            own_tokenizer.model_max_length = json.loads((place / "sentence_bert_config.json").read_text())[
+                "max_seq_length"
+            ]
+            own_tokenizer.save_pretrained(place)
+        (staging / "README.md").write_text(card, encoding="utf-8")

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,24 @@ def written_whole(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` when the block ends well.
+
+    A kill between the two renames leaves the old one beside it, as .NAME.replaced.
+    """
+    folder = Path(folder)
+    staging, replaced = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(staging, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def file_digest(path: str | Path) -> str:

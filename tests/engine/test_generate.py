@@ -13,8 +13,15 @@ from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.passages import read_passages
 from quincunx.data_shards.tokenizer import load_tokenizer, special_ids
 from quincunx.data_shards.tokenizer_training import train_wordpiece
+from quincunx.engine.environment import Environment
 from quincunx.engine.generate import GenerateSettings, generate_corpus
 from quincunx.engine.generator import Sampling, draw, load_generator, uniform
+
+
+def place(rank: int, world_size: int) -> Environment:
+    return Environment(
+        launcher="torch", rank=rank, world_size=world_size, local_rank=0, master_addr="127.0.0.1", master_port=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +143,7 @@ def test_without_chance_the_text_is_that_of_hugging_faces_own_greedy_search(mode
 
 def test_every_passage_gets_its_texts_with_the_ids_that_shards_use(models, tokenizer, corpus, tmp_path):
     settings = make_settings(models, corpus, tmp_path / "queries", max_tokens=20)
-    counts = generate_corpus(settings, 0, 1, 0)
+    counts = generate_corpus(settings, place(0, 1))
     split = read_passages("msmarco", str(corpus), load_tokenizer(tokenizer), 20)
     expected = [passage.passage_id for _, passages in split for passage in passages]
     found = records(tmp_path / "queries")
@@ -146,7 +153,7 @@ def test_every_passage_gets_its_texts_with_the_ids_that_shards_use(models, token
     assert counts["texts"] == 3 * len(expected) == sum(len(r["queries"]) for r in found) + counts["empty_texts"]
 
     settings = make_settings(models, corpus, tmp_path / "more", task="continuation", model=str(models / "gpt2"))
-    counts = generate_corpus(settings, 0, 1, 0)
+    counts = generate_corpus(settings, place(0, 1))
     found = records(tmp_path / "more")
     assert [record["passage_id"] for record in found] == [str(k) for k in range(14)]
     assert all(record["continuation"] and set(record) == {"passage_id", "continuation"} for record in found)
@@ -159,9 +166,9 @@ def test_every_passage_gets_its_texts_with_the_ids_that_shards_use(models, token
 
 def test_ranks_and_reruns_write_the_same_bytes_and_finished_parts_are_left_alone(models, corpus, tmp_path):
     for rank in range(2):
-        generate_corpus(make_settings(models, corpus, tmp_path / "two"), rank, 2, 0)
+        generate_corpus(make_settings(models, corpus, tmp_path / "two"), place(rank, 2))
     one = make_settings(models, corpus, tmp_path / "one")
-    generate_corpus(one, 0, 1, 0)
+    generate_corpus(one, place(0, 1))
     parts = sorted(part.name for part in (tmp_path / "one").glob("part-*"))
     assert parts == ["part-00000.jsonl", "part-00001.jsonl", "part-00002.jsonl"]
     for name in [*parts, "manifest.json"]:
@@ -171,19 +178,19 @@ def test_ranks_and_reruns_write_the_same_bytes_and_finished_parts_are_left_alone
     content, kept = middle.read_bytes(), [os.stat(tmp_path / "one" / name).st_mtime_ns for name in (parts[0], parts[2])]
     middle.unlink()
     (tmp_path / "one" / f".{parts[1]}.12345").write_bytes(content[:20])  # what a killed process leaves
-    counts = generate_corpus(one, 0, 1, 0)
+    counts = generate_corpus(one, place(0, 1))
     assert counts["parts"] == 1 and counts["skipped_parts"] == 2
     assert middle.read_bytes() == content
     assert kept == [os.stat(tmp_path / "one" / name).st_mtime_ns for name in (parts[0], parts[2])]
 
     moved = tmp_path / "moved.model"
     moved.symlink_to(models / "t5")
-    generate_corpus(make_settings(models, corpus, tmp_path / "one", model=str(moved)), 0, 1, 0)
+    generate_corpus(make_settings(models, corpus, tmp_path / "one", model=str(moved)), place(0, 1))
     with pytest.raises(SettingsError, match="begun with other settings") as refused:
-        generate_corpus(make_settings(models, corpus, tmp_path / "one", seed=7, top_p=0.5), 0, 1, 0)
+        generate_corpus(make_settings(models, corpus, tmp_path / "one", seed=7, top_p=0.5), place(0, 1))
     assert "top_p 0.95, now 0.5" in str(refused.value) and "seed 0, now 7" in str(refused.value)
     with pytest.raises(SettingsError, match="model_digest"):
-        generate_corpus(make_settings(models, corpus, tmp_path / "one", model=str(models / "gpt2")), 0, 1, 0)
+        generate_corpus(make_settings(models, corpus, tmp_path / "one", model=str(models / "gpt2")), place(0, 1))
 
 
 def test_a_prompt_too_long_is_cut_and_counted(models, tmp_path):
@@ -195,7 +202,7 @@ def test_a_prompt_too_long_is_cut_and_counted(models, tmp_path):
     settings = make_settings(
         models, tmp_path / "long.tsv", tmp_path / "out", model=str(models / "gpt2"), prompt="Continue: {passage}"
     )
-    counts = generate_corpus(settings, 0, 1, 0)
+    counts = generate_corpus(settings, place(0, 1))
     assert counts["cut_prompts"] == 1 and len(records(tmp_path / "out")[0]["queries"]) == 3
     with pytest.raises(SettingsError, match="max_new_tokens is 64, but the model has 64 positions"):
         generator.prompt_limit(64)
@@ -210,19 +217,19 @@ def test_what_cannot_be_generated_is_refused_in_one_sentence(models, corpus, tmp
     with pytest.raises(SettingsError, match=r"^temperature is 0: .*; top_p is 2: "):
         make_settings(models, corpus, tmp_path / "out", temperature=0, top_p=2)
     if not torch.cuda.is_available():
-        with pytest.raises(SettingsError, match="finds no GPU"):
-            generate_corpus(make_settings(models, corpus, tmp_path / "out", device="cuda"), 0, 1, 0)
+        with pytest.raises(SettingsError, match="no GPU that torch can use"):
+            generate_corpus(make_settings(models, corpus, tmp_path / "out", device="cuda"), place(0, 1))
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "notes.txt").touch()
     with pytest.raises(SettingsError, match=r"holds files but no manifest\.json"):
-        generate_corpus(make_settings(models, corpus, tmp_path / "busy"), 0, 1, 0)
+        generate_corpus(make_settings(models, corpus, tmp_path / "busy"), place(0, 1))
     (tmp_path / "blank.tsv").write_text("1\t \n")
     with pytest.raises(DataError, match="holds no passage"):
-        generate_corpus(make_settings(models, tmp_path / "blank.tsv", tmp_path / "out"), 0, 1, 0)
+        generate_corpus(make_settings(models, tmp_path / "blank.tsv", tmp_path / "out"), place(0, 1))
 
 
 @pytest.mark.gpu
 def test_a_gpu_generates_in_bfloat16(models, corpus, tmp_path):
-    counts = generate_corpus(make_settings(models, corpus, tmp_path / "out", device="cuda"), 0, 1, 0)
+    counts = generate_corpus(make_settings(models, corpus, tmp_path / "out", device="cuda"), place(0, 1))
     assert counts["passages"] == 14 and counts["peak_memory_bytes"] > 0
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]["precision"] == "bfloat16"

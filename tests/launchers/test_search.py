@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -160,6 +161,9 @@ def test_a_run_whose_manifest_a_kill_cut_off_is_made_again_a_foreign_file_is_kep
         (["--output=X", "--qrels={qrels}"], 3, "names 1 queries .*elsewhere"),
         (["--output=X", "--index=ivfpq", "--code_bytes=3"], 2, "code_bytes is 3"),
         (["--output=X", "--depth=0"], 2, "depth is 0"),
+        (["--output=X", "--k1=0.9"], 2, "k1 has no effect with --method dense"),
+        (["--output=X", "--num_probes=3", "--index=hnsw"], 2, "num_probes has no effect .* --index hnsw"),
+        (["--output=X", "--shard_rows=3"], 2, "shard_rows has no effect"),
         (["--output=X", "--interactive"], 2, "give one of --output"),
         (["--page=80"], 2, "--corpus, the one that was encoded"),
     ],
@@ -189,6 +193,9 @@ def test_the_prompt_and_the_page_answer(data):
     options = {"cwd": ROOT, "text": True, "env": environment}
     typed = subprocess.run([*words, "--interactive"], input="amber birch\n", capture_output=True, check=True, **options)
     assert "2 passages in" in typed.stdout and re.search(r"  1  -?[\d.]+  p\d+", typed.stdout)
+    with subprocess.Popen([*words, "--interactive"], stdin=-1, stdout=-1, stderr=-1, **options) as unread:
+        unread.stdout.close()  # as `| head` does
+        assert unread.communicate("amber birch\n")[1] == "" and unread.returncode == -signal.SIGPIPE
     page = subprocess.Popen([*words, "--page=0"], stdout=subprocess.PIPE, **options)
     try:
         address = re.search(r"http://127.0.0.1:\d+/", page.stdout.readline())[0]
