@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     embeddings = copied(open_embeddings(arguments.embeddings), arguments.copies)
-    queries = open_embeddings(arguments.queries)
+    queries = open_embeddings(arguments.queries, kind="query")
     queries_QD = queries.vectors(range(min(len(queries), 300)))
     exact_QK, rows = None, []
     for kind, options in KINDS:

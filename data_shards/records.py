@@ -67,7 +67,7 @@ def load_json(line: str) -> dict | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRecordError(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise BadRecordError(f"a JSON {type(record).__name__}, an object is needed")

@@ -58,11 +58,16 @@ def main() -> None:
         encode(parse_settings(EncodeSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:])), environment)
 
 
-def encode(settings: EncodeSettings, environment: Environment) -> None:
-    """This rank's share, and on rank 0 the rest."""
-    for name in ("part_rows", "batch_tokens", "patience"):
+def check_settings(settings: EncodeSettings) -> None:
+    """Raises SettingsError where a number is out of its range."""
+    for name in ("part_rows", "batch_tokens", "patience", "max_tokens"):
         if getattr(settings, name) is not None and getattr(settings, name) < 1:
             raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
+
+
+def encode(settings: EncodeSettings, environment: Environment) -> None:
+    """This rank's share, and on rank 0 the rest."""
+    check_settings(settings)
     from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.dual_encoder import load_retriever

@@ -51,6 +51,16 @@ class EvaluateSettings:
     """Answers are regular expressions (CuratedTREC)."""
 
 
+def checked_measures(settings: EvaluateSettings) -> tuple[str, ...]:
+    """The measures' full names. Raises SettingsError for values out of range."""
+    from quincunx.engine.retrieval.measures import measure_name
+
+    for name, values in (("relevant_from", (settings.relevant_from,)), ("answer_depths", settings.answer_depths)):
+        if min(values, default=1) < 1:
+            raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
+    return tuple(measure_name(name, settings.relevant_from) for name in settings.measures)
+
+
 def main() -> None:
     settings = parse_settings(EvaluateSettings, __doc__.split("\n")[0])
     inputs = {name: getattr(settings, name) for name in ("run", "qrels", "compare", "answers")}
@@ -59,16 +69,14 @@ def main() -> None:
         raise SettingsError("nothing to judge by: give --qrels, or --answers with --corpus, or all of them")
     if settings.answers is not None and settings.corpus is None:
         raise SettingsError("answer match reads the passages: give --corpus beside --answers")
-    if settings.relevant_from < 1:
-        raise SettingsError(f"relevant_from is {settings.relevant_from}: give a grade of 1 or more")
+    measures = checked_measures(settings)
 
     from quincunx.engine.retrieval import evaluation
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.judgements import read_answers
-    from quincunx.engine.retrieval.measures import measure_name
 
-    evaluation.check_outputs(settings.output, settings.per_query, inputs)
-    measures = tuple(measure_name(name, settings.relevant_from) for name in settings.measures)
+    read = inputs | {name: path for name in ("queries", "corpus") if (path := getattr(settings, name)) is not None}
+    evaluation.check_outputs(settings.output, settings.per_query, read)
     queries = read_queries(settings.queries) if settings.queries is not None else None
     # Answers are searched in the text alone, as DPR does; for ids it makes no difference.
     passages = read_passages(settings.corpus, titles=False) if settings.corpus is not None else None

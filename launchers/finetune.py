@@ -59,8 +59,8 @@ def stage_in(recipe: Path) -> str | None:
     if not recipe.is_file():
         return recipe.name
     try:
-        content = yaml.safe_load(recipe.read_text())
-    except (OSError, yaml.YAMLError):
+        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     return content.get("stage") if isinstance(content, dict) else None
 

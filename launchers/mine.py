@@ -9,7 +9,8 @@ See docs/mining.md.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.data_shards.errors import DataError, SettingsError, exit_with_one_sentence
+from quincunx.engine.retrieval.files import refuse_input
 from quincunx.engine.retrieval.mining import MiningRules, check_rules
 from quincunx.launchers.command_line import parse_settings
 
@@ -36,9 +37,19 @@ class MineSettings(MiningRules):
     """Candidates of this run with scores, of score.py: switches the teacher's margin on."""
 
 
+def check_settings(settings: MineSettings) -> None:
+    """Raises SettingsError where a number is out of its range, or a rule lacks what it needs."""
+    check_rules(settings)
+    for name, without in (("margin", 0.0), ("margin_from", "best")):
+        if settings.teacher_scores is None and getattr(settings, name) != without:
+            raise SettingsError(f"{name} counts from a teacher's scores: give --teacher_scores, or leave it out")
+
+
 def main() -> None:
     settings = parse_settings(MineSettings, __doc__.split("\n")[0])
-    check_rules(settings)
+    check_settings(settings)
+    read = ("run", "qrels", "corpus", "queries", "answers", "teacher_scores")
+    refuse_input(settings.output, {name: getattr(settings, name) for name in read})
     from quincunx.engine.retrieval.candidates import KIND, iterate_candidates, write_candidates
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.judgements import check_against, read_answers, read_qrels
@@ -60,6 +71,11 @@ def main() -> None:
             for name in ("run", "qrels", "answers", "teacher_scores")
         },
     }
+    if answers is not None and not any(query_id in queries for query_id in answers):
+        raise DataError(
+            f"{settings.answers} has answers of none of the queries of {settings.queries}: give the files that belong "
+            "together"
+        )
     counts: dict[str, int] = {}
     with making(Path(settings.output), KIND, made_by) as missing:
         if not missing:

@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import json
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = chosen(chain, settings.only, settings.from_stage)
     pipeline = Pipeline(folder, chain)
     if settings.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
         pipeline.preview(stages)
         return 0
     folder.mkdir(parents=True, exist_ok=True)

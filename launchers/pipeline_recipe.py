@@ -6,13 +6,15 @@ chain when the recipe has it, be it empty. docs/pipeline.md shows every section.
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.launchers.command_line import field_types, find_config, suggestion
+from quincunx.launchers.command_line import field_types, find_config, in_words, suggestion
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "pipeline"
 TRAINED = ("retriever1", "retriever2", "reranker", "distil")
@@ -119,6 +121,7 @@ def section_fields() -> dict[str, set[str]]:
     from quincunx.launchers.search import SearchSettings
 
     chain = {"output", "corpus", "queries", "qrels", "run", "candidates", "model", "stage", "titles", "answers"}
+    chain |= {"kind", "method", "embeddings", "interactive", "page"}
     finetune = set(field_types(FinetuneSettings)) - chain - {"fresh"} | {"recipe"}
     mine = set(field_types(MineSettings)) - chain
     search = set(field_types(SearchSettings)) - chain
@@ -146,8 +149,8 @@ def read_recipe(name: str, assignments: Sequence[str] = ()) -> Recipe:
 
     path = find_config(name, "--recipe", RECIPES)
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path} must hold sections of `setting: value` lines")
@@ -191,16 +194,39 @@ def check_recipe(content: Mapping[str, Any], name: str, where: str) -> Recipe:
         elif section != "splits" or not isinstance(settings, dict):
             problems += unknown_keys(section, settings, keys.get(section, set()))
         else:
+            settings = content["splits"] = {str(split): settings[split] or {} for split in settings}
             for split in settings:
-                settings[split] = settings[split] or {}
+                if not re.fullmatch(r"\w[\w.-]*", split):
+                    problems.append(f"split {split!r}, which names files: take letters, digits, _, - and .")
                 problems += unknown_keys(f"splits.{split}", settings[split], set(field_types(Split)))
     if problems:
         raise SettingsError(f"{where} sets what does not exist: {'; '.join(problems)}")
+    typed = {section: (kind, content.get(section, {})) for section, kind in own.items()}
+    typed |= {f"splits.{split}": (Split, settings) for split, settings in content.get("splits", {}).items()}
+    problems = [clause for section, given in typed.items() for clause in wrong_types(section, *given)]
+    if problems:
+        raise SettingsError(f"{where}: {'; '.join(problems)}")
     splits = {split: Split(**settings) for split, settings in content.pop("splits", {}).items()}
     data, models, execution = (kind(**tupled(content.pop(section, {}), kind)) for section, kind in own.items())
     recipe = Recipe(name, data, fill_splits(splits, data, where), models, execution, content)
     check_chain(recipe, where)
     return recipe
+
+
+def wrong_types(section: str, kind: type, settings: Mapping[str, Any]) -> list[str]:
+    """A clause for every value that is not of its setting's type."""
+    types, clauses = field_types(kind), []
+    for key, value in settings.items():
+        options = get_args(types[key]) if isinstance(types[key], UnionType) else (types[key],)
+        fits = any(
+            isinstance(value, list) and all(isinstance(item, str) for item in value)
+            if get_origin(option) is tuple
+            else type(value) is option
+            for option in options
+        )
+        if not fits:
+            clauses.append(f"{section}.{key} is {value!r}; it must be {in_words(types[key])}")
+    return clauses
 
 
 def unknown_keys(section: str, settings: Any, known: set[str]) -> list[str]:

@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from quincunx.engine.retrieval.finetune_settings import OF_RERANKERS, OF_RETRIEV
 from quincunx.engine.retrieval.pipeline import STAGES_FOLDER, Stage
 from quincunx.engine.run_settings import require
 from quincunx.engine.settings import PretrainSettings
-from quincunx.launchers import finetune, pretrain
+from quincunx.launchers import encode, evaluate, finetune, mine, pretrain, score, search, split
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.encode import EncodeSettings
 from quincunx.launchers.evaluate import EvaluateSettings
@@ -37,6 +37,16 @@ CLASSES = {
     "score.py": ScoreSettings,
     "evaluate.py": EvaluateSettings,
 }
+CHECKS: dict[type, Callable[[Any], Any]] = {
+    FinetuneSettings: lambda settings: require(find_problems(dataclasses.replace(settings, probe=None))),
+    SplitSettings: split.check_settings,
+    EncodeSettings: encode.check_settings,
+    SearchSettings: search.check_settings,
+    MineSettings: mine.check_settings,
+    ScoreSettings: score.check_settings,
+    EvaluateSettings: evaluate.checked_measures,
+}
+"""What each launcher itself checks before it reads a file; the probe is not written when finetune's are checked."""
 MACHINE = {"device", "batch_tokens", "patience", "per_query"}
 """Settings of encoding, searching, scoring and evaluating that change no result."""
 MINED_DEPTH = 200
@@ -45,6 +55,9 @@ LENGTHS = {"max_query_tokens": 32, "max_passage_tokens": 144}
 """finetune.py's own, for the encoder that is not fine-tuned yet."""
 NAMES = {"model", "encoder", "path", "shards"}
 """Flags whose value may be a name instead of a file: of a model, of documentation to read, of a remote shard set."""
+
+UNLEARNED = {"probe"}
+"""Flags whose file changes nothing that a stage makes: another probe is no reason to train again."""
 
 
 class Chain:
@@ -82,7 +95,7 @@ class Chain:
             settings = {"method": "bm25", **self._placed("bm25")}
             inputs["corpus"] = self.recipe.splits[split].corpus
         else:
-            settings = {"method": "dense", **self._placed("search"), **self._untrained(system, "query")}
+            settings = {"method": "dense", **self._untrained(system, "query"), **self._placed("search")}
             inputs |= {"model": model, "embeddings": self.encode(system, model, split)}
         if split == TRAIN:
             settings["depth"] = self.recipe.settings("mine", f"mine.{system}").get("depth", MINED_DEPTH)
@@ -92,7 +105,7 @@ class Chain:
         """Embeddings of the passages that the split searches."""
         corpus = self.recipe.splits[split].corpus
         name = f"encode.{system}" if corpus == corpus_of(self.recipe.data) else f"encode.{system}.{split}"
-        settings = {**self._placed("encode"), **self._untrained(system, "passage")}
+        settings = {**self._untrained(system, "passage"), **self._placed("encode")}
         inputs = {"model": model, "corpus": corpus}
         return self._add(name, "encode.py", settings, inputs, "embeddings", launched=True)
 
@@ -179,7 +192,11 @@ class Chain:
         inputs = {flag: path for flag, path in inputs.items() if path is not None}
         flags = {**settings, **inputs, "output": str(work / output)}
         words = [word for flag, value in flags.items() for word in (f"--{flag}", *as_words(value))]
-        paths = {flag: Path(path) for flag, path in inputs.items() if flag not in NAMES or self._is_path(path)}
+        paths = {
+            flag: Path(path)
+            for flag, path in inputs.items()
+            if flag not in UNLEARNED and (flag not in NAMES or self._is_path(path))
+        }
         outputs = [target]
         if "per_query" in settings:
             outputs.append(Path(settings["per_query"]))
@@ -256,8 +273,7 @@ def resolved(name: str, script: str, words: list[str], inputs: Mapping[str, Path
     kind = CLASSES[script]
     try:
         settings = parse_settings(kind, "", words, config_flag=flag, **options)
-        if kind is FinetuneSettings:
-            require(find_problems(dataclasses.replace(settings, probe=None)))  # the probe is not written yet
+        CHECKS.get(kind, lambda _: None)(settings)
     except SettingsError as error:
         raise SettingsError(f"stage {name}: {error}") from None
     left_out = {*MACHINE, *getattr(kind, "MACHINE_FIELDS", ()), "output", *inputs}

@@ -1,8 +1,8 @@
 """Scores candidates with a reranker: teacher scores for a candidates file, or a reranked run.
 
-    python launchers/score.py --model runs/reranker/export --candidates negatives.jsonl \\
+    python launchers/score.py --model runs/reranker/export/reranker --candidates negatives.jsonl \\
         --corpus corpus.tsv --queries queries.train.tsv --output scored.jsonl
-    python launchers/score.py --model runs/reranker/export --run dev.trec --depth 100 ... --output reranked.trec
+    python launchers/score.py --model runs/reranker/export/reranker --run dev.trec --depth 100 ... --output top.trec
     torchrun --nproc_per_node 8 launchers/score.py ...     # each process takes its share of the parts
 
 The same command again continues where it was stopped, on any number of processes. See docs/mining.md.

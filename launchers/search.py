@@ -165,6 +165,7 @@ def main() -> None:
     settings = parse_settings(SearchSettings, __doc__.split("\n")[0])
     check_settings(settings)
     from quincunx.engine.retrieval.collection import read_queries
+    from quincunx.engine.retrieval.files import refuse_input
     from quincunx.engine.retrieval.finding import judged_queries, search_to_run
     from quincunx.engine.retrieval.judgements import read_qrels
 
@@ -178,6 +179,7 @@ def main() -> None:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the prompt quietly
             search_on_terminal(finder, depth)
         return
+    refuse_input(settings.output, {name: getattr(settings, name) for name in ("queries", "qrels", "corpus")})
     queries, depth = read_queries(settings.queries), settings.depth or DEPTH_OF_A_RUN
     if settings.qrels is not None:
         queries = judged_queries(queries, read_qrels(settings.qrels), settings.qrels)

@@ -43,12 +43,20 @@ class SplitSettings:
     """Of the sample."""
 
 
-def main() -> None:
-    settings = parse_settings(SplitSettings, __doc__.split("\n")[0])
+def check_settings(settings: SplitSettings) -> None:
+    """Raises SettingsError where a number is out of its range."""
     for name, lowest in (("sample", 1), ("probe_queries", 0), ("probe_passages", 1), ("seed", 0)):
         if getattr(settings, name) is not None and getattr(settings, name) < lowest:
             raise SettingsError(f"{name} is {getattr(settings, name)}: give {lowest} or more")
+
+
+def main() -> None:
+    settings = parse_settings(SplitSettings, __doc__.split("\n")[0])
+    check_settings(settings)
+    import xxhash
+
     from quincunx.engine.retrieval.collection import read_passages
+    from quincunx.engine.retrieval.pipeline import read_json
     from quincunx.engine.retrieval.splits import MANIFEST, read_split, write_split
 
     queries, qrels, answers, left_out = read_split(
@@ -57,11 +65,15 @@ def main() -> None:
     passages = None
     if settings.probe_queries and settings.corpus is not None:
         passages = read_passages(settings.corpus, titles=settings.titles)
-    made_by = {**asdict(settings), "query_texts": queries.digest}
+    made_by = {
+        **asdict(settings),
+        "query_texts": queries.digest,
+        "judged": xxhash.xxh3_128_hexdigest(json.dumps([qrels, answers]).encode()),
+        "passage_texts": None if passages is None else passages.digest,
+    }
     output = Path(settings.output)
     if output.exists():
-        manifest = output / MANIFEST
-        if manifest.is_file() and json.loads(manifest.read_bytes()).get("made_by") == made_by:
+        if (read_json(output / MANIFEST) or {}).get("made_by") == made_by:
             print(f"{output} is there, made from these files by these settings: nothing to do")
             return
         raise SettingsError(f"{output} is there already and was made otherwise: remove it, or give another --output")

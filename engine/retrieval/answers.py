@@ -107,6 +107,11 @@ def answer_hits(
     """
     if not depths or min(depths) < 1:
         raise SettingsError(f"answer depths are {list(depths)}: give whole numbers from 1")
+    if not run.keys() & answers.keys():
+        raise DataError(
+            f"the run answers none of the {len(answers)} questions that have answers (its first is "
+            f"{next(iter(run), None)!r}, theirs {next(iter(answers), None)!r}): give the files that belong together"
+        )
     ranks = answer_ranks(run, answers, passages, max(depths), is_regex)
     per_query = {
         f"AnswerHit@{depth}": {id: float(rank is not None and rank <= depth) for id, rank in ranks.items()}

@@ -8,6 +8,7 @@ collection. Much work is shared by one process a core, which map the same index 
 
 import itertools
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from quincunx.engine.retrieval.progress import FEW_QUERIES, progress_bar
 
 QUERIES_AT_ONCE = 64
 """Queries that a process takes at a time."""
+START_SECONDS = 600
 MUCH_WORK = 2**34
 """Queries times passages from which processes are started: minutes of one core."""
 
@@ -101,23 +104,33 @@ def _searching(index: BM25Index, processes: int) -> Iterator[Callable]:
     if processes <= 1:
         yield lambda pieces, depth: (_search(index, piece, depth) for piece in pieces)
         return
-    with tempfile.TemporaryDirectory(prefix="bm25-") as folder:
+    context = get_context("spawn")
+    all_started = context.Barrier(processes)
+    with tempfile.TemporaryDirectory(prefix="bm25-", ignore_cleanup_errors=True) as folder:
         index.retriever.save(folder, show_progress=False)
-        pool = ProcessPoolExecutor(processes, get_context("spawn"), _open_index, (folder, index.count))
+        pool = ProcessPoolExecutor(processes, context, _open_index, (folder, index.count, all_started))
         try:
+            list(pool.map(_wait_for_all, range(processes)))
+            shutil.rmtree(folder)  # mapped files stay as long as they are used: a kill leaves nothing behind
             yield lambda pieces, depth: pool.map(_search_opened, pieces, itertools.repeat(depth))
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _open_index(folder: str, count: int) -> None:
+def _open_index(folder: str, count: int, all_started: Barrier) -> None:
     """Opens a process's own index; ends the process when the one that started it is gone."""
     import bm25s
 
-    global _opened
+    global _opened, _all_started
+    _all_started = all_started
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the process that started this one
     _opened = BM25Index(bm25s.BM25.load(folder, mmap=True, show_progress=False), count)
+
+
+def _wait_for_all(_: int) -> None:
+    """Keeps a process from taking a second such call, so that every process starts."""
+    _all_started.wait(START_SECONDS)
 
 
 def _search_opened(queries: list[str], depth: int) -> tuple[np.ndarray, np.ndarray]:

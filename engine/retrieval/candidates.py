@@ -104,7 +104,7 @@ def write_candidates(path: str | Path, rows: Iterable[Candidates], made_by: dict
             for record in checked:
                 file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         if not counts["queries"]:
-            raise DataError(f"no candidates to write to {path}: give at least one query with a positive")
+            raise DataError(f"no candidates to write to {path}: every query was left out, or there was none")
     write_manifest(path, KIND, counts, made_by)
     return counts
 
@@ -231,7 +231,7 @@ def parse_candidates(record: dict, known: dict[str, str]) -> Candidates:
         return Candidates(
             query_id, positives, negatives, {id: float(score) for id, score in pairs if score is not None}
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BadRecordError(f"a score is no number ({error})") from None
 
 

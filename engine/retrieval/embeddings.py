@@ -164,7 +164,7 @@ def write_embeddings(
     }
     with written_whole(folder / MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    for left_over in folder.glob(".*.tmp*"):  # of ranks that were killed; all are done here
+    for left_over in folder.glob(".part-*.tmp*"):  # of ranks that were killed; all are done here
         left_over.unlink(missing_ok=True)
     return manifest
 
@@ -172,22 +172,23 @@ def write_embeddings(
 def open_embeddings(
     folder: str | Path,
     *,
+    kind: str = "passage",
     model_digest: str | None = None,
     collection_digest: str | None = None,
     verify: bool = False,
 ) -> Embeddings:
     """Opens a finished folder, its vectors memory-mapped.
 
-    model_digest, collection_digest: what the embeddings must be of; None is not compared. verify: read every part and
-    compare its digest, instead of its shape alone.
+    kind: "passage" or "query", which must have been encoded. model_digest, collection_digest: what the embeddings must
+    be of; None is not compared. verify: read every part and compare its digest, instead of its shape alone.
 
     Raises:
-        DataError: unfinished, damaged, or of another model or collection (both ids named).
+        DataError: unfinished, damaged, of the other kind, or of another model or collection (both ids named).
     """
     folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{folder} holds no finished embeddings (no {MANIFEST}): run encode.py, or the same command again to finish"
         ) from None
@@ -195,6 +196,11 @@ def open_embeddings(
         raise DataError(f"{folder / MANIFEST} is no JSON ({error}): run encode.py again") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA_VERSION or "parts" not in manifest:
         raise DataError(f"{folder / MANIFEST} is not a manifest of embeddings of schema {SCHEMA_VERSION}: encode again")
+    if manifest["kind"] != kind:
+        raise DataError(
+            f"{folder} holds embeddings of kind {manifest['kind']}, {kind} is needed: run encode.py --kind {kind} into "
+            "another folder"
+        )
     for what, wanted in (("model", model_digest), ("collection", collection_digest)):
         found = manifest[f"{what}_digest"]
         if wanted is not None and wanted != found:

@@ -12,7 +12,7 @@ from typing import Any
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.retrieval.answers import answer_hits
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.files import file_digest, written_whole
+from quincunx.engine.retrieval.files import file_digest, refuse_input, written_whole
 from quincunx.engine.retrieval.judgements import (
     Qrels,
     Run,
@@ -243,9 +243,7 @@ def check_outputs(output: str | None, per_query: str | None, inputs: Mapping[str
     if output is not None and Path(output).suffix != ".json":
         raise SettingsError(f"output is {output}: give a name ending in .json")
     for written in filter(None, (output, per_query)):
-        for name, path in inputs.items():
-            if Path(written).resolve() == Path(path).resolve():
-                raise SettingsError(f"{written} is the {name} itself: give another name to write to")
+        refuse_input(written, inputs)
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:

@@ -5,12 +5,13 @@ its digest, and the command that made it. A file that does not match its manifes
 """
 
 import contextlib
+import glob
 import gzip
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,6 +72,7 @@ def written_whole(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
         file = open(temporary, mode) if "b" in mode else open(temporary, mode, encoding="utf-8", newline="\n")  # noqa: SIM115
@@ -87,17 +89,44 @@ def written_whole(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def _sweep(path: Path) -> None:
+    """Removes what processes that are dead have left of this file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp*"):
+        process = left.name.rpartition(".tmp")[2]
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, PermissionError):
+            continue
+
+
+def refuse_input(output: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Raises SettingsError where an output is one of the inputs (by the names of their flags)."""
+    for name, path in inputs.items():
+        if path is not None and Path(output).resolve() == Path(path).resolve():
+            raise SettingsError(f"{output} is the {name} itself: give another name to write to")
+
+
 @contextlib.contextmanager
 def folder_written_whole(folder: str | Path) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of `folder` when the block ends well.
 
-    A kill between the two renames leaves the old one beside it, as .NAME.replaced.
+    A kill between the two renames leaves the old one beside it, as .NAME.replaced. Raises SettingsError where nothing
+    can be written there.
     """
     folder = Path(folder)
     staging, replaced = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise SettingsError(f"{folder} cannot be written: {error.strerror}") from None
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         os.replace(folder, replaced)

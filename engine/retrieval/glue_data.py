@@ -202,7 +202,7 @@ def _label(task: Task, given: Any, where: str) -> float:
         fits = value in (0, 1) if task.classes else math.isfinite(value) and 0 <= value <= HIGHEST_SCORE
         if not fits:
             raise ValueError
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         shown = "missing" if given in (None, "") else repr(given)
         raise DataError(f"{where}: the label is {shown}, {task.title}'s are {task.allowed}: mend the line") from None
     return value

@@ -156,7 +156,10 @@ class Index:
         begun = time.monotonic()
         index = self._build(first, stop)
         if path is not None:
-            _keep(self.faiss, index, path, description)
+            try:
+                _keep(self.faiss, index, path, description)
+            except (OSError, RuntimeError, SettingsError) as error:  # a folder that may only be read, a full disk
+                self.report(f"the index is not kept ({str(error).strip().splitlines()[-1]})")
         self.report(f"built {self.kind} over {index.ntotal} vectors in {time.monotonic() - begun:.1f} s")
         return self._placed(index)
 

@@ -25,6 +25,7 @@ RunRows = Iterable[tuple[str, Iterable[str], Iterable[float]]]
 BEIR_HEADER = ["query-id", "corpus-id", "score"]
 QRELS_STYLES = ("trec", "beir")
 MAX_NAMED = 3
+MAX_GRADE = 10**6
 
 
 def read_qrels(path: str | Path) -> Qrels:
@@ -41,10 +42,12 @@ def read_qrels(path: str | Path) -> Qrels:
         try:
             query_id, passage_id, grade = columns if len(columns) == 3 else (columns[0], *columns[2:])
             grade = int(grade)
+            if abs(grade) > MAX_GRADE:
+                raise ValueError
         except ValueError:
             raise DataError(
                 f"{path}:{number}: {line.strip()[:80]!r} is neither query, passage, grade nor query, 0, passage, grade "
-                "with a whole number as grade: mend or remove the line"
+                f"with a whole number up to {MAX_GRADE} as grade: mend or remove the line"
             ) from None
         if qrels.setdefault(query_id, {}).setdefault(passage_id, grade) != grade:
             raise DataError(

@@ -84,7 +84,7 @@ def _measure(name: str, relevant_from: int) -> Any:
         if relevant_from != 1 and "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
             measure = measure(rel=relevant_from)
         measure.validate_params()
-        supported = ir_measures.DefaultPipeline.supports(measure)
+        supported = measure.params.get("cutoff", 1) >= 1 and ir_measures.DefaultPipeline.supports(measure)
     except (ValueError, NameError, KeyError, TypeError, SyntaxError, AssertionError):
         supported = False
     if not supported:

@@ -161,7 +161,7 @@ def mine(
         limit = _score_limit(query_id, positives, scores, rules, unfit["scores"])
         own_answers = None if answers is None else answers.get(query_id)
         counts["queries_without_answers"] += answers is not None and not own_answers
-        negatives = []
+        negatives, left_out = [], []
         for rank, (id, row) in enumerate(zip(ranked, rows, strict=True), 1):
             if rules.num_negatives is not None and len(negatives) == rules.num_negatives:
                 break
@@ -183,9 +183,10 @@ def mine(
                 negatives.append(id)
             else:
                 counts[f"left_out_{reason}"] += 1
+                left_out.append(id)
         counts["mined"] += len(negatives)
         wanted = max(rules.random_fill - len(negatives), 0) + rules.random_extra
-        random = _random_passages(passages, query_id, rules.seed, {*grades, *negatives}, own_answers, wanted)
+        random = _random_passages(passages, query_id, rules.seed, {*grades, *negatives, *left_out}, own_answers, wanted)
         counts["random"] += len(random)
         counts["random_missing"] += wanted - len(random)
         if not negatives and not random:

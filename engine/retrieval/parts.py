@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.environment import Environment
 from quincunx.engine.retrieval.files import check_manifest, file_digest, manifest_path, written_whole
 
 PLAN = "plan.json"
+OWN_PLAN = "plan-of-rank-"
 POLL_SECONDS = 0.2
 REPORT_SECONDS = 60.0
 
@@ -89,7 +90,10 @@ def write_plan(folder: Path, parts: Sequence[Part], fingerprint: dict[str, Any],
     plan = _plan(parts, fingerprint)
     path = folder / PLAN
     if not path.is_file():
-        own = folder / f".plan-of-rank-{environment.rank}"  # all ranks write the same, none waits for another
+        foreign = [entry.name for entry in folder.glob("*") if not entry.name.lstrip(".").startswith(OWN_PLAN)]
+        if foreign and not path.is_file():  # another rank may have written it meanwhile
+            raise DataError(f"{folder} holds other files (such as {foreign[0]}): give a new folder, or an empty one")
+        own = folder / f".{OWN_PLAN}{environment.rank}"  # all ranks write the same, none waits for another
         with written_whole(own) as file:
             json.dump(plan, file)
         os.replace(own, path)
@@ -164,8 +168,10 @@ def making(output: Path, kind: str, made_by: dict[str, Any]) -> Iterator[bool]:
     mark, text = output.with_name(f".{output.name}.begun"), json.dumps(made_by, sort_keys=True)
     try:
         begun = mark.read_text(encoding="utf-8") == text
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         begun = False
+    except OSError as error:
+        raise SettingsError(f"{output} cannot be written: {error.strerror}") from None
     if is_made(output, kind, made_by, begun=begun):
         yield False
         return
@@ -175,7 +181,7 @@ def making(output: Path, kind: str, made_by: dict[str, Any]) -> Iterator[bool]:
         yield True
     finally:
         if manifest_path(output).exists() or not output.exists():
-            mark.unlink()
+            mark.unlink(missing_ok=True)
 
 
 def part_path(folder: Path, part: Part) -> Path:

@@ -184,7 +184,6 @@ class Pipeline:
 
     def _run_stage(self, stage: Stage, verdict: Verdict, lock: IO[str], stopping: Stopping) -> int:
         aside = self.make_way(stage, verdict)
-        self.stamp_path(stage).unlink(missing_ok=True)  # not earlier: it says what has to make way
         if aside is not None:
             say(f"what it had made before is set aside in {aside}; delete it when you no longer need it")
         begun = read_json(self.begun_path(stage)) or {}
@@ -193,6 +192,7 @@ class Pipeline:
         reason = begun["reason"] if again and not verdict.void else verdict.reason
         state = {"settings": stage.settings, "inputs": verdict.inputs}
         write_json(self.begun_path(stage), {"digest": verdict.digest, **state, "attempts": attempts, "reason": reason})
+        self.stamp_path(stage).unlink(missing_ok=True)  # not earlier: it says what has to make way
         started = time.monotonic()
         say(f"$ {shlex.join(stage.command)}")
         code = stopping.run(stage.command, lock)
@@ -260,7 +260,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None where there is none or it is torn."""
     try:
         content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 

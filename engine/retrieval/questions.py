@@ -4,6 +4,7 @@ import ast
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def _csv_question(line: str, where: str) -> tuple[str, dict]:
     try:
         question, answers = next(csv.reader([line.rstrip("\r\n")], delimiter="\t"))
         return question.strip(), {"question": question, "answers": ast.literal_eval(answers)}
-    except (ValueError, SyntaxError, csv.Error) as error:
+    except (ValueError, TypeError, SyntaxError, csv.Error) as error:
         raise DataError(
             f"{where}: not a question, a tab and a list of answers ({error}); mend or remove the line"
         ) from None
@@ -55,7 +56,7 @@ def _json_list(path: Path) -> Iterator[Any]:
     decode = json.JSONDecoder().raw_decode
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             text, at, opened, more = "", 0, False, True
             while True:
                 while at < len(text) and (text[at].isspace() or text[at] == "," or (text[at] == "[" and not opened)):
@@ -74,5 +75,5 @@ def _json_list(path: Path) -> Iterator[Any]:
                     text, at, more = text[at:] + chunk, 0, bool(chunk)
                     continue
                 yield element
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -60,7 +60,7 @@ def load_chain(folder: Path) -> Chain:
     """Reads what is finished. Raises DataError where the folder is no pipeline's, or nothing is evaluated yet."""
     folder = Path(folder)
     recipe = read_json(folder / "recipe.json")
-    if recipe is None or "stages" not in recipe:
+    if recipe is None or not {"stages", "evaluated", "systems"} <= recipe.keys():
         raise DataError(f"{folder} has no recipe.json: give the --output folder of launchers/pipeline.py")
     stamps = {}
     for name in recipe["stages"]:

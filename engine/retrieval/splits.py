@@ -8,8 +8,6 @@ OUTPUT/manifest.json   written last: what it was made from, and counts
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import xxhash
 
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import Collection, read_queries
-from quincunx.engine.retrieval.files import written_whole
+from quincunx.engine.retrieval.files import folder_written_whole, written_whole
 from quincunx.engine.retrieval.judgements import (
     Qrels,
     check_against,
@@ -58,6 +56,7 @@ def read_split(
     if qrels is None and queries.removesuffix(".gz").endswith(".json"):
         asked, found, candidates = read_dpr_json(queries, drop)
         judged = {row.query_id: dict.fromkeys(row.positives, 1) for row in candidates} or None
+        counts["without_positives"] = len(asked) - len(judged) if judged else 0
         return asked, judged, read_answers(answers) if answers else found, counts
     asked = read_queries(queries)
     if qrels is not None:
@@ -102,10 +101,7 @@ def write_split(
     ids = sample_ids((id for id in queries.ids() if id in judged), sample, seed)
     if not ids:
         raise DataError(f"{queries.name} has none of the judged queries: give the files that belong together")
-    output = Path(output)
-    building = output.with_name(f".{output.name}.tmp{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)
-    try:
+    with folder_written_whole(output) as building:
         _write_queries(building / "queries.jsonl", queries, ids)
         counts = {"queries": len(ids)}
         if qrels is not None:
@@ -123,10 +119,6 @@ def write_split(
             )
         with written_whole(building / MANIFEST) as file:
             json.dump({"kind": "split", "counts": counts, "made_by": made_by}, file, indent=1)
-        os.rename(building, output)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return counts
 
 
@@ -143,7 +135,9 @@ def _write_probe(
     if qrels is None or passages is None:
         raise DataError("a probe needs judgements and the passages: give --qrels and --corpus, or --probe_queries 0")
     asked = sample_ids(ids, num_queries, seed)
-    judged = dict.fromkeys(id for query_id in asked for id in qrels[query_id] if id in passages)
+    judged = dict.fromkeys(
+        id for query_id in asked for id, grade in qrels[query_id].items() if grade > 0 and id in passages
+    )
     others = sample_ids((id for id in passages.ids() if id not in judged), max(0, num_passages - len(judged)), seed)
     docs = [*judged, *others]
     texts = passages.texts(passages.rows(docs))

@@ -103,7 +103,7 @@ def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(d
     words = command(data, tmp_path / "queries", "--kind=query")
     words[words.index("--corpus") + 1] = str(data / "queries.tsv")
     here(words)
-    queries = open_embeddings(tmp_path / "queries")
+    queries = open_embeddings(tmp_path / "queries", kind="query")
     assert queries.ids() == ["q1", "q2"] and queries.manifest["kind"] == "query"
 
 
