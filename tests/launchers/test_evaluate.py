@@ -129,6 +129,9 @@ def test_help_is_quick_and_shows_every_setting(tmp_path):
         ({}, ["--output", "result.txt"], 2, "give a name ending in .json"),
         ({}, ["--per_query", "good.run"], 2, "give a name ending in .jsonl or .tsv"),
         ({}, ["--per_query", "qrels.tsv"], 2, "qrels.tsv is the qrels itself"),
+        ({}, ["--queries", "set/queries.jsonl", "--per_query", "set/queries.jsonl"], 2, "is the queries itself"),
+        ({}, ["--measures", "P@0"], 2, "the measure 'P@0' cannot be computed"),
+        ({"qrels.tsv": f"q1\tp1\t{10**20}\n"}, [], 3, "with a whole number up to 1000000 as grade"),
         ({}, ["--unknown_ids", "maybe"], 2, "unknown_ids must be stop or drop"),
     ],
 )

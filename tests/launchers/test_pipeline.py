@@ -210,12 +210,42 @@ def test_a_value_that_a_later_stage_would_refuse_is_refused_before_anything_runs
         main([*argv, "distil.learning_rate=high"])
     with pytest.raises(SettingsError, match=r"stage reranker: num_negatives is 0"):
         main([*argv, "reranker.num_negatives=0"])
+    for assignment in ("score.depth=5", "bm25.index=hnsw", "search.k1=2", "mine.skip_top=500",
+                       "evaluate.measures=[foo]", "encode.part_rows=0", "rerank.pairs_a_part=0", "splits.dev.sample=0",
+                       "splits.dev.relevant_from=0"):  # fmt: skip
+        with pytest.raises(SettingsError, match=r"stage \S+: "):
+            main([*argv, assignment])
+    for key in ("search.page", "encode.kind", "search.embeddings"):
+        with pytest.raises(SettingsError, match=f"sets what does not exist: {key}"):
+            main([*argv, f"{key}=8080"])
     assert not (tmp_path / "chain").exists()
+
+
+def test_another_probe_does_not_train_again(tmp_path):
+    def stages(*assignments):
+        chain = build_chain(read_recipe("small", ["data.folder=x", *assignments]), tmp_path)
+        return {stage.name: (stage.settings, stage.inputs) for stage in chain}
+
+    one, other = stages(), stages("splits.dev.probe_queries=7")
+    assert one["split.dev"] != other["split.dev"] and one["retriever1"] == other["retriever1"]
+
+
+def test_what_a_recipe_says_of_encoding_holds_for_the_untrained_encoder_too(tmp_path):
+    recipe = read_recipe("small", ["data.folder=x", "encode.max_tokens=33", "search.max_tokens=11"])
+    chain = {stage.name: stage for stage in build_chain(recipe, tmp_path)}
+    assert chain["encode.start"].settings["max_tokens"] == 33
+    assert chain["search.start.dev"].settings["max_tokens"] == 11
 
 
 @pytest.mark.parametrize(
     ("assignments", "clause"),
     [
+        (["data.folder=x", "splits.dev.probe_queries=abc"], "splits.dev.probe_queries is 'abc'; it must be a whole"),
+        (["data.folder=x", "splits.dev.probe_queries=null"], "splits.dev.probe_queries is None"),
+        (["data.corpus=5"], "data.corpus is 5; it must be"),
+        (["data.folder=x", "execution.systems=bm25"], "execution.systems is 'bm25'; it must be"),
+        (["data.folder=x", "execution.launch=8"], "execution.launch is 8"),
+        (["data.folder=x", "splits.a/b.folder=y"], "split 'a/b', which names files"),
         (["steps=3"], "is not section.key=value"),
         (["data.folder=x", "data.folder.deeper=1"], "folder is a setting, not a section"),
         (["data.titles=true"], "the corpus of split train is named nowhere"),

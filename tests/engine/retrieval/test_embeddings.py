@@ -109,6 +109,8 @@ def test_embeddings_of_another_model_or_corpus_are_refused_with_both_ids(retriev
     write(tmp_path, retriever, passages)
     with pytest.raises(DataError, match=f"of model {retriever.digest}, and the model given here is 00ff"):
         open_embeddings(tmp_path, model_digest="00ff")
+    with pytest.raises(DataError, match="holds embeddings of kind passage, query is needed"):
+        open_embeddings(tmp_path, kind="query")
     other = make_collection(IDS, [*TEXTS[:-1], "one more word"], "others")
     with pytest.raises(
         DataError, match=f"collection {passages.digest}, and the collection given here is {other.digest}"

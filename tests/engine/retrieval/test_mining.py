@@ -107,6 +107,16 @@ def test_random_fill_depends_on_seed_and_query_alone_and_takes_no_judged_or_mine
         assert not {id for id, grade in QRELS[row.query_id].items() if grade > 0} & set(row.negatives)
 
 
+def test_what_a_rule_left_out_does_not_come_back_at_random():
+    scores = {f"p{n}": 5.0 if n == 30 else 0.0 for n in range(40)} | {"p1": 1.0, "p2": 1.0}
+    teacher = TeacherScores([Candidates("q1", ("p1", "p2"), tuple(scores)[3:], scores)], "scored")
+    run = [("q1", ranked(20, 21, 22, 30, 31))]
+    found, counts = mined(run, teacher=teacher, skip_top=3, random_fill=100)
+    assert counts["left_out_skipped_at_the_top"] == 3 and counts["left_out_above_the_teachers_margin"] == 1
+    assert found["q1"].negatives[0] == "p31" and not {"p20", "p21", "p22", "p30"} & set(found["q1"].negatives)
+    assert len(found["q1"].negatives) == 40 - 3 - 4  # all that are neither judged nor left out
+
+
 def test_random_passages_are_spread_over_the_corpus():
     """400 queries draw 10 of 40 passages: each passage is drawn 100 times on average, and 60 would be 4.6 sigma off."""
     ids = [f"q{n}" for n in range(400)]

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.environment import Environment
 from quincunx.engine.retrieval.files import write_manifest
-from quincunx.engine.retrieval.parts import cut_rows, is_made, is_planned, part_is_done, run_parts
+from quincunx.engine.retrieval.parts import cut_rows, is_made, is_planned, making, part_is_done, run_parts
 
 
 def place(rank=0, world_size=1):
@@ -68,6 +68,30 @@ def test_parts_of_other_work_are_refused_and_kept(tmp_path):
     assert is_planned(tmp_path, parts, {"model": "a", "depth": 3})
     assert not is_planned(tmp_path, parts, {"model": "b", "depth": 3})
     assert all(part_is_done(tmp_path, part) for part in parts)
+
+
+def test_a_folder_of_other_files_is_refused_and_kept(tmp_path):
+    (tmp_path / "manifest.json").write_text("somebody's")
+    with pytest.raises(DataError, match=r"holds other files \(such as manifest.json\)"):
+        run_parts(tmp_path, cut_rows(4, 2), rows_of, {}, place())
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_stage_begins_once_and_says_so_where_it_cannot(tmp_path):
+    output = tmp_path / "out"
+    with making(output, "run", {"depth": 1}) as missing:
+        assert missing
+        output.write_text("mine")
+    assert (tmp_path / ".out.begun").exists()  # a kill has cut off the manifest
+    with making(output, "run", {"depth": 1}) as missing:
+        assert missing
+        write_manifest(output, "run", {}, {"depth": 1})
+    with making(output, "run", {"depth": 1}) as missing:
+        assert not missing
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.manifest.json"]
+    for bad in (output / "below", tmp_path / ("x" * 250)):
+        with pytest.raises(SettingsError, match="cannot be written"), making(bad, "run", {}):
+            raise AssertionError
 
 
 def test_rank_0_says_whose_parts_do_not_come(tmp_path):

@@ -175,6 +175,20 @@ def test_a_stage_that_resumes_finds_its_unfinished_work_unless_its_settings_chan
     assert (folder / "replaced" / "second-1" / "checkpoint").read_text() == "step 5"
 
 
+def test_a_kill_before_a_stage_begins_anew_does_not_lose_what_it_can_go_on_with(tmp_path, corpus, monkeypatch):
+    first = dataclasses.replace(stage(tmp_path / "chain", "first", "a", corpus=corpus), resumes=True)
+    pipeline = Pipeline(tmp_path / "chain", [first])
+    assert pipeline.run() == 0
+    (first.work / "checkpoint").write_text("hours")
+    first.outputs[0].write_text("damaged")
+    with monkeypatch.context() as patch:
+        patch.setattr("quincunx.engine.retrieval.pipeline.write_json", lambda *_: 1 / 0)  # as if killed there
+        with pytest.raises(ZeroDivisionError):
+            pipeline.run()
+    assert Pipeline(tmp_path / "chain", [first]).run() == 0
+    assert (first.work / "checkpoint").read_text() == "hours"
+
+
 def test_removing_a_stamp_makes_a_stage_run_again_from_nothing(folder, corpus):
     pipeline = chain(folder, corpus, "abc")
     pipeline.stages[1] = dataclasses.replace(pipeline.stages[1], resumes=True)

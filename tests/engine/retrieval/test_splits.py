@@ -57,6 +57,14 @@ def test_a_probe_is_a_beir_folder_of_its_queries_positives_and_others(beir):
     assert all(id in passages for grades in qrels.values() for id in grades) and len(passages) == 20
 
 
+def test_a_probe_takes_no_passage_for_being_judged_irrelevant(beir):
+    with open(beir / "qrels.tsv", "a") as file:
+        file.write("".join(f"q{n}\tp59\t0\n" for n in range(40)))
+    split = read_split(str(beir / "queries.jsonl"), str(beir / "qrels.tsv"), None, False)
+    assert write(beir / "out", split, probe_queries=8, probe_passages=8)["probe_passages"] == 8
+    assert "p59" not in read_passages(beir / "out" / "probe")
+
+
 def test_dpr_training_files_bring_judgements_and_answers_of_their_own(tmp_path):
     records = [
         {"question": f"who is {n}?", "answers": [f"name {n}"], "positive_ctxs": [{"passage_id": f"{n}"}],

@@ -1,0 +1,42 @@
+"""split.py as a user runs it: a split that is there stays only while its files are what it was made from."""
+
+import json
+
+import pytest
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.launchers.split import main
+
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    """Runs split.py over three queries and the qrels given, into tmp_path/out."""
+    (tmp_path / "queries.tsv").write_text("q0\tfirst\nq1\tsecond\nq2\tthird\n")
+    words = ["split.py", "--queries", "queries.tsv", "--qrels", "qrels.tsv", "--output", "out"]
+    monkeypatch.chdir(tmp_path)
+
+    def run(qrels: str, *more: str) -> None:
+        (tmp_path / "qrels.tsv").write_text(qrels)
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        main()
+
+    return run
+
+
+def test_the_same_files_leave_it_and_changed_judgements_refuse_it(split, tmp_path, capsys):
+    split("q0\t0\tp1\t1\n")
+    assert "1 queries, 1 judgements" in capsys.readouterr().out
+    split("q0\t0\tp1\t1\n")
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SettingsError, match="out is there already and was made otherwise"):
+        split("q0\t0\tp1\t1\nq1\t0\tp2\t1\n")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["queries"] == 1
+
+
+def test_a_torn_manifest_and_numbers_out_of_range_are_one_sentence(split, tmp_path):
+    with pytest.raises(SettingsError, match="sample is 0: give 1 or more"):
+        split("q0\t0\tp1\t1\n", "--sample=0")
+    split("q0\t0\tp1\t1\n")
+    (tmp_path / "out" / "manifest.json").write_text("[1")
+    with pytest.raises(SettingsError, match="out is there already and was made otherwise"):
+        split("q0\t0\tp1\t1\n")
