@@ -303,7 +303,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     return {
         "commit": git("rev-parse", "HEAD"),
         "uncommitted": len(
-            git("status", "--porcelain", "--", "kernels", "data_shards", "engine", "launchers").split("\n")
+            git("status", "--porcelain", "--", "kernels", "data_shards", "engine", "launchers").splitlines()
         ),
         "machine": {
             "cpu": named[0].partition(":")[2].strip() if named else platform.processor(),
