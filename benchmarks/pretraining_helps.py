@@ -245,6 +245,16 @@ class Experiment:
         names = [name for name in (records[0] if records else {}) if name.startswith("held_out/loss/")]
         return {name.removeprefix("held_out/loss/"): [records[i][name] for i in (0, -1)] for name in names}
 
+    def described(self) -> dict[str, Any]:
+        """The options that decide the results; data by their folders' names."""
+        found = {
+            name: value for name, value in vars(self.options).items() if name not in ("output", "results", "launch")
+        }
+        for name in ("corpora", "generations", "train", "collections"):
+            paths = found[name]
+            found[name] = Path(paths).name if isinstance(paths, str) else [Path(path).name for path in paths]
+        return found
+
     def write(self, variants: Sequence[Variant], baselines: Sequence[str], seeds: Sequence[int]) -> None:
         """The results so far."""
         cells = {v.name: {seed: values for seed in seeds if (values := self.read_cell(v, seed))} for v in variants}
@@ -252,9 +262,7 @@ class Experiment:
         results = {
             "table": self.options.table,
             **describe_machine(self.options.device),
-            "settings": {
-                name: value for name, value in vars(self.options).items() if name not in ("output", "results")
-            },
+            "settings": self.described(),
             "variants": {v.name: {"tasks": v.tasks, "pretraining": v.pretraining} for v in variants},
             **summarise(cells, baselines),
             "bm25": {
