@@ -28,12 +28,9 @@ def progress_bar(total: int | None, label: str, unit: str, *, initial: int = 0, 
     )
 
 
-def counted(
-    items: Iterable[Item], label: str, unit: str, total: int | None = None, *, show: bool = True
-) -> Iterator[Item]:
-    """The items, with a bar that counts them; a sequence tells the total itself."""
-    if isinstance(items, Sized):
-        total = len(items)
+def counted(items: Iterable[Item], label: str, unit: str, *, show: bool = True) -> Iterator[Item]:
+    """The items, with a bar that counts them; a sequence tells the total."""
+    total = len(items) if isinstance(items, Sized) else None
     with progress_bar(total, label, unit, show=show) as bar:
         for item in items:
             yield item
