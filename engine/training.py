@@ -74,9 +74,10 @@ def run_training(prepare: Callable[[], Job], settings: RunSettings, environment:
         resume = choose_checkpoint(job, model_digest, folder, environment.world_size)
         folder.write_settings(as_plain(settings))
         job.write_model_files(folder.path)
-    run = start(job, model_digest, environment, folder, resume, stop_request)
+    run: Run | None = None
     status = "failed"
     try:
+        run = start(job, model_digest, environment, folder, resume, stop_request)
         code = train(run)
         status = {EXIT_PREEMPTED: "preempted", EXIT_DIVERGED: "diverged"}.get(code, "finished")
         finish(run, code)
@@ -85,9 +86,14 @@ def run_training(prepare: Callable[[], Job], settings: RunSettings, environment:
         status = "interrupted"
         raise
     finally:
-        run.progress.close()
-        run.tracker.close(status)
-        run.watchdog.close()
+        if run is not None:
+            run.progress.close()
+            run.tracker.close(status)
+            run.watchdog.close()
+        # Threads that gloo still has when a process ends may abort it, and its exit code with it. NCCL's groups are
+        # left as they are: taking one down waits for ranks that may have failed.
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
 
 
 def digest_of(model: torch.nn.Module) -> str:

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import check_lowest, exit_with_one_sentence
 from quincunx.engine.environment import Environment, discover_environment
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.ranks import one_voice, without_local_rank
@@ -60,9 +60,7 @@ def main() -> None:
 
 def check_settings(settings: EncodeSettings) -> None:
     """Raises SettingsError where a number is out of its range."""
-    for name in ("part_rows", "batch_tokens", "patience", "max_tokens"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
+    check_lowest(settings, {"part_rows": 1, "batch_tokens": 1, "patience": 1, "max_tokens": 1})
 
 
 def encode(settings: EncodeSettings, environment: Environment) -> None:

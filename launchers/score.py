@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import SettingsError, check_lowest, exit_with_one_sentence
 from quincunx.engine.environment import Environment, discover_environment
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.ranks import one_voice, without_local_rank
@@ -59,9 +59,7 @@ def check_settings(settings: ScoreSettings) -> None:
         raise SettingsError("give either --candidates or --run, the pairs to score")
     if settings.depth is not None and settings.run is None:
         raise SettingsError("depth is of a --run; --candidates are scored whole: leave --depth out")
-    for name in ("depth", "batch_tokens", "pairs_a_part", "patience"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
+    check_lowest(settings, {"depth": 1, "batch_tokens": 1, "pairs_a_part": 1, "patience": 1})
     if settings.candidates is not None and Path(settings.output).suffix not in (".jsonl", ".parquet"):
         raise SettingsError(f"candidates cannot be written to {settings.output}: give a name in .jsonl or .parquet")
 

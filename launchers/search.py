@@ -12,7 +12,7 @@ import signal
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
-from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import SettingsError, check_lowest, exit_with_one_sentence
 from quincunx.launchers.command_line import parse_settings
 
 if TYPE_CHECKING:
@@ -104,9 +104,8 @@ def check_settings(settings: SearchSettings) -> None:
         raise SettingsError(
             f"{name} has no effect with --method {settings.method} --index {settings.index}: leave it out"
         )
-    for name in ("depth", "num_lists", "num_probes", "links", "ef_construction", "ef_search", "shard_rows"):
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
+    sizes = ("depth", "num_lists", "num_probes", "links", "ef_construction", "ef_search", "shard_rows")
+    check_lowest(settings, dict.fromkeys(sizes, 1))
 
 
 def without_effect(settings: SearchSettings) -> list[str]:

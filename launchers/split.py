@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import SettingsError, check_lowest, exit_with_one_sentence
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -45,9 +45,7 @@ class SplitSettings:
 
 def check_settings(settings: SplitSettings) -> None:
     """Raises SettingsError where a number is out of its range."""
-    for name, lowest in (("sample", 1), ("probe_queries", 0), ("probe_passages", 1), ("seed", 0)):
-        if getattr(settings, name) is not None and getattr(settings, name) < lowest:
-            raise SettingsError(f"{name} is {getattr(settings, name)}: give {lowest} or more")
+    check_lowest(settings, {"sample": 1, "probe_queries": 0, "probe_passages": 1, "seed": 0})
 
 
 def main() -> None:

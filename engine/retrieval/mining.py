@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import DataError, SettingsError, check_lowest
 from quincunx.engine.retrieval.answers import has_answer
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import Collection
@@ -56,13 +56,11 @@ class MiningRules:
 
 def check_rules(rules: MiningRules) -> None:
     """Raises SettingsError where a number is out of its range."""
-    for name, lowest in (("depth", 1), ("skip_top", 0), ("relevant_from", 1), ("random_fill", 0), ("random_extra", 0)):
-        if getattr(rules, name) < lowest:
-            raise SettingsError(f"{name} is {getattr(rules, name)}: give {lowest} or more")
+    check_lowest(
+        rules, {"depth": 1, "skip_top": 0, "relevant_from": 1, "random_fill": 0, "random_extra": 0, "num_negatives": 1}
+    )
     if rules.skip_top >= rules.depth:
         raise SettingsError(f"skip_top is {rules.skip_top} and depth {rules.depth}: give a depth beyond skip_top")
-    if rules.num_negatives is not None and rules.num_negatives < 1:
-        raise SettingsError(f"num_negatives is {rules.num_negatives}: give 1 or more, or leave it out to keep all")
     if not 0 <= rules.seed < 1 << 32:
         raise SettingsError(f"seed is {rules.seed}: give a number from 0 to {(1 << 32) - 1}")
 
