@@ -6,7 +6,7 @@ A message is one sentence: what was given, what is allowed, how to mend it. The 
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 EXIT_PREEMPTED = 75
 EXIT_HUNG = 76
@@ -29,14 +29,6 @@ class CheckpointError(ValueError):
     """A checkpoint that is damaged, foreign, or does not fit this run."""
 
     exit_code = 4
-
-
-def check_lowest(settings: object, lowest: Mapping[str, int]) -> None:
-    """Raises SettingsError for the first named setting that is below its lowest value; None is not set."""
-    for name, least in lowest.items():
-        value = getattr(settings, name)
-        if value is not None and value < least:
-            raise SettingsError(f"{name} is {value}: give {least} or more")
 
 
 def exit_with_one_sentence(main: Callable[[], int | None]) -> None:

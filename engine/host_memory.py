@@ -11,9 +11,7 @@ SMALLEST_MAPPING = {"large": 2**18, "small": 2**23}
 
 
 def return_freed_memory(num_parameters: int) -> bool:
-    """Makes glibc give every large freed block back to the system at once: SMALLEST_MAPPING for the size of model.
-
-    Returns whether it did: not where the C library is not glibc.
+    """Makes glibc give every freed block from SMALLEST_MAPPING on back at once; False where the C library is another.
 
     By default glibc raises that threshold to 32 MB as it goes, and a step's activations and gradients, freed in another
     order than they came, leave the heap full of holes: MASTER's recipe at 12 x 768 then peaks at 4.25 GB instead of

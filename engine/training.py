@@ -74,8 +74,7 @@ def run_training(prepare: Callable[[], Job], settings: RunSettings, environment:
         resume = choose_checkpoint(job, model_digest, folder, environment.world_size)
         folder.write_settings(as_plain(settings))
         job.write_model_files(folder.path)
-    run: Run | None = None
-    status = "failed"
+    run, status = None, "failed"
     try:
         run = start(job, model_digest, environment, folder, resume, stop_request)
         code = train(run)
@@ -90,8 +89,7 @@ def run_training(prepare: Callable[[], Job], settings: RunSettings, environment:
             run.progress.close()
             run.tracker.close(status)
             run.watchdog.close()
-        # Threads that gloo still has when a process ends may abort it, and its exit code with it. NCCL's groups are
-        # left as they are: taking one down waits for ranks that may have failed.
+        # gloo's threads may abort a process at its end, and its exit code is lost; NCCL would wait for failed ranks.
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
 

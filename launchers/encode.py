@@ -10,8 +10,9 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from quincunx.data_shards.errors import check_lowest, exit_with_one_sentence
+from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.engine.environment import Environment, discover_environment
+from quincunx.engine.retrieval.limits import check_lowest
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.ranks import one_voice, without_local_rank
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from quincunx.data_shards.errors import SettingsError, check_lowest, exit_with_one_sentence
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
 from quincunx.engine.environment import Environment, discover_environment
+from quincunx.engine.retrieval.limits import check_lowest
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.ranks import one_voice, without_local_rank
 

@@ -12,7 +12,8 @@ import signal
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
-from quincunx.data_shards.errors import SettingsError, check_lowest, exit_with_one_sentence
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.engine.retrieval.limits import check_lowest
 from quincunx.launchers.command_line import parse_settings
 
 if TYPE_CHECKING:

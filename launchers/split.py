@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from quincunx.data_shards.errors import SettingsError, check_lowest, exit_with_one_sentence
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.engine.retrieval.limits import check_lowest
 from quincunx.launchers.command_line import parse_settings
 
 

@@ -12,11 +12,12 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.errors import DataError, SettingsError, check_lowest
+from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.retrieval.answers import has_answer
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.judgements import iterate_run
+from quincunx.engine.retrieval.limits import check_lowest
 
 RANDOM_CODE = 0x6D696E65  # "mine": apart from the task codes of pre-training
 MAX_NAMED = 3

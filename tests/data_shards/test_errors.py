@@ -1,10 +1,8 @@
 """Errors of a user end a launcher with one sentence and a code; ours keep their traceback."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, check_lowest, exit_with_one_sentence
+from quincunx.data_shards.errors import CheckpointError, DataError, SettingsError, exit_with_one_sentence
 
 
 @pytest.mark.parametrize(("kind", "code"), [(SettingsError, 2), (DataError, 3), (CheckpointError, 4)])
@@ -30,13 +28,3 @@ def test_the_code_that_main_returns_is_the_exit_code():
         with pytest.raises(SystemExit) as ended:
             exit_with_one_sentence(lambda returned=returned: returned)
         assert ended.value.code == code
-
-
-def test_a_number_below_its_lowest_is_named_and_what_is_not_set_passes():
-    settings = SimpleNamespace(depth=100, patience=None, seed=-1, sample=0)
-    check_lowest(settings, {"depth": 1, "patience": 1})
-    check_lowest(settings, {"sample": 0})
-    with pytest.raises(SettingsError, match=r"^seed is -1: give 0 or more$"):
-        check_lowest(settings, {"depth": 1, "seed": 0})
-    with pytest.raises(SettingsError, match=r"^sample is 0: give 1 or more$"):
-        check_lowest(settings, {"sample": 1})
