@@ -49,7 +49,7 @@ def check_text(value: Any, name: str) -> str:
 
 
 def check_id(value: Any, name: str) -> str:
-    text = check_text(str(value) if isinstance(value, int) else value, name)
+    text = check_text(str(value) if type(value) is int else value, name)
     if not text or not text.isprintable():
         raise BadRecordError(f"{name} is {value!r}, a printable string is needed")
     return text

@@ -73,7 +73,6 @@ def main() -> None:
 
     from quincunx.engine.retrieval import evaluation
     from quincunx.engine.retrieval.collection import read_passages, read_queries
-    from quincunx.engine.retrieval.judgements import read_answers
 
     read = inputs | {name: path for name in ("queries", "corpus") if (path := getattr(settings, name)) is not None}
     evaluation.check_outputs(settings.output, settings.per_query, read)
@@ -84,11 +83,14 @@ def main() -> None:
     qrels, dropped = None, {}
     if settings.qrels is not None:
         qrels, dropped["qrels"] = evaluation.load_qrels(settings.qrels, queries, passages, drop, settings.no_positives)
+    answers = None
+    if settings.answers is not None:
+        answers, dropped["answers"] = evaluation.load_answers(settings.answers, queries, drop)
     judgement = evaluation.Judgement(
         qrels=qrels,
         measures=measures,
         relevant_from=settings.relevant_from,
-        answers=read_answers(settings.answers) if settings.answers is not None else None,
+        answers=answers,
         passages=passages,
         answer_depths=settings.answer_depths,
         answer_regex=settings.answer_regex,

@@ -51,7 +51,7 @@ class PipelineSettings:
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     settings = parse_settings(PipelineSettings, __doc__, plain_words(words), config_flag="--config")
-    from quincunx.engine.retrieval.pipeline import Pipeline, write_json
+    from quincunx.engine.retrieval.pipeline import RECIPE_FILE, Pipeline, write_json
     from quincunx.launchers.pipeline_recipe import read_recipe
 
     recipe = read_recipe(settings.recipe, settings.set)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipeline.preview(stages)
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "recipe.json", describe(recipe, chain))
+    write_json(folder / RECIPE_FILE, describe(recipe, chain))
     print(f"recipe {recipe.name}: {len(stages)} stages into {folder}", flush=True)
     code = pipeline.run(stages)
     if code == 0 and (folder / "report" / "report.md").exists():

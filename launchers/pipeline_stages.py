@@ -12,7 +12,7 @@ from typing import Any
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.finetune_settings import OF_RERANKERS, OF_RETRIEVERS, FinetuneSettings, find_problems
-from quincunx.engine.retrieval.pipeline import STAGES_FOLDER, Stage
+from quincunx.engine.retrieval.pipeline import RECIPE_FILE, STAGES_FOLDER, Stage
 from quincunx.engine.run_settings import require
 from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers import encode, evaluate, finetune, mine, pretrain, score, search, split
@@ -114,7 +114,8 @@ class Chain:
         inputs = {"run": run, "qrels": self._of_split(TRAIN, "qrels.tsv"), **self._training_data()}
         if self._has_answers(TRAIN):
             inputs["answers"] = self._of_split(TRAIN, "answers.jsonl")
-        settings = self.recipe.settings("mine", f"mine.{system}")
+        relevant_from = self.recipe.splits[TRAIN].relevant_from
+        settings = {"relevant_from": relevant_from} | self.recipe.settings("mine", f"mine.{system}")
         return self._add(f"mine.{system}", "mine.py", settings, inputs, "negatives.jsonl")
 
     def finetune(self, stage: str, encoder: str, candidates: str) -> str:
@@ -154,14 +155,15 @@ class Chain:
         self._add(name, "evaluate.py", settings, {"run": run, **inputs}, "result.json")
 
     def report(self) -> None:
-        """The page over all stages, made anew when any of them has run."""
+        """The page over all stages, made anew when any of them has run or the recipe is another."""
         work = self.folder / "report"
         self.stages.append(
             Stage(
                 name="report",
                 command=[sys.executable, str(LAUNCHERS / "report.py"), "--pipeline", str(self.folder)],
                 settings={},
-                inputs={stage.name: self.folder / STAGES_FOLDER / f"{stage.name}.json" for stage in self.stages},
+                inputs={"recipe": self.folder / RECIPE_FILE}
+                | {stage.name: self.folder / STAGES_FOLDER / f"{stage.name}.json" for stage in self.stages},
                 work=work,
                 outputs=[work / "report.html", work / "report.md"],
             )

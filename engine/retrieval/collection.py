@@ -102,11 +102,12 @@ class Collection:
             return False
 
     @cached_property
-    def num_empty(self) -> int:
-        """Texts of no character: they keep their row and id, and no search should find them."""
+    def empty_rows(self) -> np.ndarray:
+        """int64, rows of texts without a visible character: they keep row and id, and no search of ours finds them."""
         import pyarrow.compute as compute
 
-        return int(compute.sum(compute.equal(compute.binary_length(self._texts), 0)).as_py() or 0)
+        visible = compute.match_substring_regex(self._texts, r"[^\s\p{C}\p{Z}]")
+        return np.flatnonzero(~visible.to_numpy(zero_copy_only=False)).astype(np.int64)
 
     @cached_property
     def digest(self) -> str:

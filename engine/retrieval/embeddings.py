@@ -50,6 +50,11 @@ class Embeddings:
         """int64 [parts + 1], the first row of every part; the last entry is N."""
         return np.cumsum([0, *map(len, self.parts)]).astype(np.int64)
 
+    @cached_property
+    def empty_rows(self) -> np.ndarray:
+        """int64, ascending: rows of texts without a visible character, which no search finds."""
+        return np.array(self.manifest.get("empty_rows", []), np.int64)
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 
@@ -158,6 +163,7 @@ def write_embeddings(
     manifest = {
         "schema": SCHEMA_VERSION,
         **fingerprint,
+        "empty_rows": collection.empty_rows.tolist(),
         "ids_digest": xxhash.xxh3_128_hexdigest(content),
         "parts": described,
         "made_by": made_by,

@@ -18,6 +18,7 @@ from quincunx.engine.retrieval.judgements import (
     Run,
     check_against,
     check_positives,
+    read_answers,
     read_qrels,
     read_run,
     without_positives,
@@ -100,6 +101,15 @@ def load_qrels(
     return qrels, counts
 
 
+def load_answers(
+    path: str, queries: Collection | None = None, drop_unknown: bool = False
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Answers of known queries, and the counts of what was dropped. Raises DataError as read_answers, check_against."""
+    hint = ", or leave such lines out with --unknown_ids drop"
+    answers, dropped = check_against(read_answers(path), queries, None, path, drop_unknown, hint)
+    return answers, {"unknown_queries": dropped["queries"]}
+
+
 def load_run(
     path: str,
     queries: Collection | None = None,
@@ -138,6 +148,12 @@ def judge(run: Run, judgement: Judgement) -> Result:
     if not evaluations:
         raise SettingsError("nothing to judge by: give --qrels, or --answers with --corpus, or all of them")
     judged = judgement.qrels if judgement.qrels is not None else judgement.answers
+    if judgement.answers is not None and judgement.answers.keys() != judged.keys():
+        raise DataError(
+            f"the qrels judge {len(judged)} queries and the answers are of {len(judgement.answers)}, of which "
+            f"{len(judged.keys() & judgement.answers.keys())} are the same: give both of the same queries, or evaluate "
+            "by one at a time"
+        )
     answered = len(judged.keys() & run.keys())
     counts = {
         "judged": len(judged),

@@ -154,6 +154,7 @@ def unlike_published(name: str, split: str, examples: GlueExamples) -> str | Non
 def _tsv_rows(task: Task, path: Path, split: str) -> Iterator[tuple[int, list[str] | None, str]]:
     """(line number, sentences, label as written) of every row; without sentences, what is wrong with the row."""
     header: list[str] = [] if split == "test" else list(task.header)
+    place = 0
     for number, line in enumerate(read_lines(path), 1):
         line = line.rstrip("\r\n")
         if not line:
@@ -174,6 +175,13 @@ def _tsv_rows(task: Task, path: Path, split: str) -> Iterator[tuple[int, list[st
             yield number, None, f"{columns} where {task.title} has {len(header)} ({', '.join(header)})"
             continue
         row = dict(zip(header, cells, strict=True))
+        index = row.get("index", row.get("id", str(place)))
+        if split == "test" and index != str(place):
+            raise DataError(
+                f"{path}:{number}: the index is {index!r} where {place} comes next, and predictions are numbered "
+                "from 0 in the file's order: give the test file as GLUE publishes it"
+            )
+        place += 1
         yield number, [row[column].strip() for column in task.sentences], row.get(task.label, "")
 
 

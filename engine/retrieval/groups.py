@@ -50,7 +50,7 @@ class Groups:
         with_scores: bool = False,
     ):
         if num_hard_negatives < with_scores:
-            raise SettingsError(f"num_hard_negatives is {num_hard_negatives}: allowed are integers from {+with_scores}")
+            raise SettingsError(f"num_negatives is {num_hard_negatives}: allowed are integers from {+with_scores}")
         self.queries, self.passages, self.group = queries, passages, 1 + num_hard_negatives
         query_ids: list[str] = []
         positives: list[_Lists] = []
@@ -76,7 +76,7 @@ class Groups:
         if not with_scores and (few & (self._positives.sizes + num_hard_negatives > len(passages))).any():
             raise DataError(
                 f"{passages.name} has {len(passages)} passages, too few to fill groups of {self.group}: lower "
-                "num_hard_negatives or give more passages"
+                "num_negatives or give more passages"
             )
 
     def __len__(self) -> int:

@@ -91,7 +91,10 @@ class Index:
             self._check_ivfpq()
 
     def search(self, queries_QD: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """(scores float32 [Q, K], rows int64 [Q, K]), best first, K = depth; -inf and -1 where there are no more."""
+        """(scores float32 [Q, K], rows int64 [Q, K]), best first, K = depth; -inf and -1 where there are no more.
+
+        Texts without a visible character are never found: their vectors say nothing and are near to many queries.
+        """
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
         if queries_QD.shape[1] != self.embeddings.width:
             raise SettingsError(
@@ -102,8 +105,14 @@ class Index:
         shards = counted(self.shards, "searching", "shard", show=len(queries_QD) >= FEW_QUERIES)
         for number, parts in enumerate(shards):
             one = self._search_approximate if self.approximate else self._search_block
-            scores_QK, rows_QK = one(number, queries_QD, depth)
-            start = int(self.embeddings.starts[parts[0]])
+            start, stop = (int(self.embeddings.starts[part]) for part in (parts[0], parts[-1] + 1))
+            first, last = np.searchsorted(self.embeddings.empty_rows, [start, stop])
+            empty = torch.from_numpy(self.embeddings.empty_rows[first:last] - start).to(self.device)
+            scores_QK, rows_QK = one(number, queries_QD, depth + len(empty))
+            if len(empty):
+                scores_QK = scores_QK.masked_fill(torch.isin(rows_QK, empty), -torch.inf)
+                rows_QK = rows_QK.masked_fill(scores_QK == -torch.inf, -1)
+                scores_QK, rows_QK = in_order(scores_QK, rows_QK)
             best.add(scores_QK, torch.where(rows_QK >= 0, rows_QK + start, -1))
         return best.scores_QK.cpu().numpy(), best.rows_QK.cpu().numpy()
 

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from subprocess import CalledProcessError
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,7 @@ def _measure(name: str, relevant_from: int) -> Any:
             measure = measure(rel=relevant_from)
         measure.validate_params()
         supported = measure.params.get("cutoff", 1) >= 1 and ir_measures.DefaultPipeline.supports(measure)
+        supported = supported and not measure.NAME.startswith("Num")  # sums over queries: no mean, no interval
     except (ValueError, NameError, KeyError, TypeError, SyntaxError, AssertionError):
         supported = False
     if not supported:
@@ -114,7 +116,16 @@ def evaluate(run: Run, qrels: Qrels, measures: Sequence[str], relevant_from: int
             f"the run answers none of the {len(qrels)} judged queries (its first is {next(iter(run), None)!r}, theirs "
             f"{next(iter(qrels), None)!r}): give the run and the qrels of one set of queries"
         )
-    found = ir_measures.calc(parsed, qrels, run)
+    try:
+        found = ir_measures.calc(parsed, qrels, run)
+    except (
+        CalledProcessError,
+        ZeroDivisionError,
+    ) as error:
+        raise SettingsError(
+            f"ir-measures cannot compute all of {', '.join(map(str, parsed))} on these files ({error}): leave out the "
+            "measure that fails"
+        ) from None
     per_query: dict[str, dict[str, float]] = {str(measure): dict.fromkeys(qrels, 0.0) for measure in parsed}
     for value in found.per_query:
         assert value.query_id in qrels

@@ -141,7 +141,7 @@ def mine(
     """
     counts.update(dict.fromkeys(COUNTED, 0))
     unfit = {name: Unfit() for name in ("queries", "passages", "positives", "negatives", "scores")}
-    seen = set()
+    seen, empty = set(), set(passages.empty_rows.tolist())
     for query_id, ranked in run:
         counts["queries_of_the_run"] += 1
         if query_id not in queries:
@@ -171,6 +171,8 @@ def mine(
                 reason = "positives" if grades[id] >= rules.relevant_from else "partly_relevant"
             elif rank <= rules.skip_top:
                 reason = "skipped_at_the_top"
+            elif row in empty:
+                reason = "without_text"
             elif own_answers and has_answer(passages.text_at(row), own_answers):
                 reason = "with_an_answer"
             elif scores is not None and id not in scores:
@@ -185,7 +187,8 @@ def mine(
                 left_out.append(id)
         counts["mined"] += len(negatives)
         wanted = max(rules.random_fill - len(negatives), 0) + rules.random_extra
-        random = _random_passages(passages, query_id, rules.seed, {*grades, *negatives, *left_out}, own_answers, wanted)
+        taken = {*grades, *negatives, *left_out}
+        random = _random_passages(passages, query_id, rules.seed, taken, empty, own_answers, wanted)
         counts["random"] += len(random)
         counts["random_missing"] += wanted - len(random)
         if not negatives and not random:
@@ -213,6 +216,7 @@ COUNTED = (
     "left_out_positives",
     "left_out_partly_relevant",
     "left_out_skipped_at_the_top",
+    "left_out_without_text",
     "left_out_with_an_answer",
     "left_out_above_the_teachers_margin",
     "queries_without_answers",
@@ -262,7 +266,13 @@ def _refuse_unfit(
 
 
 def _random_passages(
-    passages: Collection, query_id: str, seed: int, taken: set[str], answers: list[str] | None, wanted: int
+    passages: Collection,
+    query_id: str,
+    seed: int,
+    taken: set[str],
+    empty: set[int],
+    answers: list[str] | None,
+    wanted: int,
 ) -> list[str]:
     """`wanted` passages (fewer where the corpus has no more): not in `taken`, not empty, without an answer."""
     chosen: list[str] = []
@@ -270,8 +280,8 @@ def _random_passages(
     for row in _random_rows(seed, query_id, len(passages), MAX_DRAWS * wanted):
         if len(chosen) == wanted:
             break
-        id, text = passages.id_at(row), passages.text_at(row)
-        if id not in taken and text and not (answers and has_answer(text, answers)):
+        id = passages.id_at(row)
+        if id not in taken and row not in empty and not (answers and has_answer(passages.text_at(row), answers)):
             taken.add(id)
             chosen.append(id)
     return chosen

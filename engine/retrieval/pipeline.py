@@ -29,6 +29,8 @@ from quincunx.engine.retrieval.commands import Stopping, held
 from quincunx.engine.retrieval.files import file_digest, manifest_path, written_whole
 
 STAGES_FOLDER = "stages"
+RECIPE_FILE = "recipe.json"
+"""The recipe of the last start, as the report reads it."""
 REPLACED_FOLDER = "replaced"
 LOCK_FILE = "pipeline.lock"
 PACKAGES = ("torch", "transformers", "deepspeed", "sentence-transformers", "faiss-cpu", "bm25s", "ir-measures")

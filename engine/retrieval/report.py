@@ -19,7 +19,7 @@ from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.retrieval.files import read_lines
 from quincunx.engine.retrieval.judgements import read_qrels
 from quincunx.engine.retrieval.measures import Comparison, Evaluation, compare
-from quincunx.engine.retrieval.pipeline import STAGES_FOLDER, minutes, read_json
+from quincunx.engine.retrieval.pipeline import RECIPE_FILE, STAGES_FOLDER, minutes, read_json
 from quincunx.engine.retrieval.report_blocks import Block, Code, Figure, Heading, Table, Text
 from quincunx.engine.retrieval.report_examples import best_and_worst, example, rankings_of
 from quincunx.engine.retrieval.report_plots import plot_curves, plot_differences
@@ -59,9 +59,9 @@ class Chain:
 def load_chain(folder: Path) -> Chain:
     """Reads what is finished. Raises DataError where the folder is no pipeline's, or nothing is evaluated yet."""
     folder = Path(folder)
-    recipe = read_json(folder / "recipe.json")
+    recipe = read_json(folder / RECIPE_FILE)
     if recipe is None or not {"stages", "evaluated", "systems"} <= recipe.keys():
-        raise DataError(f"{folder} has no recipe.json: give the --output folder of launchers/pipeline.py")
+        raise DataError(f"{folder} has no {RECIPE_FILE}: give the --output folder of launchers/pipeline.py")
     stamps = {}
     for name in recipe["stages"]:
         stamp = read_json(folder / STAGES_FOLDER / f"{name}.json")
@@ -239,6 +239,7 @@ def examples_of(chain: Chain, split: str, system: str, differences: dict[str, fl
     qrels = read_qrels(qrels_file)
     queries = read_queries(chain.folder / f"split.{split}" / "queries.jsonl")
     passages = read_passages(chain.recipe["splits"][split]["corpus"], titles=chain.recipe["data"]["titles"])
+    relevant_from = chain.recipe["splits"][split].get("relevant_from", 1)
     rankings = {
         name_of(name): rankings_of(result.record["files"]["run"]["path"], {*won, *lost})
         for name, result in chain.results[split].items()
@@ -247,7 +248,7 @@ def examples_of(chain: Chain, split: str, system: str, differences: dict[str, fl
     for title, chosen in ((f"Won by the {name_of(system)}", won), (f"Lost by the {name_of(system)}", lost)):
         if chosen:
             blocks.append(Heading(3, title))
-            blocks += [example(query_id, queries, passages, qrels[query_id], rankings) for query_id in chosen]
+            blocks += [example(id, queries, passages, qrels[id], rankings, relevant_from) for id in chosen]
     return blocks
 
 
@@ -296,7 +297,12 @@ def settings_of(chain: Chain) -> list[Block]:
     written = {key: chain.recipe[key] for key in ("data", "models", "splits") if chain.recipe.get(key)} | chain.recipe[
         "sections"
     ]
-    blocks: list[Block] = [Code(yaml.safe_dump(written, sort_keys=False), folded="The recipe as it was read")]
+    blocks: list[Block] = [
+        Code(
+            yaml.safe_dump(written, sort_keys=False),
+            folded="The recipe of the last start (below: what each stage ran with)",
+        )
+    ]
     for stage in (name for name in TRAINED if name in chain.stamps):
         text = yaml.safe_dump(chain.stamps[stage]["settings"], sort_keys=False)
         blocks.append(Code(text, folded=f"Every setting of {stage} that decides what is learned"))

@@ -31,6 +31,7 @@ def example(
     passages: Collection,
     grades: Mapping[str, int],
     rankings: Mapping[str, Mapping[str, list[str]]],
+    relevant_from: int = 1,
 ) -> Example:
     """One query. grades: of its judged passages. rankings: system -> query -> passage ids, best first."""
     best = max(grades, key=lambda id: grades[id])
@@ -38,10 +39,10 @@ def example(
     together: dict[tuple[str, str], list[str]] = {}  # systems that found the same are shown as one
     for system, runs in rankings.items():
         ids = runs.get(query_id, [])
-        places = [place for place, id in enumerate(ids, 1) if grades.get(id, 0) > 0]
+        places = [place for place, id in enumerate(ids, 1) if grades.get(id, 0) >= relevant_from]
         if not ids:
             found = ("not found", "nothing was found")
-        elif places and places[0] == 1:
+        elif ids[0] == best and places:
             found = ("rank 1", "the relevant passage")
         else:
             found = (f"rank {places[0]}" if places else f"not in the top {len(ids)}", text_of(ids[0], passages))

@@ -70,10 +70,12 @@ def search_on_terminal(
     for line in _typed() if lines is None else lines:
         if not line.strip():
             break
-        results, seconds = ask(finder, line.strip(), depth)
+        query = line.strip().encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are no UTF-8
+        results, seconds = ask(finder, query, depth)
         for result in results:
             print(f"\n{result.rank:>3}  {result.score:.4f}  {result.id}", file=out)
-            shown = textwrap.shorten(result.text, 80 * TERMINAL_LINES, placeholder=" ...")
+            text = "".join(c if c.isprintable() else " " for c in result.text)  # no escape sequence for the terminal
+            shown = textwrap.shorten(text, 80 * TERMINAL_LINES, placeholder=" ...")
             print(textwrap.indent(textwrap.fill(shown, 84), "     "), file=out)
         print(f"\n{len(results)} passages in {1000 * seconds:.0f} ms\n", file=out)
 
@@ -90,7 +92,12 @@ def _typed() -> Iterable[str]:
 
 
 def make_server(finder: Finder, port: int, depth: int) -> ThreadingHTTPServer:
-    """The page's server, bound and not yet running; port 0 takes a free one. Raises SettingsError where it is taken."""
+    """The page's server, bound and not yet running; port 0 takes a free one.
+
+    Raises SettingsError where the port is taken, or depth is beyond MOST_RESULTS.
+    """
+    if depth > MOST_RESULTS:
+        raise SettingsError(f"--depth is {depth}, the page shows at most {MOST_RESULTS} passages: give that or less")
 
     class Handler(_PageHandler):
         pass

@@ -126,6 +126,18 @@ def test_help_is_quick_and_shows_every_setting(tmp_path):
         ({}, ["--measures", "nDGC@10"], 2, "the measure 'nDGC@10' cannot be computed"),
         ({}, ["--relevant_from", "0"], 2, "relevant_from is 0"),
         ({}, ["--answers", "answers.jsonl"], 2, "answer match reads the passages: give --corpus"),
+        (
+            {"answers.jsonl": '{"query_id": "q1", "answers": ["1"]}\n'},
+            ["--answers", "answers.jsonl", "--corpus", "set"],
+            3,
+            "the qrels judge 30 queries and the answers are of 1, of which 1 are the same",
+        ),
+        (
+            {"answers.jsonl": '{"query_id": "z9", "answers": ["1"]}\n'},
+            ["--answers", "answers.jsonl", "--corpus", "set", "--queries", "set"],
+            3,
+            "answers.jsonl names 1 queries (of 1) that set does not",
+        ),
         ({}, ["--output", "result.txt"], 2, "give a name ending in .json"),
         ({}, ["--per_query", "good.run"], 2, "give a name ending in .jsonl or .tsv"),
         ({}, ["--per_query", "qrels.tsv"], 2, "qrels.tsv is the qrels itself"),

@@ -292,3 +292,14 @@ def test_facts_of_the_machine_do_not_make_a_stage_another(tmp_path):
     first, second = (build_chain(read_recipe("small", settings), tmp_path) for settings in (base, other))
     assert [stage.settings for stage in first] == [stage.settings for stage in second]
     assert [stage.command for stage in first] != [stage.command for stage in second]
+
+
+def test_the_grade_that_counts_as_relevant_holds_for_mining_too(tmp_path):
+    chain = build_chain(read_recipe("small", ["data.folder=x", "splits.train.relevant_from=2"]), tmp_path)
+    mining = [stage.settings["relevant_from"] for stage in chain if stage.name.startswith("mine.")]
+    assert mining and set(mining) == {2}
+
+
+def test_the_report_is_made_again_when_the_recipe_is_another(tmp_path):
+    *_, report = build_chain(read_recipe("small", ["data.folder=x"]), tmp_path)
+    assert report.name == "report" and report.inputs["recipe"] == tmp_path / "recipe.json"

@@ -49,7 +49,7 @@ def test_every_format_gives_the_same_passages(tmp_path):
     found += [read_passages(tmp_path / "mine.parquet")]
     for passages in found:
         assert passages.ids() == ["p1", "p2", "p3", "p 4"] and passages.texts() == TEXTS
-        assert passages.num_empty == 1
+        assert len(passages.empty_rows) == 1
     assert len({passages.digest for passages in found}) == 1
     plain = read_passages(tmp_path / "beir", titles=False)
     assert plain.texts() == ["A wing carries lift.", "No title — only Überschall.", "", "Only a title"]
@@ -160,5 +160,5 @@ def test_missing_files_and_unknown_formats_are_named(tmp_path):
 @pytest.mark.skipif("QUINCUNX_DATA" not in os.environ, reason="QUINCUNX_DATA is the folder of the collections")
 def test_two_empty_documents_of_cranfield_keep_their_ids():
     passages = read_passages(Path(os.environ["QUINCUNX_DATA"], "cranfield"))
-    assert len(passages) == 1400 and passages.num_empty == 2
+    assert len(passages) == 1400 and len(passages.empty_rows) == 2
     assert passages.texts(passages.rows(["471", "995"])) == ["", ""]

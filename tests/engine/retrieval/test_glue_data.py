@@ -66,6 +66,11 @@ def test_test_files_have_no_labels(task, tmp_path):
         assert "test.tsv:1: 2 columns where CoLA has 4" in refusal(task, examples.path, "dev")
 
 
+def test_a_test_file_in_another_order_than_its_index_is_refused(tmp_path):
+    path = written(tmp_path, "index\tsentence\n0\tgood\n2\tbad\n", "test.tsv")
+    assert "test.tsv:3: the index is '2' where 1 comes next" in refusal("cola", path, "test")
+
+
 def test_jsonl_carries_any_task(tmp_path):
     rows = [{"sentence1": " a", "sentence2": "b\tc", "label": 3.5}, {"sentence1": "d", "sentence2": "e", "label": "1"}]
     path = written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "train.jsonl")

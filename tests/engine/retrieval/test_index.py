@@ -162,3 +162,23 @@ def test_search_on_a_gpu_is_the_same(vectors, queries):
     expected = by_numpy(queries, vectors, DEPTH)
     assert np.mean(rows == expected[1]) > 0.999  # near ties may change places
     np.testing.assert_allclose(scores, expected[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", "hnsw", "ivfpq"])
+@pytest.mark.parametrize("shard_rows", [None, 400])
+def test_rows_without_text_are_never_found_and_cost_no_result(kind, shard_rows, vectors, queries, monkeypatch):
+    """Rows that every query would find first, in the first, a middle and the last part."""
+    monkeypatch.setattr(index_file, "BLOCK_ROWS", shard_rows or 10**6)
+    empty = [0, 3, 700, ROWS - 1]
+    near = vectors.copy()
+    near[empty] = 4 * queries.mean(0)
+    parts = np.split(near, [400, 800])
+    embeddings = Embeddings(parts, {"empty_rows": empty})
+    scores_QK, rows_QK = search(queries, embeddings, DEPTH, kind, shard_rows=shard_rows)
+    assert (rows_QK >= 0).all() and np.isfinite(scores_QK).all() and not np.isin(rows_QK, empty).any()
+    others = np.setdiff1d(np.arange(ROWS), empty)
+    if kind in ("exact", "flat"):
+        expected = by_numpy(queries, near[others], DEPTH)
+        assert_same((scores_QK, rows_QK), (expected[0], others[expected[1]]))
+    whole = search(queries, embeddings, ROWS, "exact")[1]
+    assert ((whole >= 0).sum(1) == ROWS - len(empty)).all() and (whole[:, -len(empty) :] == -1).all()

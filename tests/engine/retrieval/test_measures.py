@@ -82,7 +82,7 @@ def test_names_of_the_field_are_those_of_ir_measures():
     assert [measure_name(name) for name in names] == plain
     graded = ["RR(rel=2)@10", "AP(rel=2)", "R(rel=2)@100", "nDCG@10", "RR(rel=2)@10", "R(rel=3)@5", "Success(rel=2)@20"]
     assert [measure_name(name, 2) for name in names] == graded
-    for bad in ("MRR@", "nDGC@10", "", "alpha_nDCG@10", "RR@x"):
+    for bad in ("MRR@", "nDGC@10", "", "alpha_nDCG@10", "RR@x", "NumRet", "NumQ", "NumRelRet"):
         with pytest.raises(SettingsError, match="cannot be computed"):
             measure_name(bad)
 

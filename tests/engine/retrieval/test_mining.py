@@ -204,3 +204,11 @@ def test_a_malformed_run_is_refused_by_file_and_line(tmp_path, lines, message):
     (tmp_path / "run").write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=message):
         list(stream_run(tmp_path / "run"))
+
+
+def test_passages_without_text_are_no_negatives_mined_or_drawn():
+    texts = ["", " \t", "\u200b", *(f"text {n}" for n in range(3, 40))]
+    passages = make_collection([f"p{n}" for n in range(40)], texts, "corpus")
+    found, counts = mined([("q0", ranked(0, 7, 1, 2, 5))], passages=passages, random_fill=36)
+    assert found["q0"].negatives[:2] == ("p7", "p5") and counts["left_out_without_text"] == 3
+    assert not {"p0", "p1", "p2"} & set(found["q0"].negatives) and len(found["q0"].negatives) > 20

@@ -9,6 +9,7 @@ import pytest
 
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.metrics_file import MetricsWriter
+from quincunx.engine.retrieval.collection import make_collection
 from quincunx.engine.retrieval.evaluation import (
     Judgement,
     judge,
@@ -21,6 +22,7 @@ from quincunx.engine.retrieval.judgements import write_qrels, write_run
 from quincunx.engine.retrieval.pipeline import write_json
 from quincunx.engine.retrieval.report import load_chain, make_blocks
 from quincunx.engine.retrieval.report_blocks import Example, Figure, Heading, Table, write_report
+from quincunx.engine.retrieval.report_examples import example
 
 NUM_QUERIES, NUM_PASSAGES = 12, 30
 RANKS = {"bm25": [1, 3, 2, 9, 1, 4, 1, 2, 5, 1, 12, 1], "distil": [1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 4]}
@@ -209,3 +211,15 @@ def test_a_folder_without_a_pipeline_or_without_an_evaluation_is_refused(folder,
     write_json(tmp_path / "recipe.json", {**recipe, "stages": []})
     with pytest.raises(DataError, match="no finished evaluation yet"):
         load_chain(tmp_path)
+
+
+def test_an_example_calls_a_passage_relevant_from_the_grade_that_the_measures_count():
+    queries, passages = (
+        make_collection(["q"], ["who?"], "q"),
+        make_collection(["half", "full"], ["Partly", "Fully"], "p"),
+    )
+    shown = {"a": {"q": ["half", "full"]}, "b": {"q": ["full"]}}
+    graded = example("q", queries, passages, {"half": 1, "full": 2}, shown, relevant_from=2)
+    assert graded.firsts == [("a", "rank 2", "Partly"), ("b", "rank 1", "the relevant passage")]
+    plain = example("q", queries, passages, {"half": 1, "full": 2}, shown)
+    assert plain.firsts[0] == ("a", "rank 1", "Partly")

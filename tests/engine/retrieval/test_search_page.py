@@ -109,6 +109,18 @@ def test_the_terminal_shows_score_id_and_first_words_until_an_empty_line(finder)
     assert "2 passages in" in shown and shown.count(" ms\n") == 1
 
 
+def test_the_terminal_survives_bytes_that_are_no_text_and_passes_no_escape_sequence_on():
+    finder = bm25_finder(make_collection(["red"], ["\x1b[31mred\x1b[0m tide"], "one"), 1.5, 0.75)
+    out = io.StringIO()
+    search_on_terminal(finder, 2, [b"tide \xff\xfe".decode("utf-8", "surrogateescape")], out)
+    assert "red" in out.getvalue() and "1 passages in" in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+def test_the_page_refuses_a_depth_that_it_would_not_show(finder):
+    with pytest.raises(SettingsError, match="--depth is 150, the page shows at most 100 passages"):
+        make_server(finder, 0, 150)
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
 def test_chromium_renders_the_results_and_runs_no_script_of_a_passage(address, tmp_path):
     command = [
