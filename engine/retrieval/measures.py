@@ -118,10 +118,7 @@ def evaluate(run: Run, qrels: Qrels, measures: Sequence[str], relevant_from: int
         )
     try:
         found = ir_measures.calc(parsed, qrels, run)
-    except (
-        CalledProcessError,
-        ZeroDivisionError,
-    ) as error:
+    except (CalledProcessError, ZeroDivisionError) as error:
         raise SettingsError(
             f"ir-measures cannot compute all of {', '.join(map(str, parsed))} on these files ({error}): leave out the "
             "measure that fails"

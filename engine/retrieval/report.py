@@ -297,12 +297,8 @@ def settings_of(chain: Chain) -> list[Block]:
     written = {key: chain.recipe[key] for key in ("data", "models", "splits") if chain.recipe.get(key)} | chain.recipe[
         "sections"
     ]
-    blocks: list[Block] = [
-        Code(
-            yaml.safe_dump(written, sort_keys=False),
-            folded="The recipe of the last start (below: what each stage ran with)",
-        )
-    ]
+    title = "The recipe of the last start (below: what each stage ran with)"
+    blocks: list[Block] = [Code(yaml.safe_dump(written, sort_keys=False), folded=title)]
     for stage in (name for name in TRAINED if name in chain.stamps):
         text = yaml.safe_dump(chain.stamps[stage]["settings"], sort_keys=False)
         blocks.append(Code(text, folded=f"Every setting of {stage} that decides what is learned"))
