@@ -99,6 +99,8 @@ def test_a_grade_below_relevant_from_is_not_relevant_but_gains():
 def test_runs_and_measures_that_do_not_fit_are_refused():
     with pytest.raises(DataError, match="answers none of the 1 judged queries"):
         evaluate({"x": {"p": 1.0}}, {"q": {"p": 1}}, ["RR@10"])
+    with pytest.raises(SettingsError, match=r"cannot compute all of Accuracy@5 on these files \(.*zero.*leave out"):
+        evaluate({"q": {"d": 1.0}}, {"q": {"d": 1}}, ["Accuracy@5"])
     with pytest.raises(SettingsError, match="no measures"):
         evaluate({"q": {"p": 1.0}}, {"q": {"p": 1}}, [])
     one, two = Evaluation({"AP": 1.0}, {"AP": {"q": 1.0}}), Evaluation({"AP": 1.0}, {"AP": {"r": 1.0}})

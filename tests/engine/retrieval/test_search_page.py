@@ -1,5 +1,6 @@
 """The search page as a browser, a script and a terminal see it: escaped, for this machine only, readable on a phone."""
 
+import dataclasses
 import http.client
 import io
 import json
@@ -111,8 +112,15 @@ def test_the_terminal_shows_score_id_and_first_words_until_an_empty_line(finder)
 
 def test_the_terminal_survives_bytes_that_are_no_text_and_passes_no_escape_sequence_on():
     finder = bm25_finder(make_collection(["red"], ["\x1b[31mred\x1b[0m tide"], "one"), 1.5, 0.75)
-    out = io.StringIO()
-    search_on_terminal(finder, 2, [b"tide \xff\xfe".decode("utf-8", "surrogateescape")], out)
+    out, asked = io.StringIO(), []
+
+    def find(queries, depth):
+        asked.extend(queries)
+        return finder.find(queries, depth)
+
+    listening = dataclasses.replace(finder, find=find)
+    search_on_terminal(listening, 2, [b"tide \xff\xfe".decode("utf-8", "surrogateescape")], out)
+    assert asked == ["tide \ufffd\ufffd"]  # a tokenizer takes no half surrogates
     assert "red" in out.getvalue() and "1 passages in" in out.getvalue() and "\x1b" not in out.getvalue()
 
 
