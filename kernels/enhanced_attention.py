@@ -14,10 +14,10 @@ from quincunx.kernels.hashing import visibility
 from quincunx.kernels.launching import Implementation, choose
 from quincunx.kernels.packed_attention import (
     PaddedGroups,
+    attend_by_group,
     connected_empty,
     host_bounds,
     length_groups,
-    masked_softmax_attention,
 )
 
 TRITON_HEAD_SIZES = (32, 64, 128)
@@ -220,17 +220,16 @@ def visible_attention(
     """`enhanced_attention` with its queries given in full, [T, H, C]: for a query stream that is not h + position."""
     bounds = host_bounds(cu_seqlens)
     lengths = np.diff(bounds)
-    groups = length_groups(lengths, lengths)
+    groups = length_groups(lengths, lengths, k_THC.device)
     if not groups:
         return connected_empty(q_THC, k_THC, v_THC)
     padded = PaddedGroups(bounds, groups, k_THC.device)
     if explicit_visibility_SLL is None:
         words, thresholds = padded.pad_columns(word_ids_T), padded.pad_columns(keep_thresholds_T)
-    outputs = []
-    groups_qkv = zip(groups, padded.pad(q_THC), padded.pad(k_THC), padded.pad(v_THC), strict=True)
-    for g, (members, q_GHLC, k_GHLC, v_GHLC) in enumerate(groups_qkv):
+    masks, blind = [], []
+    for g, members in enumerate(groups):
         members_G = torch.from_numpy(members).to(k_THC.device)
-        length = k_GHLC.shape[2]
+        length = padded.shapes[g][1]
         if explicit_visibility_SLL is None:
             rows_GL = torch.arange(length, dtype=torch.int32, device=k_THC.device).expand(len(members), -1)
             visible_GLL = visibility(keys_S[members_G], rows_GL, words[g], thresholds[g])
@@ -239,7 +238,6 @@ def visible_attention(
         if padded.real[g] is not None:
             visible_GLL = visible_GLL & padded.real[g][:, None, :]
         blind_GL1 = ~visible_GLL.any(-1, keepdim=True)
-        mask_G1LL = (visible_GLL | blind_GL1)[:, None]
-        output_GHLC = masked_softmax_attention(q_GHLC, k_GHLC, v_GHLC, mask_G1LL)
-        outputs.append(output_GHLC.masked_fill(blind_GL1[:, None], 0))
-    return padded.unpad(outputs)
+        masks.append((visible_GLL | blind_GL1)[:, None])
+        blind.append(blind_GL1[:, None])
+    return attend_by_group(q_THC, k_THC, v_THC, padded, padded, masks, blind)

@@ -4,14 +4,18 @@ Letters: T tokens of all sequences end to end, R query rows (R = T unless only s
 of one length group, L longest sequence of a group, H heads, C channels of a head.
 """
 
+import math
+from functools import cached_property
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 # A group holds sequences at least this share of its longest, so at most 1 / 0.75^2 of its scores are padding; and no
-# more score elements than this, so that a mask never grows with the batch (4 Mi bools, 16 MB as int32 hashes).
+# more score elements than this: on a GPU so that a mask never grows with the batch (4 Mi bools, 16 MB as int32 hashes),
+# on a CPU so that only short sequences are copied together, and longer ones are attended to where they lie.
 SHORTEST_SHARE_OF_A_GROUP = 0.75
-LARGEST_GROUP = 2**22
+LARGEST_GROUP = {"cpu": 2**11, "cuda": 2**22}
 # Longest sequence whose scores are kept for the backward pass on a CPU; longer ones take SDPA, which recomputes them.
 LONGEST_PLAIN = 512
 
@@ -63,46 +67,113 @@ def _varlen(q_RHC, k_THC, v_THC, cu_seqlens, max_length, query_cu_seqlens, max_q
 def _padded(q_RHC, k_THC, v_THC, cu_seqlens, query_cu_seqlens, window, scale):
     key_bounds = host_bounds(cu_seqlens)
     query_bounds = key_bounds if query_cu_seqlens is cu_seqlens else host_bounds(query_cu_seqlens)
-    groups = length_groups(np.diff(key_bounds), np.diff(query_bounds))
+    groups = length_groups(np.diff(key_bounds), np.diff(query_bounds), q_RHC.device)
     keys = PaddedGroups(key_bounds, groups, q_RHC.device)
     queries = keys if query_bounds is key_bounds else PaddedGroups(query_bounds, groups, q_RHC.device)
-    outputs = []
-    for q_GHLC, k_GHLC, v_GHLC, real_GL in zip(
-        queries.pad(q_RHC), keys.pad(k_THC), keys.pad(v_THC), keys.real, strict=True
-    ):
-        num_keys = k_GHLC.shape[2]
+    visible = []
+    for (_, num_keys), real_GL in zip(keys.shapes, keys.real, strict=True):
         mask = None if real_GL is None else real_GL[:, None, None, :]
         if window is not None and window < num_keys - 1:
-            position = torch.arange(num_keys, device=q_GHLC.device)
+            position = torch.arange(num_keys, device=q_RHC.device)
             near = ((position[:, None] - position[None, :]).abs() <= window)[None, None]
             mask = near if mask is None else mask & near
             # A padded row far from every real column would see nothing; it may see itself, nobody reads it.
             mask = mask | (position[:, None] == position[None, :])
-        outputs.append(masked_softmax_attention(q_GHLC, k_GHLC, v_GHLC, mask, scale))
-    return queries.unpad(outputs)
+        visible.append(mask)
+    return attend_by_group(q_RHC, k_THC, v_THC, queries, keys, visible, scale=scale)
 
 
-def masked_softmax_attention(
-    q_GHRC: torch.Tensor,
-    k_GHLC: torch.Tensor,
-    v_GHLC: torch.Tensor,
-    visible: torch.Tensor | None,
+def attend_by_group(
+    q_RHC: torch.Tensor,
+    k_THC: torch.Tensor,
+    v_THC: torch.Tensor,
+    queries: "PaddedGroups",
+    keys: "PaddedGroups",
+    visible: list[torch.Tensor | None],
+    blind: list[torch.Tensor | None] | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of padded groups, [G, H, R, C]; `visible` broadcasts to [G, H, R, L], every row must see something.
+    """Attention [R, H, C] of one group after the other; both `PaddedGroups` hold the same sequences.
 
-    On a CPU short float32 sequences in training take plain matrix products: as fast there as SDPA's flash kernel, whose
+    `visible` has a bool mask a group that broadcasts to [G, H, queries, keys] (None: everything); every row must see
+    something. Rows in `blind`, broadcasting to [G, H, queries, 1], give zeros all the same.
+
+    On a CPU short float32 sequences in training take plain matrix products: SDPA's flash kernel is slower there, and its
     exponential has 20 bits (its gradients of MASTER's reference case were 1.3e-4 off the published code's, these 3e-5).
     Without a backward pass SDPA is faster.
     """
-    is_half = q_GHRC.dtype in (torch.float16, torch.bfloat16)
-    if q_GHRC.is_cuda or is_half or k_GHLC.shape[2] > LONGEST_PLAIN or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q_GHRC, k_GHLC, v_GHLC, attn_mask=visible, scale=scale)
-    scale = q_GHRC.shape[-1] ** -0.5 if scale is None else scale
-    scores_GHRL = (q_GHRC * scale) @ k_GHLC.transpose(-1, -2)
-    if visible is not None:
-        scores_GHRL += torch.zeros_like(visible, dtype=scores_GHRL.dtype).masked_fill_(~visible, float("-inf"))
-    return scores_GHRL.softmax(-1) @ v_GHLC
+    blind = blind or [None] * len(visible)
+    scale = q_RHC.shape[-1] ** -0.5 if scale is None else scale
+    is_plain = not q_RHC.is_cuda and q_RHC.dtype in (torch.float32, torch.float64) and torch.is_grad_enabled()
+    if is_plain and max(length for _, length in keys.shapes) <= LONGEST_PLAIN:
+        return _PlainAttention.apply(q_RHC, k_THC, v_THC, queries, keys, visible, blind, scale)
+    outputs = []
+    padded = zip(queries.pad(q_RHC), keys.pad(k_THC), keys.pad(v_THC), visible, blind, strict=True)
+    for q_GHRC, k_GHLC, v_GHLC, mask, blind_GHR1 in padded:
+        output_GHRC = F.scaled_dot_product_attention(q_GHRC, k_GHLC, v_GHLC, attn_mask=mask, scale=scale)
+        outputs.append(output_GHRC if blind_GHR1 is None else output_GHRC.masked_fill(blind_GHR1, 0))
+    return queries.unpad(outputs)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """Two products and a softmax a group, in the workspace of the largest one.
+
+    Keeps q, k and v alone for the backward pass and makes the probabilities again there. N = G x H.
+    """
+
+    @staticmethod
+    def forward(ctx, q_RHC, k_THC, v_THC, queries, keys, visible, blind, scale):
+        ctx.save_for_backward(q_RHC, k_THC, v_THC)
+        ctx.groups = queries, keys, visible, blind, scale
+        output_RHC = torch.zeros_like(q_RHC, memory_format=torch.contiguous_format)
+        (workspace,) = _workspaces(1, q_RHC, queries, keys)
+        for g in range(len(visible)):
+            q_NRC, k_NLC, v_NLC = queries.take(q_RHC, g), keys.take(k_THC, g), keys.take(v_THC, g)
+            p_NRL = _probabilities(q_NRC, k_NLC, visible[g], blind[g], scale, workspace)
+            queries.put(torch.bmm(p_NRL, v_NLC), output_RHC, g)
+        return output_RHC
+
+    @staticmethod
+    def backward(ctx, gradient_RHC):
+        q_RHC, k_THC, v_THC = ctx.saved_tensors
+        queries, keys, visible, blind, scale = ctx.groups
+        contiguous = torch.contiguous_format
+        dq_RHC, dk_THC, dv_THC = (torch.zeros_like(x, memory_format=contiguous) for x in (q_RHC, k_THC, v_THC))
+        workspace, other = _workspaces(2, q_RHC, queries, keys)
+        for g in range(len(visible)):
+            q_NRC, k_NLC, v_NLC = queries.take(q_RHC, g), keys.take(k_THC, g), keys.take(v_THC, g)
+            gradient_NRC = queries.take(gradient_RHC, g)
+            p_NRL = _probabilities(q_NRC, k_NLC, visible[g], blind[g], scale, workspace)
+            dp_NRL = other[: p_NRL.numel()].view_as(p_NRL)
+            torch.bmm(gradient_NRC, v_NLC.transpose(1, 2), out=dp_NRL)
+            ds_NRL = torch.ops.aten._softmax_backward_data(dp_NRL, p_NRL, -1, p_NRL.dtype, grad_input=dp_NRL)
+            ds_NRL.mul_(scale)
+            queries.put(torch.bmm(ds_NRL, k_NLC), dq_RHC, g)
+            keys.put(torch.bmm(ds_NRL.transpose(1, 2), q_NRC), dk_THC, g)
+            keys.put(torch.bmm(p_NRL.transpose(1, 2), gradient_NRC), dv_THC, g)
+        return dq_RHC, dk_THC, dv_THC, None, None, None, None, None
+
+
+def _workspaces(
+    count: int, like_RHC: torch.Tensor, queries: "PaddedGroups", keys: "PaddedGroups"
+) -> tuple[torch.Tensor, ...]:
+    """Room for the scores of the largest group, `count` times."""
+    areas = [num * rows * columns for (num, rows), (_, columns) in zip(queries.shapes, keys.shapes, strict=True)]
+    return like_RHC.new_empty(count, max(areas) * like_RHC.shape[1]).unbind()
+
+
+def _probabilities(q_NRC, k_NLC, visible_GHRL, blind_GHR1, scale, workspace):
+    """softmax(scale q k^T), [N, R, L], in the workspace."""
+    shape = (len(q_NRC), q_NRC.shape[1], k_NLC.shape[1])
+    scores_NRL = workspace[: math.prod(shape)].view(shape)
+    torch.baddbmm(scores_NRL, q_NRC, k_NLC.transpose(1, 2), beta=0, alpha=scale, out=scores_NRL)
+    if visible_GHRL is not None:
+        num = len(visible_GHRL)  # 1 where one mask serves a group of several
+        scores_NRL.unflatten(0, (num, -1)).masked_fill_(~visible_GHRL, float("-inf"))
+    torch.softmax(scores_NRL, dim=-1, out=scores_NRL)
+    if blind_GHR1 is not None:
+        scores_NRL.unflatten(0, (len(blind_GHR1), -1)).masked_fill_(blind_GHR1, 0)
+    return scores_NRL
 
 
 def connected_empty(q_RHC: torch.Tensor, k_THC: torch.Tensor, v_THC: torch.Tensor) -> torch.Tensor:
@@ -115,8 +186,9 @@ def host_bounds(cu_seqlens: torch.Tensor) -> np.ndarray:
     return cu_seqlens.cpu().numpy().astype(np.int64)
 
 
-def length_groups(lengths: np.ndarray, num_queries: np.ndarray) -> list[np.ndarray]:
+def length_groups(lengths: np.ndarray, num_queries: np.ndarray, device: torch.device) -> list[np.ndarray]:
     """Sequence numbers grouped by similar length, longest first; sequences without query rows are in no group."""
+    largest = LARGEST_GROUP[device.type]
     order = np.argsort(-lengths, kind="stable")
     order = order[(num_queries[order] > 0) & (lengths[order] > 0)]
     groups: list[np.ndarray] = []
@@ -126,7 +198,7 @@ def length_groups(lengths: np.ndarray, num_queries: np.ndarray) -> list[np.ndarr
         if (
             end == len(order)
             or lengths[order[end]] < SHORTEST_SHARE_OF_A_GROUP * longest
-            or (end - start + 1) * longest * longest > LARGEST_GROUP
+            or (end - start + 1) * longest * longest > largest
         ):
             groups.append(order[start:end])
             start = end
@@ -134,36 +206,70 @@ def length_groups(lengths: np.ndarray, num_queries: np.ndarray) -> list[np.ndarr
 
 
 class PaddedGroups:
-    """The way from packed rows [R, H, C] to padded groups [G, H, L, C] and back, each one gather.
+    """The way from packed rows [R, H, C] to padded groups [G, H, L, C] and back.
 
-    A plain `x[index]` has a scatter-add as its gradient, serial on a CPU; here every packed row stands in one place of
-    one group, so its gradient is a gather too. Padding repeats the last row of its sequence: finite, to be masked by
-    the caller, without gradient. `real` holds, per group, the bool mask [G, L] of real rows, or None where all are.
+    `real` holds, per group, the bool mask [G, L] of real rows, or None where all are.
     """
 
     def __init__(self, bounds: np.ndarray, groups: list[np.ndarray], device: torch.device):
         starts, lengths = bounds[:-1], np.diff(bounds)
         self.num_rows = int(bounds[-1])
+        self.device = device
         self.shapes, self.real = [], []
-        sources, reals = [], []
+        self._sources: list[np.ndarray] = []
+        self._is_real: list[np.ndarray] = []
         for sequences in groups:
             length = lengths[sequences][:, None]
             column = np.arange(length.max())[None, :]
-            sources.append((starts[sequences][:, None] + np.minimum(column, length - 1)).reshape(-1))
-            real = column < length
-            reals.append(real.reshape(-1))
-            self.shapes.append(real.shape)
-            self.real.append(None if real.all() else torch.from_numpy(real).to(device))
-        source, real = np.concatenate(sources), np.concatenate(reals)
-        # Sequences of one length, or of few, longest first: every row is where it should be, nothing needs to move.
-        self.in_place = np.array_equal(source, np.arange(self.num_rows))
-        self.source = torch.from_numpy(source).to(device)
-        self.real_places = torch.from_numpy(np.flatnonzero(real)).to(device)
-        self.real_rows = torch.from_numpy(source[real]).to(device)
+            self._sources.append((starts[sequences][:, None] + np.minimum(column, length - 1)).reshape(-1))
+            is_real = column < length
+            self._is_real.append(is_real.reshape(-1))
+            self.shapes.append(is_real.shape)
+            self.real.append(None if is_real.all() else torch.from_numpy(is_real).to(device))
+
+    def take(self, rows_RHC: torch.Tensor, g: int) -> torch.Tensor:
+        """Group g of the rows, zeros where it is padded: [G x H, L, C], a view where G is 1; no gradient."""
+        (num, length), source = self.shapes[g], self._sources[g]
+        if num == 1:
+            return rows_RHC[source[0] : source[0] + length].transpose(0, 1)
+        group = rows_RHC.index_select(0, torch.from_numpy(source).to(self.device)).unflatten(0, (num, length))
+        if self.real[g] is not None:
+            group.masked_fill_(~self.real[g][:, :, None, None], 0)
+        return group.transpose(1, 2).flatten(0, 1)
+
+    def put(self, group_NLC: torch.Tensor, rows_RHC: torch.Tensor, g: int) -> None:
+        """The inverse: writes group g, [G x H, L, C], to where its rows belong."""
+        (num, length), source = self.shapes[g], self._sources[g]
+        if num == 1:
+            rows_RHC[source[0] : source[0] + length] = group_NLC.transpose(0, 1)
+            return
+        flat = group_NLC.unflatten(0, (num, -1)).transpose(1, 2).flatten(0, 1)
+        if self.real[g] is not None:
+            source, flat = source[self._is_real[g]], flat[self.real[g].flatten()]
+        rows_RHC.index_copy_(0, torch.from_numpy(source).to(self.device), flat)
+
+    @cached_property
+    def _indices(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For all groups end to end: the row each place takes, the real places, their rows, the place of each row.
+
+        The first is None where every row is where it should be: sequences of one length, or of few, longest first.
+        """
+        source, is_real = np.concatenate(self._sources), np.concatenate(self._is_real)
+        real_places = np.flatnonzero(is_real)
+        place_of_row = np.zeros(self.num_rows, np.int64)
+        place_of_row[source[is_real]] = real_places
+        tensors = [torch.from_numpy(x).to(self.device) for x in (source, real_places, source[is_real], place_of_row)]
+        return (None if np.array_equal(source, np.arange(self.num_rows)) else tensors[0], *tensors[1:])
 
     def pad(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """[R, H, C] -> [G, H, L, C] for every group."""
-        padded = rows if self.in_place else _Gather.apply(rows, self.source, self.real_places, self.real_rows)
+        """[R, H, C] -> [G, H, L, C] for every group.
+
+        A plain `x[index]` has a scatter-add as its gradient, serial on a CPU; here every packed row stands in one place
+        of one group, so its gradient is a gather too. Padding repeats the last row of its sequence: finite, to be
+        masked by the caller, without gradient.
+        """
+        source, real_places, real_rows, _ = self._indices
+        padded = rows if source is None else _Gather.apply(rows, source, real_places, real_rows)
         parts = padded.split([num * length for num, length in self.shapes])
         return [
             part.view(*shape, *rows.shape[1:]).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)
@@ -171,19 +277,17 @@ class PaddedGroups:
 
     def pad_columns(self, values: torch.Tensor) -> list[torch.Tensor]:
         """[R] -> [G, L] for every group, 0 at padding; no gradient."""
-        flat = torch.zeros(len(self.source), dtype=values.dtype, device=values.device)
-        flat[self.real_places] = values[self.real_rows]
+        _, real_places, real_rows, _ = self._indices
+        flat = torch.zeros(sum(num * length for num, length in self.shapes), dtype=values.dtype, device=values.device)
+        flat[real_places] = values[real_rows]
         parts = flat.split([num * length for num, length in self.shapes])
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def unpad(self, groups: list[torch.Tensor]) -> torch.Tensor:
         """[G, H, L, C] of every group -> [R, H, C]."""
         flat = torch.cat([group.transpose(1, 2).flatten(0, 1) for group in groups])
-        if self.in_place:
-            return flat
-        place_of_row = torch.empty(self.num_rows, dtype=torch.int64, device=flat.device)
-        place_of_row[self.real_rows] = self.real_places
-        return _Gather.apply(flat, place_of_row, self.real_rows, self.real_places)
+        source, real_places, real_rows, place_of_row = self._indices
+        return flat if source is None else _Gather.apply(flat, place_of_row, real_rows, real_places)
 
 
 class _Gather(torch.autograd.Function):
