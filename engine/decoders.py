@@ -94,7 +94,7 @@ class MaskedDecoder(nn.Module):
         q_MHC = layer.split_heads(layer.query(rows_MD) + layer.query_bias)
         k_THC, v_THC = layer.keys_and_values(context_TD)
         attended = packed_attention(
-            q_MHC, k_THC, v_THC, text.cu_seqlens, text.max_length, labels.cu_seqlens, labels.max_labels
+            q_MHC, k_THC, v_THC, text.cu_seqlens, text.max_length, labels.cu_seqlens, labels.max_rows
         )
         return layer(attended, rows_MD)
 

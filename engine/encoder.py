@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import resolve_model
-from quincunx.engine.lean_modules import make_lean
+from quincunx.engine.lean_modules import make_lean, reads_rows
+from quincunx.engine.tensors import TensorRows
 from quincunx.kernels.packed_attention import packed_attention
 
 PACKED = "quincunx_packed"
@@ -96,16 +97,33 @@ class PackedEncoder(nn.Module):
         return embedded if project is None else project(embedded)
 
     def forward(
-        self, word_vectors_TE: torch.Tensor, positions_T: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int
+        self,
+        word_vectors_TE: torch.Tensor,
+        positions_T: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_length: int,
+        read: TensorRows | None = None,
     ) -> torch.Tensor:
-        """Final hidden states [T, D] of packed word vectors (rows of `word_embeddings`)."""
-        output = self.model(
+        """Final hidden states [T, D] of packed word vectors (rows of `word_embeddings`), or those [R, D] in `read`."""
+        return final_rows(
+            self.model,
+            read,
             inputs_embeds=word_vectors_TE[None],
             position_ids=positions_T[None] + self.position_offset,
             cu_seqlens=cu_seqlens,
             max_length=max_length,
         )
-        return output.last_hidden_state[0]
+
+
+def final_rows(model: nn.Module, read: TensorRows | None, **inputs) -> torch.Tensor:
+    """Final hidden states of a Hugging Face encoder on packed `inputs`: [T, D], or the rows [R, D] in `read`.
+
+    Encoders like BERT finish no others in their last layer; of the rest all are computed and these are taken.
+    """
+    if read is None or not reads_rows(model):
+        hidden_TD = model(**inputs).last_hidden_state[0]
+        return hidden_TD if read is None else hidden_TD.index_select(0, read.positions)
+    return model(**inputs, read=read).last_hidden_state[0]
 
 
 def load_encoder(

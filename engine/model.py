@@ -24,7 +24,7 @@ from quincunx.engine.decoders import (
 )
 from quincunx.engine.encoder import PackedEncoder, ScratchShape, load_encoder
 from quincunx.engine.lm_head import LMHead, TiedRows, make_lm_head, norm_eps
-from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, empty_task
+from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, cls_and_labels, cls_rows, empty_task
 from quincunx.kernels.launching import Implementation
 
 SHARED = "shared"
@@ -113,8 +113,7 @@ class PretrainModel(nn.Module):
     def encode(self, text: TensorText) -> torch.Tensor:
         """Sentence vectors [S, D]: final hidden states of [CLS], no pooler."""
         word_vectors = self.encoder.word_embeddings(text.input_ids)
-        hidden = self.encoder(word_vectors, text.positions, text.cu_seqlens, text.max_length)
-        return hidden.index_select(0, text.starts)
+        return self.encoder(word_vectors, text.positions, text.cu_seqlens, text.max_length, cls_rows(text))
 
     def forward(self, batch: TensorBatch, label_counts: torch.Tensor) -> StepOutput:
         """Loss of one micro-batch.
@@ -148,8 +147,9 @@ class PretrainModel(nn.Module):
         words_TE, output_weight_VE = TiedRows.apply(self.encoder.word_embeddings.weight, ids)
         text, num_encoder = batch.encoder, len(batch.encoder.input_ids)
         encoder_words_TE, words_TE = words_TE.split([num_encoder, len(ids) - num_encoder])
-        hidden_TD = self.encoder(encoder_words_TE, text.positions, text.cu_seqlens, text.max_length)
-        h_BD = hidden_TD.index_select(0, text.starts)
+        read, cls_B, labels_M = cls_and_labels(text, batch.encoder_labels)
+        hidden_RD = self.encoder(encoder_words_TE, text.positions, text.cu_seqlens, text.max_length, read)
+        h_BD = hidden_RD.index_select(0, cls_B)
         embedded = self._embed(texts, words_TE) if tasks else {}
         shared: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         streams = {}
@@ -160,7 +160,7 @@ class PretrainModel(nn.Module):
                 shared[key] = (h_SD, embedded[id(task.text)].index_copy(0, task.text.starts, h_SD))
             streams[spec.name] = DecoderStream(task, *shared[key])
         decoded = self._decode(streams)
-        rows = [hidden_TD.index_select(0, batch.encoder_labels.positions)]
+        rows = [hidden_RD.index_select(0, labels_M)]
         return rows + [decoded[spec.name] for spec in self.tasks], output_weight_VE
 
     def _embed(self, texts: list[TensorText], words_TE: torch.Tensor) -> dict[int, torch.Tensor]:

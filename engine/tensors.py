@@ -29,18 +29,24 @@ class TensorText:
     """L, the longest sequence in tokens; 0 without sequences."""
 
 
-@dataclass(frozen=True)
-class TensorLabels:
-    """The labelled tokens of a text."""
+@dataclass(frozen=True, kw_only=True)
+class TensorRows:
+    """Some tokens of a text."""
 
     positions: torch.Tensor
     """int64 [M], ascending, into the text's tokens."""
-    labels: torch.Tensor
-    """int64 [M]"""
     cu_seqlens: torch.Tensor
     """int32 [S + 1], which of the M belong to which sequence."""
-    max_labels: int
-    """Most labels of one sequence."""
+    max_rows: int
+    """Most of one sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorLabels(TensorRows):
+    """The labelled tokens of a text."""
+
+    labels: torch.Tensor
+    """int64 [M]"""
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,27 @@ def labels_to_tensors(
         positions=_move(positions, device, torch.int64),
         labels=_move(labels, device, torch.int64),
         cu_seqlens=_move(bounds, device, torch.int32),
-        max_labels=int(np.diff(bounds).max(initial=0)),
+        max_rows=int(np.diff(bounds).max(initial=0)),
     )
+
+
+def cls_rows(text: TensorText) -> TensorRows:
+    """The [CLS] of every sequence."""
+    count = torch.arange(len(text.cu_seqlens), dtype=torch.int32, device=text.cu_seqlens.device)
+    return TensorRows(positions=text.starts, cu_seqlens=count, max_rows=1)
+
+
+def cls_and_labels(text: TensorText, labels: TensorLabels) -> tuple[TensorRows, torch.Tensor, torch.Tensor]:
+    """The [CLS] and the labelled tokens of every sequence; where among these each [CLS] [S] and each label [M] is."""
+    num_sequences = len(text.starts)
+    positions, order = torch.cat([text.starts, labels.positions]).sort()
+    places = order.argsort()
+    rows = TensorRows(
+        positions=positions,
+        cu_seqlens=labels.cu_seqlens + cls_rows(text).cu_seqlens,
+        max_rows=labels.max_rows + 1,
+    )
+    return rows, places[:num_sequences], places[num_sequences:]
 
 
 def empty_task(device: torch.device | str = "cpu") -> TensorTask:

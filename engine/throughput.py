@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from quincunx.data_shards.batches import PackedBatch
 from quincunx.engine.environment import sum_over_ranks
 from quincunx.engine.job import Job, StepOutput
+from quincunx.engine.lean_modules import reads_rows
 from quincunx.engine.model import PretrainModel
 
 PEAK_FLOPS = {
@@ -86,7 +88,8 @@ def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
     config = model.encoder.config
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", 4 * width)
-    multiply_adds = encoder_multiply_adds(config, np.diff(batch.encoder.cu_seqlens))
+    labels = np.searchsorted(batch.encoder_label_positions, batch.encoder.cu_seqlens)
+    multiply_adds = encoder_multiply_adds(model.encoder.model, np.diff(batch.encoder.cu_seqlens), 1 + np.diff(labels))
     rows = float(sum(batch.num_labels()))
     words = model.encoder.word_embeddings
     multiply_adds += rows * (words.num_embeddings + width) * words.embedding_dim
@@ -104,12 +107,19 @@ def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
     return 3 * 2 * multiply_adds
 
 
-def encoder_multiply_adds(config: Any, lengths: np.ndarray) -> float:
-    """Multiply-adds of one forward of an encoder over texts of these lengths, matrix products only."""
+def encoder_multiply_adds(model: nn.Module, lengths: np.ndarray, read: np.ndarray | None = None) -> float:
+    """Multiply-adds of one forward of a Hugging Face encoder over texts of these lengths, matrix products only.
+
+    `read`: how many rows of each text are read in the end (None: all), which is what its last layer finishes.
+    """
+    config = model.config
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", 4 * width)
     lengths = lengths.astype(np.float64)
-    return layers * ((4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum())
+    read = lengths if read is None or not reads_rows(model) else read.astype(np.float64)
+    whole = (layers - 1) * ((4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum())
+    last = (2 * width**2 + 2 * width * inner) * read.sum() + 2 * width * (lengths * read).sum()
+    return whole + 2 * width**2 * lengths.sum() + last
 
 
 def peak_flops_of(device: torch.device, world_size: int, precision: str) -> float | None:

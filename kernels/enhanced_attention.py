@@ -18,6 +18,7 @@ from quincunx.kernels.packed_attention import (
     connected_empty,
     host_bounds,
     length_groups,
+    way_of_attending,
 )
 
 TRITON_HEAD_SIZES = (32, 64, 128)
@@ -220,7 +221,7 @@ def visible_attention(
     """`enhanced_attention` with its queries given in full, [T, H, C]: for a query stream that is not h + position."""
     bounds = host_bounds(cu_seqlens)
     lengths = np.diff(bounds)
-    groups = length_groups(lengths, lengths, k_THC.device)
+    groups = length_groups(lengths, lengths, way_of_attending(q_THC, lengths))
     if not groups:
         return connected_empty(q_THC, k_THC, v_THC)
     padded = PaddedGroups(bounds, groups, k_THC.device)

@@ -6,16 +6,17 @@ of one length group, L longest sequence of a group, H heads, C channels of a hea
 
 import math
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 # A group holds sequences at least this share of its longest, so at most 1 / 0.75^2 of its scores are padding; and no
-# more score elements than this: on a GPU so that a mask never grows with the batch (4 Mi bools, 16 MB as int32 hashes),
-# on a CPU so that only short sequences are copied together, and longer ones are attended to where they lie.
+# more score elements than this, so that a mask never grows with the batch (4 Mi bools, 16 MB as int32 hashes). Plain
+# products copy only short sequences together, and attend to longer ones where they lie.
 SHORTEST_SHARE_OF_A_GROUP = 0.75
-LARGEST_GROUP = {"cpu": 2**11, "cuda": 2**22}
+LARGEST_GROUP = {"plain": 2**11, "sdpa": 2**22}
 # Longest sequence whose scores are kept for the backward pass on a CPU; longer ones take SDPA, which recomputes them.
 LONGEST_PLAIN = 512
 
@@ -67,7 +68,7 @@ def _varlen(q_RHC, k_THC, v_THC, cu_seqlens, max_length, query_cu_seqlens, max_q
 def _padded(q_RHC, k_THC, v_THC, cu_seqlens, query_cu_seqlens, window, scale):
     key_bounds = host_bounds(cu_seqlens)
     query_bounds = key_bounds if query_cu_seqlens is cu_seqlens else host_bounds(query_cu_seqlens)
-    groups = length_groups(np.diff(key_bounds), np.diff(query_bounds), q_RHC.device)
+    groups = length_groups(np.diff(key_bounds), np.diff(query_bounds), way_of_attending(q_RHC, np.diff(key_bounds)))
     keys = PaddedGroups(key_bounds, groups, q_RHC.device)
     queries = keys if query_bounds is key_bounds else PaddedGroups(query_bounds, groups, q_RHC.device)
     visible = []
@@ -97,15 +98,10 @@ def attend_by_group(
 
     `visible` has a bool mask a group that broadcasts to [G, H, queries, keys] (None: everything); every row must see
     something. Rows in `blind`, broadcasting to [G, H, queries, 1], give zeros all the same.
-
-    On a CPU short float32 sequences in training take plain matrix products: SDPA's flash kernel is slower there, and its
-    exponential has 20 bits (its gradients of MASTER's reference case were 1.3e-4 off the published code's, these 3e-5).
-    Without a backward pass SDPA is faster.
     """
     blind = blind or [None] * len(visible)
     scale = q_RHC.shape[-1] ** -0.5 if scale is None else scale
-    is_plain = not q_RHC.is_cuda and q_RHC.dtype in (torch.float32, torch.float64) and torch.is_grad_enabled()
-    if is_plain and max(length for _, length in keys.shapes) <= LONGEST_PLAIN:
+    if way_of_attending(q_RHC, np.array(keys.shapes)[:, 1]) == "plain":
         return _PlainAttention.apply(q_RHC, k_THC, v_THC, queries, keys, visible, blind, scale)
     outputs = []
     padded = zip(queries.pad(q_RHC), keys.pad(k_THC), keys.pad(v_THC), visible, blind, strict=True)
@@ -113,6 +109,17 @@ def attend_by_group(
         output_GHRC = F.scaled_dot_product_attention(q_GHRC, k_GHLC, v_GHLC, attn_mask=mask, scale=scale)
         outputs.append(output_GHRC if blind_GHR1 is None else output_GHRC.masked_fill(blind_GHR1, 0))
     return queries.unpad(outputs)
+
+
+def way_of_attending(q_RHC: torch.Tensor, lengths: np.ndarray) -> Literal["plain", "sdpa"]:
+    """Plain matrix products for short float32 sequences in training on a CPU, otherwise SDPA.
+
+    SDPA's flash kernel is slower there, and its exponential has 20 bits (its gradients of MASTER's reference case were
+    1.3e-4 off the published code's, those of plain products 6e-5). Without a backward pass SDPA is faster.
+    """
+    is_wide = q_RHC.dtype in (torch.float32, torch.float64)
+    is_short = lengths.max(initial=0) <= LONGEST_PLAIN
+    return "plain" if q_RHC.device.type == "cpu" and is_wide and is_short and torch.is_grad_enabled() else "sdpa"
 
 
 class _PlainAttention(torch.autograd.Function):
@@ -186,9 +193,9 @@ def host_bounds(cu_seqlens: torch.Tensor) -> np.ndarray:
     return cu_seqlens.cpu().numpy().astype(np.int64)
 
 
-def length_groups(lengths: np.ndarray, num_queries: np.ndarray, device: torch.device) -> list[np.ndarray]:
+def length_groups(lengths: np.ndarray, num_queries: np.ndarray, way: Literal["plain", "sdpa"]) -> list[np.ndarray]:
     """Sequence numbers grouped by similar length, longest first; sequences without query rows are in no group."""
-    largest = LARGEST_GROUP[device.type]
+    largest = LARGEST_GROUP[way]
     order = np.argsort(-lengths, kind="stable")
     order = order[(num_queries[order] > 0) & (lengths[order] > 0)]
     groups: list[np.ndarray] = []

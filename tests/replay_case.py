@@ -31,6 +31,7 @@ from quincunx.data_shards.batches import PackedText
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.decoders import BERT_LAYER_NAMES, layer_weights
 from quincunx.engine.encoder import PACKED, PackedEncoder, head_weights
+from quincunx.engine.lean_modules import make_lean
 from quincunx.engine.lm_head import make_lm_head
 from quincunx.engine.model import PretrainModel
 from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, labels_to_tensors, text_to_tensors
@@ -116,6 +117,7 @@ def build_model(impl: str, config: dict, tensors: dict[str, torch.Tensor], kerne
         raise ValueError(f"the case's weights do not fit its config: {report}")
     masked_lm.tie_weights()
     encoder = PackedEncoder(masked_lm.base_model)
+    make_lean(encoder, None)
     words = encoder.word_embeddings
     decoders = {
         task: [under(tensors, f"weight.{head}.{i}.") for i in range(count_layers(tensors, head))]

@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from quincunx.data_shards.batches import PackedText
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
-from quincunx.engine.encoder import PACKED, PackedEncoder, fetch_pretrained
+from quincunx.engine.encoder import PACKED, PackedEncoder, fetch_pretrained, final_rows
 from quincunx.engine.lean_modules import make_lean
 from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack
 from quincunx.engine.retrieval.dual_encoder import Precision, mean_pool
 from quincunx.engine.retrieval.files import folder_written_whole
-from quincunx.engine.tensors import TensorText, text_to_tensors
+from quincunx.engine.tensors import TensorText, cls_rows, text_to_tensors
 
 FAMILIES = ("bert", "roberta", "electra", "xlm-roberta", "modernbert")
 ACTIVATION = "torch.nn.modules.linear.Identity"
@@ -57,25 +57,27 @@ class CrossEncoder(nn.Module):
         does not look at it.
         """
         arguments = {} if token_types_T is None or not self.has_types else {"token_type_ids": token_types_T[None]}
-        hidden_TD = self.model.base_model(
+        takes_mean = getattr(self.config, "classifier_pooling", None) == "mean"
+        hidden = final_rows(
+            self.model.base_model,
+            None if takes_mean else cls_rows(pairs),
             input_ids=pairs.input_ids[None],
             position_ids=pairs.positions[None] + self.position_offset,
             cu_seqlens=pairs.cu_seqlens,
             max_length=pairs.max_length,
             **arguments,
-        ).last_hidden_state[0]
-        with torch.autocast(hidden_TD.device.type, enabled=False):  # 8 bits of a score would tie many pairs
-            logits_SC = self._head(hidden_TD.to(next(self.model.classifier.parameters()).dtype), pairs)
+        )
+        with torch.autocast(hidden.device.type, enabled=False):  # 8 bits of a score would tie many pairs
+            hidden = hidden.to(next(self.model.classifier.parameters()).dtype)
+            logits_SC = self._head(mean_pool(hidden, pairs) if takes_mean else hidden)
         return logits_SC[:, 0] if logits_SC.shape[1] == 1 else logits_SC
 
-    def _head(self, hidden_TD: torch.Tensor, pairs: TensorText) -> torch.Tensor:
-        """[S, C]: what the model's own head makes of the pairs, each cut down to the one row that the head reads."""
+    def _head(self, pooled_SD: torch.Tensor) -> torch.Tensor:
+        """[S, C]: what the model's own head makes of the one row of each pair that it reads."""
         model = self.model
         if self.config.model_type == "modernbert":
-            mean = self.config.classifier_pooling == "mean"
-            pooled_SD = mean_pool(hidden_TD, pairs) if mean else hidden_TD[pairs.starts]
             return model.classifier(model.drop(model.head(pooled_SD)))
-        first_S1D = hidden_TD[pairs.starts][:, None]
+        first_S1D = pooled_SD[:, None]
         if self.config.model_type == "bert":
             return model.classifier(model.dropout(model.base_model.pooler(first_S1D)))
         return model.classifier(first_S1D)

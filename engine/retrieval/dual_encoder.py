@@ -28,7 +28,7 @@ from quincunx.engine.encoder import PackedEncoder, load_encoder
 from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack, tokenise
 from quincunx.engine.retrieval.files import folder_written_whole
 from quincunx.engine.retrieval.sentence_folder import fetch_folder, read_sentence_folder, write_sentence_folder
-from quincunx.engine.tensors import TensorText, text_to_tensors
+from quincunx.engine.tensors import TensorText, cls_rows, text_to_tensors
 
 CPU_BATCH_TOKENS = 4096
 Kind = Literal["query", "passage"]
@@ -66,8 +66,9 @@ class DualEncoder(nn.Module):
         """[S, D] in the model's dtype: [CLS] or mean of all tokens, of length 1 where `normalise`."""
         encoder = self.tower(kind)
         vectors_TE = encoder.word_embeddings(text.input_ids)
-        hidden_TD = encoder(vectors_TE, text.positions, text.cu_seqlens, text.max_length)
-        pooled_SD = hidden_TD.index_select(0, text.starts) if self.pooling == "cls" else mean_pool(hidden_TD, text)
+        read = cls_rows(text) if self.pooling == "cls" else None
+        hidden = encoder(vectors_TE, text.positions, text.cu_seqlens, text.max_length, read)
+        pooled_SD = hidden if self.pooling == "cls" else mean_pool(hidden, text)
         return normalize(pooled_SD.float(), dim=1).to(pooled_SD.dtype) if self.normalise else pooled_SD
 
     def forward(self, queries: TensorText, passages: TensorText) -> tuple[torch.Tensor, torch.Tensor]:

@@ -125,7 +125,8 @@ class GlueJob:
             yield LossSums((loss_sum / label_counts).sum(), loss_sum.detach()[None], correct[None])
 
     def flops(self, batch: GlueBatch) -> float:
-        return 3 * 2 * encoder_multiply_adds(self.model.config, np.diff(batch.text.cu_seqlens))
+        lengths = np.diff(batch.text.cu_seqlens)
+        return 3 * 2 * encoder_multiply_adds(self.model.model.base_model, lengths, np.ones_like(lengths))
 
     def sample_ids(self, step: int) -> dict[str, list]:
         """Places of the examples among the training file's, from 0."""

@@ -49,7 +49,8 @@ class RerankerJob(FinetuneJob):
 
     def flops(self, batch: RerankerBatch) -> float:
         """Of what is read with a graph, forward and backward, and of the choice's forward before it."""
-        forward = 2 * encoder_multiply_adds(self.model.config, np.diff(batch.pairs.cu_seqlens))
+        lengths = np.diff(batch.pairs.cu_seqlens)
+        forward = 2 * encoder_multiply_adds(self.model.model.base_model, lengths, np.ones_like(lengths))
         share = (self.settings.gradient_candidates or batch.group) / batch.group
         return forward * (3 * share * (2 if self.settings.r_drop else 1) + (share < 1))
 

@@ -74,9 +74,9 @@ class RetrieverJob(FinetuneJob):
         )
 
     def flops(self, batch: RetrieverBatch) -> float:
-        config = self.model.passage.config
-        lengths = np.diff(batch.queries.cu_seqlens), np.diff(batch.passages.cu_seqlens)
-        return 3 * 2 * sum(encoder_multiply_adds(config, part) for part in lengths)
+        lengths = np.concatenate([np.diff(batch.queries.cu_seqlens), np.diff(batch.passages.cu_seqlens)])
+        read = np.ones_like(lengths) if self.model.pooling == "cls" else None
+        return 3 * 2 * encoder_multiply_adds(self.model.passage.model, lengths, read)
 
     def forward_passes(
         self, engine: Any, batches: list[RetrieverBatch], label_counts: torch.Tensor, seeds: list[int]

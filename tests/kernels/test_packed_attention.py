@@ -46,9 +46,11 @@ def assert_same(ours, theirs, rows):
 
 
 @pytest.mark.parametrize("window", [None, 0, 1, 5, 100])
-@pytest.mark.parametrize("longest_plain", [512, 8])
-def test_output_and_gradients_are_those_of_each_sequence_alone(window, longest_plain, monkeypatch):
+@pytest.mark.parametrize(("longest_plain", "largest_group"), [(512, 2**11), (512, 2**15), (512, 1), (8, 1)])
+def test_output_and_gradients_are_those_of_each_sequence_alone(window, longest_plain, largest_group, monkeypatch):
+    """Plain products with short sequences, all or none copied together; SDPA."""
     monkeypatch.setattr(module, "LONGEST_PLAIN", longest_plain)
+    monkeypatch.setitem(module.LARGEST_GROUP, "plain", largest_group)
     rows, cu_seqlens = make_inputs()
     ours = packed_attention(*rows, cu_seqlens, max(LENGTHS), window=window)
     assert_same(ours, by_sequence(rows, cu_seqlens, window=window), rows)
@@ -83,13 +85,14 @@ def test_no_rows_stay_in_the_graph():
     assert all(gradient.shape == (0, 2, 8) for gradient in torch.autograd.grad(output.sum(), rows))
 
 
-def test_groups_bound_padding_and_size():
+@pytest.mark.parametrize("way", ["plain", "sdpa"])
+def test_groups_bound_padding_and_size(way):
     lengths = np.random.default_rng(0).integers(1, 600, 500)
-    groups = length_groups(lengths, np.ones_like(lengths), torch.device("cpu"))
+    groups = length_groups(lengths, np.ones_like(lengths), way)
     assert sorted(np.concatenate(groups).tolist()) == list(range(500))
     for group in groups:
         assert lengths[group].min() >= module.SHORTEST_SHARE_OF_A_GROUP * lengths[group].max()
-        assert len(group) == 1 or len(group) * lengths[group].max() ** 2 <= module.LARGEST_GROUP["cpu"]
+        assert len(group) == 1 or len(group) * lengths[group].max() ** 2 <= module.LARGEST_GROUP[way]
 
 
 def test_a_window_with_chosen_queries_is_refused():
