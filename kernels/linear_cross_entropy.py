@@ -9,6 +9,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from quincunx.kernels.launching import Implementation, choose
 
@@ -164,11 +165,15 @@ def logits(hidden_KD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tenso
     """hidden @ weight.T + bias, [K, V].
 
     In float32 on a CPU torch takes MKL, which on AMD's processors needs twice oneDNN's time (docs/log.md). oneDNN
-    builds and keeps code for every number of rows it meets, so only whole chunks, all of one shape, go to it.
+    builds and keeps code for every number of rows it meets, so only whole chunks, all of one shape, go to it; a last
+    chunk that is nearly whole is filled up.
     """
     is_plain = hidden_KD.device.type == "cpu" and hidden_KD.dtype == torch.float32
-    if HAS_ONEDNN and is_plain and len(hidden_KD) == chunk_rows and not torch.compiler.is_compiling():
-        return torch.ops.mkldnn._linear_pointwise(hidden_KD, weight_VD, bias_V.contiguous(), "none", [], "")
+    is_whole = 3 * len(hidden_KD) >= 2 * chunk_rows
+    if HAS_ONEDNN and is_plain and is_whole and not torch.compiler.is_compiling():
+        whole_KD = F.pad(hidden_KD, (0, 0, 0, chunk_rows - len(hidden_KD)))
+        scores_KV = torch.ops.mkldnn._linear_pointwise(whole_KD, weight_VD, bias_V.contiguous(), "none", [], "")
+        return scores_KV[: len(hidden_KD)]
     return torch.addmm(bias_V, hidden_KD, weight_VD.T)
 
 
