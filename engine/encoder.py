@@ -250,6 +250,11 @@ def _check_type(name: str, config: PretrainedConfig) -> None:
             f"encoder {name!r} is of type {config.model_type}, for which transformers has no masked language model; "
             "give a bidirectional encoder (BERT, RoBERTa, ELECTRA, XLM-R, ModernBERT)"
         )
+    if not MODEL_FOR_MASKED_LM_MAPPING[type(config)]._supports_attention_backend:
+        raise SettingsError(
+            f"encoder {name!r} is of type {config.model_type}, whose attention in transformers cannot be replaced, so "
+            "that packed passages would see each other; give a BERT, RoBERTa, ELECTRA, XLM-R or ModernBERT"
+        )
 
 
 def head_weights(masked_lm: nn.Module, encoder: PackedEncoder) -> dict[str, torch.Tensor] | None:

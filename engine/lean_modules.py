@@ -16,15 +16,16 @@ from quincunx.kernels.packed_attention import packed_attention
 class LeanDropout(nn.Dropout):
     """nn.Dropout that keeps one byte an element for the backward pass; a CPU's keeps a float.
 
-    On a CPU it draws 16 bits an element, a seventh of torch's time for it: the rate is the next multiple of 2**-16.
+    On a CPU it draws 16 bits an element, a seventh of torch's time for it: the rate is the nearest multiple of 2**-16.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.is_cuda or torch.compiler.is_compiling():
+        dropped = round(self.p * 2**16)
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < dropped < 2**16:
             return torch.native_dropout(x, self.p, True)[0]
-        return _Dropout16.apply(x, min(round(self.p * 2**16), 2**16 - 1))
+        return _Dropout16.apply(x, dropped)
 
 
 class _Dropout16(torch.autograd.Function):
@@ -76,6 +77,10 @@ class _ActivatedLinear(torch.autograd.Function):
         return x_gradient_RF, gradient_RD.T @ active_RF.detach(), gradient_RD.sum(0) if ctx.has_bias else None, None
 
 
+READING_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+"""Model types whose layers are BERT's to the letter, so that a ReadingLayer computes what theirs do."""
+
+
 class ReadingLayer:
     """A BERT-like layer that finishes only the rows somebody reads, as an encoder's last layer may.
 
@@ -110,8 +115,8 @@ def reads_rows(encoder: nn.Module) -> bool:
 def make_lean(encoder: nn.Module, dropout: float | None) -> None:
     """Replaces every dropout (rate `dropout`, None: its own) inside a Hugging Face encoder.
 
-    In BERT and its kin also every feed-forward's activation, and the last layer, by a ReadingLayer. Parameters, their
-    names and what is computed stay.
+    In BERT and its kin also every feed-forward's activation, and in READING_FAMILIES the last layer, by a ReadingLayer.
+    Parameters, their names and what is computed stay.
     """
     last = None
     for module in list(encoder.modules()):
@@ -123,8 +128,6 @@ def make_lean(encoder: nn.Module, dropout: float | None) -> None:
             module.intermediate.intermediate_act_fn = nn.Identity()
             module.output.dense.__class__ = ActivatedLinear
             module.output.dense.activation = activation
-            attention = getattr(module.attention, "self", None)
-            if all(hasattr(attention, name) for name in ("query", "key", "value", "num_attention_heads")):
-                last = module
-    if last is not None and not isinstance(last, ReadingLayer):
+            last = module
+    if encoder.config.model_type in READING_FAMILIES and not isinstance(last, ReadingLayer):
         last.__class__ = type(f"Reading{type(last).__name__}", (ReadingLayer, type(last)), {})

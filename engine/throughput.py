@@ -87,7 +87,7 @@ def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
     """
     config = model.encoder.config
     width = config.hidden_size
-    inner = getattr(config, "intermediate_size", 4 * width)
+    inner = config.intermediate_size if hasattr(config, "hidden_act") else 4 * width  # of a decoder
     labels = np.searchsorted(batch.encoder_label_positions, batch.encoder.cu_seqlens)
     multiply_adds = encoder_multiply_adds(model.encoder.model, np.diff(batch.encoder.cu_seqlens), 1 + np.diff(labels))
     rows = float(sum(batch.num_labels()))
@@ -115,6 +115,7 @@ def encoder_multiply_adds(model: nn.Module, lengths: np.ndarray, read: np.ndarra
     config = model.config
     width, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", 4 * width)
+    inner *= 1 if hasattr(config, "hidden_act") else 1.5  # a gated feed-forward has three matrices
     lengths = lengths.astype(np.float64)
     read = lengths if read is None or not reads_rows(model) else read.astype(np.float64)
     whole = (layers - 1) * ((4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum())

@@ -166,7 +166,7 @@ def logits(hidden_KD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tenso
 
     In float32 on a CPU torch takes MKL, which on AMD's processors needs twice oneDNN's time (docs/log.md). oneDNN
     builds and keeps code for every number of rows it meets, so only whole chunks, all of one shape, go to it; a last
-    chunk that is nearly whole is filled up.
+    chunk that is two thirds full is filled up.
     """
     is_plain = hidden_KD.device.type == "cpu" and hidden_KD.dtype == torch.float32
     is_whole = 3 * len(hidden_KD) >= 2 * chunk_rows

@@ -11,13 +11,16 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+Way = Literal["plain", "sdpa"]
 
 # A group holds sequences at least this share of its longest, so at most 1 / 0.75^2 of its scores are padding; and no
 # more score elements than this, so that a mask never grows with the batch (4 Mi bools, 16 MB as int32 hashes). Plain
 # products copy only short sequences together, and attend to longer ones where they lie.
 SHORTEST_SHARE_OF_A_GROUP = 0.75
 LARGEST_GROUP = {"plain": 2**11, "sdpa": 2**22}
-# Longest sequence whose scores are kept for the backward pass on a CPU; longer ones take SDPA, which recomputes them.
+# Longest sequence that plain products take, whose scores stand whole in a workspace.
 LONGEST_PLAIN = 512
 
 
@@ -39,8 +42,8 @@ def packed_attention(
     keeps keys at most w positions away (ModernBERT's local layers; needs queries = tokens). `scale` is C ** -0.5 by
     default.
 
-    On CUDA in bf16 or fp16 this is torch's variable-length attention; elsewhere sequences are grouped by length, padded
-    inside, and given to SDPA (a Python loop over packed sequences is slow on a CPU).
+    On CUDA in bf16 or fp16 this is torch's variable-length attention; elsewhere plain products or SDPA over groups of
+    sequences of similar length (`way_of_attending`).
     """
     if query_cu_seqlens is None:
         query_cu_seqlens, max_queries = cu_seqlens, max_length
@@ -68,7 +71,9 @@ def _varlen(q_RHC, k_THC, v_THC, cu_seqlens, max_length, query_cu_seqlens, max_q
 def _padded(q_RHC, k_THC, v_THC, cu_seqlens, query_cu_seqlens, window, scale):
     key_bounds = host_bounds(cu_seqlens)
     query_bounds = key_bounds if query_cu_seqlens is cu_seqlens else host_bounds(query_cu_seqlens)
-    groups = length_groups(np.diff(key_bounds), np.diff(query_bounds), way_of_attending(q_RHC, np.diff(key_bounds)))
+    lengths, num_queries = np.diff(key_bounds), np.diff(query_bounds)
+    way = way_of_attending(q_RHC, lengths)
+    groups = length_groups(lengths, num_queries, way)
     keys = PaddedGroups(key_bounds, groups, q_RHC.device)
     queries = keys if query_bounds is key_bounds else PaddedGroups(query_bounds, groups, q_RHC.device)
     visible = []
@@ -81,10 +86,11 @@ def _padded(q_RHC, k_THC, v_THC, cu_seqlens, query_cu_seqlens, window, scale):
             # A padded row far from every real column would see nothing; it may see itself, nobody reads it.
             mask = mask | (position[:, None] == position[None, :])
         visible.append(mask)
-    return attend_by_group(q_RHC, k_THC, v_THC, queries, keys, visible, scale=scale)
+    return attend_by_group(way, q_RHC, k_THC, v_THC, queries, keys, visible, scale=scale)
 
 
 def attend_by_group(
+    way: Way,
     q_RHC: torch.Tensor,
     k_THC: torch.Tensor,
     v_THC: torch.Tensor,
@@ -94,14 +100,14 @@ def attend_by_group(
     blind: list[torch.Tensor | None] | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention [R, H, C] of one group after the other; both `PaddedGroups` hold the same sequences.
+    """Attention [R, H, C] of one group after the other; both `PaddedGroups` hold the same sequences, grouped for `way`.
 
     `visible` has a bool mask a group that broadcasts to [G, H, queries, keys] (None: everything); every row must see
     something. Rows in `blind`, broadcasting to [G, H, queries, 1], give zeros all the same.
     """
     blind = blind or [None] * len(visible)
     scale = q_RHC.shape[-1] ** -0.5 if scale is None else scale
-    if way_of_attending(q_RHC, np.array(keys.shapes)[:, 1]) == "plain":
+    if way == "plain":
         return _PlainAttention.apply(q_RHC, k_THC, v_THC, queries, keys, visible, blind, scale)
     outputs = []
     padded = zip(queries.pad(q_RHC), keys.pad(k_THC), keys.pad(v_THC), visible, blind, strict=True)
@@ -111,8 +117,8 @@ def attend_by_group(
     return queries.unpad(outputs)
 
 
-def way_of_attending(q_RHC: torch.Tensor, lengths: np.ndarray) -> Literal["plain", "sdpa"]:
-    """Plain matrix products for short float32 sequences in training on a CPU, otherwise SDPA.
+def way_of_attending(q_RHC: torch.Tensor, lengths: np.ndarray) -> Way:
+    """Plain matrix products for short float32 or float64 sequences in training on a CPU, otherwise SDPA.
 
     SDPA's flash kernel is slower there, and its exponential has 20 bits (its gradients of MASTER's reference case were
     1.3e-4 off the published code's, those of plain products 6e-5). Without a backward pass SDPA is faster.
@@ -125,10 +131,11 @@ def way_of_attending(q_RHC: torch.Tensor, lengths: np.ndarray) -> Literal["plain
 class _PlainAttention(torch.autograd.Function):
     """Two products and a softmax a group, in the workspace of the largest one.
 
-    Keeps q, k and v alone for the backward pass and makes the probabilities again there. N = G x H.
+    Keeps q, k, v and the masks for the backward pass, and makes the probabilities again there. N = G x H.
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, q_RHC, k_THC, v_THC, queries, keys, visible, blind, scale):
         ctx.save_for_backward(q_RHC, k_THC, v_THC)
         ctx.groups = queries, keys, visible, blind, scale
@@ -141,6 +148,8 @@ class _PlainAttention(torch.autograd.Function):
         return output_RHC
 
     @staticmethod
+    @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, gradient_RHC):
         q_RHC, k_THC, v_THC = ctx.saved_tensors
         queries, keys, visible, blind, scale = ctx.groups
@@ -193,7 +202,7 @@ def host_bounds(cu_seqlens: torch.Tensor) -> np.ndarray:
     return cu_seqlens.cpu().numpy().astype(np.int64)
 
 
-def length_groups(lengths: np.ndarray, num_queries: np.ndarray, way: Literal["plain", "sdpa"]) -> list[np.ndarray]:
+def length_groups(lengths: np.ndarray, num_queries: np.ndarray, way: Way) -> list[np.ndarray]:
     """Sequence numbers grouped by similar length, longest first; sequences without query rows are in no group."""
     largest = LARGEST_GROUP[way]
     order = np.argsort(-lengths, kind="stable")
@@ -235,11 +244,11 @@ class PaddedGroups:
             self.real.append(None if is_real.all() else torch.from_numpy(is_real).to(device))
 
     def take(self, rows_RHC: torch.Tensor, g: int) -> torch.Tensor:
-        """Group g of the rows, zeros where it is padded: [G x H, L, C], a view where G is 1; no gradient."""
+        """Group g of rows on a CPU, zeros where it is padded: [G x H, L, C], a view where G is 1; no gradient."""
         (num, length), source = self.shapes[g], self._sources[g]
         if num == 1:
             return rows_RHC[source[0] : source[0] + length].transpose(0, 1)
-        group = rows_RHC.index_select(0, torch.from_numpy(source).to(self.device)).unflatten(0, (num, length))
+        group = rows_RHC.index_select(0, torch.from_numpy(source)).unflatten(0, (num, length))
         if self.real[g] is not None:
             group.masked_fill_(~self.real[g][:, :, None, None], 0)
         return group.transpose(1, 2).flatten(0, 1)
@@ -253,7 +262,7 @@ class PaddedGroups:
         flat = group_NLC.unflatten(0, (num, -1)).transpose(1, 2).flatten(0, 1)
         if self.real[g] is not None:
             source, flat = source[self._is_real[g]], flat[self.real[g].flatten()]
-        rows_RHC.index_copy_(0, torch.from_numpy(source).to(self.device), flat)
+        rows_RHC.index_copy_(0, torch.from_numpy(source), flat)
 
     @cached_property
     def _indices(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -57,7 +57,7 @@ class CrossEncoder(nn.Module):
         does not look at it.
         """
         arguments = {} if token_types_T is None or not self.has_types else {"token_type_ids": token_types_T[None]}
-        takes_mean = getattr(self.config, "classifier_pooling", None) == "mean"
+        takes_mean = self.config.model_type == "modernbert" and self.config.classifier_pooling == "mean"
         hidden = final_rows(
             self.model.base_model,
             None if takes_mean else cls_rows(pairs),

@@ -144,6 +144,8 @@ def test_an_encoder_that_cannot_serve_the_run_is_refused_in_one_sentence(checkpo
         load_encoder(folder, vocab_size=100)
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     gpt2.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(SettingsError, match=r"type mpnet, whose attention .* cannot be replaced"):
+        load_encoder("mpnet", from_scratch=ScratchShape(hidden=16, layers=1, heads=1), vocab_size=9, pad_token_id=0)
     with pytest.raises(SettingsError, match="type gpt2"):
         load_encoder(str(tmp_path / "gpt2"))
     (tmp_path / "empty").mkdir()

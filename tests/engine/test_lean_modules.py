@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from quincunx.data_shards.batches import PackedText
 from quincunx.engine.encoder import ScratchShape, load_encoder
-from quincunx.engine.lean_modules import ActivatedLinear, LeanDropout, reads_rows
+from quincunx.engine.lean_modules import READING_FAMILIES, ActivatedLinear, LeanDropout, reads_rows
 from quincunx.engine.tensors import cls_and_labels, cls_rows, labels_to_tensors, text_to_tensors
 
 
@@ -21,16 +21,16 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert dropout.eval()(x) is x
 
 
-@pytest.mark.parametrize("rate", [1e-4, 0.9, 1.0])
+@pytest.mark.parametrize("rate", [1e-6, 1e-4, 0.9, 1.0])
 def test_dropout_draws_are_independent_and_keep_the_mean_at_any_rate(rate):
     """The mean of 1e6 ones stays 1 within 5 standard errors; neighbours (drawn from one word) do not fall together."""
     torch.manual_seed(0)
     dropped = LeanDropout(rate)(torch.ones(1_000_003, dtype=torch.float64)).eq(0)
-    error = 5 * (rate * (1 - rate) / 1e6) ** 0.5 + 2**-15
-    assert abs(dropped.double().mean() - rate) < error
+    error = 5 * (rate * (1 - rate) / 1e6) ** 0.5 + (2**-15 if rate < 1 else 0)
+    assert abs(dropped.double().mean() - rate) <= error
     for distance in (1, 2, 3, 4):
         together = (dropped[distance:] & dropped[:-distance]).double().mean()
-        assert abs(together - rate**2) < 10 * error
+        assert abs(together - rate**2) <= 10 * error
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -49,13 +49,18 @@ def test_an_activated_linear_is_the_activation_and_the_linear_in_value_and_gradi
         assert torch.allclose(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "xlm-roberta", "modernbert"])
+@pytest.mark.parametrize(
+    "family", [*READING_FAMILIES, "modernbert", "roberta-prelayernorm", "xlm-roberta-xl", "distilbert"]
+)
 def test_rows_that_are_read_are_those_of_the_whole_encoder(family):
     """In value and gradients; a passage may have many labels, one, or none, and its [CLS] may have one, too."""
     shape = ScratchShape(hidden=32, layers=2, heads=2, intermediate=96, max_positions=20)
     torch.manual_seed(0)
     encoder = load_encoder(family, from_scratch=shape, vocab_size=50, pad_token_id=0)[0].double().eval()
-    assert reads_rows(encoder.model) == (family != "modernbert")
+    with torch.no_grad():
+        for parameter in encoder.parameters():  # fresh norms and biases would hide that one is left out
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert reads_rows(encoder.model) == (family in READING_FAMILIES)
     cu_seqlens = np.array([0, 9, 12, 30, 32], np.int32)
     text = text_to_tensors(PackedText(np.arange(32, dtype=np.int32), cu_seqlens))
     positions = np.array([1, 2, 8, 12, 13, 29, 31])
@@ -68,13 +73,14 @@ def test_rows_that_are_read_are_those_of_the_whole_encoder(family):
     found = torch.cat([some[cls], some[labelled], firsts])
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
     weights = torch.randn(expected.shape, dtype=torch.float64)
+    tolerance = 1e-8 if family in READING_FAMILIES else 1e-5  # ModernBERT rotates in float32
     leaves = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     for ours, theirs in zip(
         torch.autograd.grad((found * weights).sum(), leaves, retain_graph=True, allow_unused=True),
         torch.autograd.grad((expected * weights).sum(), leaves, allow_unused=True),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "xlm-roberta"])

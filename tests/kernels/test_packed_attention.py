@@ -78,6 +78,18 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
     assert torch.equal(before[own], after[own])
 
 
+def test_autocast_does_not_reach_the_plain_products():
+    """Which would mix dtypes, and only where sequences are copied together."""
+    rows, cu_seqlens = make_inputs()
+    rows = [x.detach().float().requires_grad_() for x in rows]
+    expected = packed_attention(*rows, cu_seqlens, max(LENGTHS))
+    gradients = torch.autograd.grad(expected.sum(), rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = packed_attention(*rows, cu_seqlens, max(LENGTHS))
+        again = torch.autograd.grad(found.sum(), rows)
+    assert torch.equal(found, expected) and all(map(torch.equal, again, gradients))
+
+
 def test_no_rows_stay_in_the_graph():
     rows, cu_seqlens = make_inputs([])
     output = packed_attention(*rows, cu_seqlens, 0)

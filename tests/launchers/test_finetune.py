@@ -134,7 +134,7 @@ def test_a_gradient_cache_with_dropout_repeats_its_draws(train, tmp_path):
 def test_zero_3_takes_the_same_steps(whole, train, tmp_path):
     run = train(tmp_path / "run", launch={"ranks": 2, "stage": "zero3"}, dropout=0.0, micro_batch=2, all_pairs=True)
     assert run.code == 0, run.output
-    assert_same_weights(whole, run, 1e-6)
+    assert_same_weights(whole, run, 3e-6)
 
 
 def test_a_stopped_run_goes_on_where_it_was(whole, train, tmp_path):
