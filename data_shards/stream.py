@@ -2,9 +2,11 @@
 
 `Stream.step(t)` is pure; `Stream.iterate` gives the same batches in the same order whatever the number of workers. The
 workers are threads, because the compiled loops that do the work release the GIL and threads share one cache of blocks.
-They are daemons, so that a read that hangs cannot keep a finished process alive.
+They are daemons, so that a read that hangs cannot keep a finished process alive; it waits LAST_STEP_SECONDS for them,
+because Python ends a daemon that comes back from compiled code by unwinding it, which may abort the process instead.
 """
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -20,6 +22,10 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.order import Order, Rows
 
 STEPS_AHEAD_PER_WORKER = 2
+LAST_STEP_SECONDS = 10.0
+
+_workers: dict[threading.Thread, SimpleQueue] = {}
+_process_ends = threading.Event()
 
 
 class Packs(Protocol):
@@ -101,7 +107,9 @@ class Stream:
 
         try:
             for number in range(self.num_workers):
-                threading.Thread(target=_work, args=(tasks, self.step), name=f"stream-{number}", daemon=True).start()
+                worker = threading.Thread(target=_work, args=(tasks, self.step), name=f"stream-{number}", daemon=True)
+                _workers[worker] = tasks
+                worker.start()
             for _ in range(STEPS_AHEAD_PER_WORKER * self.num_workers):
                 ask_for_next_step()
             while True:
@@ -123,7 +131,7 @@ class Stream:
 
 def _work(tasks: SimpleQueue, make_step) -> None:
     """A worker's life: takes (step, future) until it is given None, and hands every exception on."""
-    while (task := tasks.get()) is not None:
+    while (task := tasks.get()) is not None and not _process_ends.is_set():
         step, future = task
         if not future.set_running_or_notify_cancel():
             continue
@@ -131,3 +139,14 @@ def _work(tasks: SimpleQueue, make_step) -> None:
             future.set_result(make_step(step))
         except BaseException as error:
             future.set_exception(error)
+    del _workers[threading.current_thread()]
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Lets every worker finish the step it is at."""
+    _process_ends.set()
+    ends = time.monotonic() + LAST_STEP_SECONDS
+    for worker, tasks in list(_workers.items()):
+        tasks.put(None)
+        worker.join(max(0.0, ends - time.monotonic()))

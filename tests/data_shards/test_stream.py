@@ -152,14 +152,21 @@ def test_workers_stay_a_bounded_number_of_steps_ahead_and_end_when_the_stream_is
     assert wait_until(lambda: not stream_threads())
 
 
-def test_a_stream_left_open_does_not_keep_the_process_alive(shard_set):
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_stream_left_open_does_not_keep_the_process_alive(shard_set, hangs):
+    """Nor does it change the exit code, which an abort of a worker would; a read that hangs is waited for a while."""
     program = f"""
-        import importlib.util, sys
+        import importlib.util, sys, time
+        import quincunx.data_shards.stream
         from quincunx.data_shards.shards import open_shards
+        quincunx.data_shards.stream.LAST_STEP_SECONDS = 1.0
         spec = importlib.util.spec_from_file_location("test_stream", {__file__!r})
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        steps = module.make_stream([open_shards({shard_set.path!r})], num_workers=2).iterate(0)
+        stream = module.make_stream([open_shards({shard_set.path!r})], num_workers=2)
+        step = stream.step
+        stream.step = lambda number: time.sleep(3600) if {hangs} and number else step(number)
+        steps = stream.iterate(0)
         next(steps)
         print("left open")
         sys.exit(75)
