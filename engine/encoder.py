@@ -161,7 +161,7 @@ def load_encoder(
             f"the shards' tokenizer has {vocab_size} words, encoder {name} embeds "
             f"{encoder.word_embeddings.num_embeddings}; build the shards with the encoder's own tokenizer"
         )
-    make_lean(encoder, dropout)
+    make_lean(encoder.model, dropout)
     if gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
     return encoder, head_weights(masked_lm, encoder) if has_head else None

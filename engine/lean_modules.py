@@ -93,33 +93,32 @@ class ReadingLayer:
             return super().forward(hidden_1TD, *arguments, **named)
         attention, context_TD = self.attention.self, hidden_1TD[0]
         rows_RD = context_TD.index_select(0, read.positions)
-        q_RHC, k_THC, v_THC = (
-            project(rows).unflatten(-1, (attention.num_attention_heads, -1))
-            for project, rows in (
-                (attention.query, rows_RD),
-                (attention.key, context_TD),
-                (attention.value, context_TD),
-            )
-        )
+        projected = attention.query(rows_RD), attention.key(context_TD), attention.value(context_TD)
+        q_RHC, k_THC, v_THC = (x.unflatten(-1, (attention.num_attention_heads, -1)) for x in projected)
         attended_RHC = packed_attention(
             q_RHC, k_THC, v_THC, named["cu_seqlens"], named["max_length"], read.cu_seqlens, read.max_rows
         )
         return self.feed_forward_chunk(self.attention.output(attended_RHC.flatten(-2), rows_RD))[None]
 
 
+def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
+    """A Hugging Face encoder's layers in their order; none where it keeps them elsewhere than BERT and ModernBERT."""
+    stack = getattr(encoder, "encoder", encoder)
+    return list(getattr(stack, "layer", getattr(stack, "layers", [])))
+
+
 def reads_rows(encoder: nn.Module) -> bool:
     """Whether a Hugging Face encoder takes `read`: its last layer is a ReadingLayer."""
-    return any(isinstance(module, ReadingLayer) for module in encoder.modules())
+    return any(isinstance(layer, ReadingLayer) for layer in encoder_layers(encoder)[-1:])
 
 
-def make_lean(encoder: nn.Module, dropout: float | None) -> None:
-    """Replaces every dropout (rate `dropout`, None: its own) inside a Hugging Face encoder.
+def make_lean(model: nn.Module, dropout: float | None) -> None:
+    """Replaces every dropout (rate `dropout`, None: its own) inside a Hugging Face encoder, or a model with one inside.
 
     In BERT and its kin also every feed-forward's activation, and in READING_FAMILIES the last layer, by a ReadingLayer.
     Parameters, their names and what is computed stay.
     """
-    last = None
-    for module in list(encoder.modules()):
+    for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(module, name, LeanDropout(child.p if dropout is None else dropout))
@@ -128,6 +127,6 @@ def make_lean(encoder: nn.Module, dropout: float | None) -> None:
             module.intermediate.intermediate_act_fn = nn.Identity()
             module.output.dense.__class__ = ActivatedLinear
             module.output.dense.activation = activation
-            last = module
-    if encoder.config.model_type in READING_FAMILIES and not isinstance(last, ReadingLayer):
+    if model.config.model_type in READING_FAMILIES and not reads_rows(model.base_model):
+        last = encoder_layers(model.base_model)[-1]
         last.__class__ = type(f"Reading{type(last).__name__}", (ReadingLayer, type(last)), {})

@@ -23,6 +23,7 @@ from quincunx.engine.decoders import (
     decode_enhanced,
 )
 from quincunx.engine.encoder import PackedEncoder, ScratchShape, load_encoder
+from quincunx.engine.lean_modules import encoder_layers
 from quincunx.engine.lm_head import LMHead, TiedRows, make_lm_head, norm_eps
 from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, cls_and_labels, cls_rows, empty_task
 from quincunx.kernels.launching import Implementation
@@ -250,8 +251,6 @@ def build_model(
         kernels=kernels,
     )
     if decoder_init == "encoder":
-        stack = getattr(packed.model, "encoder", packed.model)
-        layers = list(getattr(stack, "layer", getattr(stack, "layers", [])))
         for decoder in model.decoders.values():
-            copy_last_layers(decoder, layers)
+            copy_last_layers(decoder, encoder_layers(packed.model))
     return model

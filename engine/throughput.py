@@ -85,9 +85,7 @@ def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
 
     Recomputation (gradient checkpointing) does not count, as usual for MFU. benchmarks/flops.py counts what is run.
     """
-    config = model.encoder.config
-    width = config.hidden_size
-    inner = config.intermediate_size if hasattr(config, "hidden_act") else 4 * width  # of a decoder
+    width = model.encoder.config.hidden_size
     labels = np.searchsorted(batch.encoder_label_positions, batch.encoder.cu_seqlens)
     multiply_adds = encoder_multiply_adds(model.encoder.model, np.diff(batch.encoder.cu_seqlens), 1 + np.diff(labels))
     rows = float(sum(batch.num_labels()))
@@ -98,8 +96,10 @@ def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
         tokens, labels = float(len(task.text.input_ids)), float(len(task.labels))
         lengths = np.diff(task.text.cu_seqlens).astype(np.float64)
         squares = (lengths**2).sum()
+        layers = model.decoder_of(spec.name).layers
+        inner = layers[0].intermediate.out_features
         if spec.decoder == "masked":
-            whole_layers = len(model.decoder_of(spec.name).layers) - 1
+            whole_layers = len(layers) - 1
             multiply_adds += whole_layers * ((4 * width**2 + 2 * width * inner) * tokens + 2 * width * squares)
         # The last (or only) layer: keys and values of all tokens, the rest at labelled rows.
         multiply_adds += 2 * width**2 * tokens + (2 * width**2 + 2 * width * inner) * labels

@@ -170,9 +170,7 @@ class _PlainAttention(torch.autograd.Function):
         return dq_RHC, dk_THC, dv_THC, None, None, None, None, None
 
 
-def _workspaces(
-    count: int, like_RHC: torch.Tensor, queries: "PaddedGroups", keys: "PaddedGroups"
-) -> tuple[torch.Tensor, ...]:
+def _workspaces(count: int, like_RHC: torch.Tensor, queries: "PaddedGroups", keys: "PaddedGroups"):
     """Room for the scores of the largest group, `count` times."""
     areas = [num * rows * columns for (num, rows), (_, columns) in zip(queries.shapes, keys.shapes, strict=True)]
     return like_RHC.new_empty(count, max(areas) * like_RHC.shape[1]).unbind()

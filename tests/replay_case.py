@@ -117,7 +117,7 @@ def build_model(impl: str, config: dict, tensors: dict[str, torch.Tensor], kerne
         raise ValueError(f"the case's weights do not fit its config: {report}")
     masked_lm.tie_weights()
     encoder = PackedEncoder(masked_lm.base_model)
-    make_lean(encoder, None)
+    make_lean(encoder.model, None)
     words = encoder.word_embeddings
     decoders = {
         task: [under(tensors, f"weight.{head}.{i}.") for i in range(count_layers(tensors, head))]
