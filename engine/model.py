@@ -131,15 +131,9 @@ class PretrainModel(nn.Module):
         labels_N = torch.cat([batch.encoder_labels.labels, *(task.labels.labels for task in tasks)])
         per_row = self.lambdas.float() / label_counts.to(self.lambdas.device, torch.float32).clamp(min=1)
         row_weights_N = torch.cat([per_row[t].expand(count) for t, count in enumerate(counts)])
-        loss, nll_sums, correct = self.lm_head(
-            torch.cat(rows),
-            output_weight_VE,
-            labels_N,
-            row_weights_N,
-            list(itertools.pairwise(bounds)),
-            self.kernels,
-        )
-        return StepOutput(loss, nll_sums, correct, torch.tensor(counts))
+        task_slices, rows_ND = list(itertools.pairwise(bounds)), torch.cat(rows)
+        found = self.lm_head(rows_ND, output_weight_VE, labels_N, row_weights_N, task_slices, self.kernels)
+        return StepOutput(*found, torch.tensor(counts))
 
     def _labelled_rows(self, batch: TensorBatch, tasks: list[TensorTask]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Final hidden states [M, D] of the labelled rows, the encoder's and every task's; the head's weight [V, E]."""

@@ -137,11 +137,8 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
     check_tasks_against(fields, settings.tasks, settings.neighbour)
     check_tokenizer(settings, shard_sets)
     packers = {split: make_packer(settings, shard_sets, split) for split in ("train", "heldout")}
-    order = Order(
-        settings.seed,
-        [shard_set.block_samples("train") for shard_set in shard_sets],
-        [weight for _, weight in pairs],
-    )
+    blocks = [shard_set.block_samples("train") for shard_set in shard_sets]
+    order = Order(settings.seed, blocks, [weight for _, weight in pairs])
     stream = Stream(
         packers["train"],
         order,

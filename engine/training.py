@@ -127,7 +127,14 @@ def start(
         torch.cuda.set_device(device)
     patience = timedelta(minutes=settings.hang_minutes + 5)  # the watchdog is first: it says what hangs
     backend = "nccl" if job.cuda else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
+    try:
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
+    except dist.DistNetworkError as error:
+        raise SettingsError(
+            f"rank {environment.rank} cannot meet the others at {environment.master_addr}:{environment.master_port} "
+            f"({str(error).splitlines()[0].rstrip('.')}); where another run has that port, give this one its own: "
+            "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
+        ) from None
     control = dist.new_group(backend="gloo", timeout=patience)
     told: list[Any] = [None] * environment.world_size
     dist.all_gather_object(told, (resume, fingerprint(job, model_digest)), group=control)

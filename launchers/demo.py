@@ -15,12 +15,14 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from quincunx.data_shards.errors import EXIT_PREEMPTED
+from quincunx.engine.environment import DEFAULT_PORT, free_port
 from quincunx.engine.metrics_file import read_metrics
 from quincunx.engine.run_folder import LOCK_FILE
 from quincunx.launchers.demo_retrieval import START, fine_tune, measure_all, print_comparison, retriever_folder
@@ -62,6 +64,13 @@ def make(command: list[str], made: Path) -> None:
 def of_kind(run_folder: Path, kind: str) -> list[dict]:
     """The run's records of one kind: "train", "held_out" or "probe"."""
     return [record for record in read_metrics(run_folder) if record["kind"] == kind]
+
+
+def launcher_of_two_ranks(port: int = DEFAULT_PORT) -> list[str]:
+    """The deepspeed launcher's command line, with a port of its own where another run meets at DeepSpeed's (`port`)."""
+    with socket.socket() as probe:
+        taken = probe.connect_ex(("127.0.0.1", port)) == 0
+    return ["deepspeed", "--num_gpus", "2", *(["--master_port", str(free_port())] if taken else [])]
 
 
 def train_until(command: list[str], run_folder: Path, step: int) -> int:
@@ -161,7 +170,8 @@ def main() -> int:
     make([python, "launchers/build_shards.py", *corpus, *sizes, "--output", str(shards)], shards / "manifest.json")
 
     say("2. Pre-training on two ranks, the demo recipe (recipes/demo.yaml)")
-    train = ["deepspeed", "--num_gpus", "2", "launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json"]
+    two_ranks = launcher_of_two_ranks()
+    train = [*two_ranks, "launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json"]
     if settings.output != Path("demo_run"):
         train += ["--shards", str(shards), "--output", str(run_folder), "--probe", str(shards / "probe")]
     if (run_folder / "export" / "encoder").exists():
@@ -175,11 +185,11 @@ def main() -> int:
             print(f"error: the command above ended with exit code {code}.", file=sys.stderr)
             return code
 
-    say("4. What was learned")
+    say(f"4. What was learned in {(time.monotonic() - started) / 60:.1f} minutes")
     passed = print_results(run_folder)
 
     say("5. Fine-tuning: summary lines of training docstrings as queries, BM25's best wrong passages as negatives")
-    fine_tune(python, settings.output, make)
+    fine_tune(python, two_ranks, settings.output, make)
 
     say("6. Search in the held-out docstrings: BM25, the encoder it started from, before and after fine-tuning")
     measure_all(python, settings.output, make)

@@ -50,8 +50,8 @@ def retriever_folder(output: Path) -> Path:
     return output / "retriever" / "export" / "retriever"
 
 
-def fine_tune(python: str, output: Path, execute: Execute) -> None:
-    """BM25's hard negatives for the training queries, then a dual encoder on two ranks."""
+def fine_tune(python: str, two_ranks: list[str], output: Path, execute: Execute) -> None:
+    """BM25's hard negatives for the training queries, then a dual encoder on two ranks, started by `two_ranks`."""
     pairs, run, negatives = output / "shards" / "pairs", output / "bm25.train.trec", output / "negatives.jsonl"
     texts = ["--corpus", str(pairs), "--queries", str(pairs)]
     execute(
@@ -65,7 +65,7 @@ def fine_tune(python: str, output: Path, execute: Execute) -> None:
         negatives,
     )
     execute(
-        ["deepspeed", "--num_gpus", "2", "launchers/finetune.py", "--deepspeed", "ds_configs/zero2.json", *FINETUNE]
+        [*two_ranks, "launchers/finetune.py", "--deepspeed", "ds_configs/zero2.json", *FINETUNE]
         + ["--encoder", str(output / "run" / "export" / "encoder"), "--candidates", str(negatives), *texts]
         + ["--output", str(output / "retriever")],
         retriever_folder(output),

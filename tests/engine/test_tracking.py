@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from quincunx.engine import tracking
+from quincunx.engine.environment import free_port
 from quincunx.engine.metrics_file import METRICS_FILE, MetricsWriter, numbers, read_metrics
 from quincunx.engine.tracking import TrackingState, open_tracker, resolve_uri, view_command
 from quincunx.engine.tracking_sender import RUN_TAG, send_all
@@ -21,12 +22,6 @@ from quincunx.engine.tracking_sender import RUN_TAG, send_all
 ROOT = Path(__file__).parents[2]
 TASKS = ("mlm", "mkp", "cmp", "npr", "dor")
 PARAMS = {"tasks": ["mkp", "cmp"], "learning_rate": 1e-4, "json": {"zero": {"stage": 2}}, "probe": None}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """launchers/demo.py and demo_retrieval.py: what is skipped, what fails, and what the end prints."""
 
 import json
+import socket
 import sys
 from pathlib import Path
 
@@ -107,12 +108,22 @@ def test_what_is_there_is_not_made_again_and_a_failure_ends_the_demo_with_its_co
 
 def test_the_chain_asks_held_out_queries_only_in_measuring_and_training_ones_only_in_training(tmp_path):
     commands: list[list[str]] = []
-    demo_retrieval.fine_tune("python", tmp_path, lambda command, made: commands.append(command))
+    demo_retrieval.fine_tune("python", ["deepspeed"], tmp_path, lambda command, made: commands.append(command))
     assert commands and not any("probe" in word for command in commands for word in command)
     training = len(commands)
     demo_retrieval.measure_all("python", tmp_path, lambda command, made: commands.append(command))
     assert len(commands) > training
     assert not any("pairs" in word for command in commands[training:] for word in command)
+
+
+def test_beside_another_run_the_ranks_meet_at_a_port_of_their_own():
+    with socket.socket() as other_run:
+        other_run.bind(("127.0.0.1", 0))
+        port = other_run.getsockname()[1]
+        assert demo.launcher_of_two_ranks(port) == ["deepspeed", "--num_gpus", "2"]  # bound, nobody listens
+        other_run.listen()
+        *launcher, flag, own = demo.launcher_of_two_ranks(port)
+    assert launcher == ["deepspeed", "--num_gpus", "2"] and flag == "--master_port" and int(own) not in (0, port)
 
 
 def test_a_run_that_was_past_the_interruption_is_not_interrupted_again(tmp_path):

@@ -5,6 +5,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,20 @@ def test_data_that_does_not_fit_is_refused_before_training(tiny_shards, tmp_path
 
 
 NO_SHAPE = {"hidden_size": None, "num_layers": None, "num_heads": None}
+
+
+def test_a_meeting_point_that_another_run_has_is_refused_in_one_sentence(tiny_shards, tmp_path, harness):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **address}
+        refused = harness.run(tiny_shards, tmp_path / "run", launcher="python", environment=rank)
+    assert refused.code == 2, refused.output
+    (sentence,) = [line for line in refused.output.splitlines() if line.startswith("error: ")]
+    assert f"rank 0 cannot meet the others at 127.0.0.1:{address['MASTER_PORT']}" in sentence
+    assert "address already in use" in sentence and "deepspeed --master_port N" in sentence
+    assert "Traceback" not in refused.output
 
 
 @pytest.mark.parametrize(("stage", "resumes"), [("zero1", 0), ("zero3", 0), ("zero2_offload", 0), ("zero3_offload", 1)])
