@@ -2,6 +2,7 @@
 # Both create .venv where it is missing (.ci/venv: Python 3.11+, CPU or CUDA torch as the machine has it).
 
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+WORKERS ?= 2
 
 .PHONY: help demo chain test lint format test-slow test-gpu test-two-nodes clean
 
@@ -17,9 +18,9 @@ demo: .venv/.ready  ## corpus -> shards -> pre-training (interrupted, resumed) -
 chain: .venv/.ready  ## the fine-tuning chain on a BEIR folder: make chain DATA=FOLDER (two CPU cores, under 40 minutes)
 	@$(RUN) python launchers/pipeline.py --recipe small --set data.folder=$(DATA) --output chain_run
 
-test: .venv/.ready  ## lint, then every test that needs neither a GPU nor patience
+test: .venv/.ready  ## lint, then every test that needs neither a GPU nor patience (WORKERS=2 processes)
 	@$(RUN) ruff check . && $(RUN) ruff format --check .
-	@$(RUN) python -m pytest
+	@$(RUN) python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 lint: .venv/.ready  ## ruff, without changing anything
 	@$(RUN) ruff check . && $(RUN) ruff format --check .

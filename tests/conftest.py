@@ -5,6 +5,10 @@ import os
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two of them share two cores; what they start inherits it
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated: before any test module imports one. Child processes do not get it.
     os.environ["TRITON_INTERPRET"] = "1"
