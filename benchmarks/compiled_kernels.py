@@ -20,7 +20,7 @@ LARGEST_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 
 def compile_case(case, capability: int) -> dict:
-    """Figures of one `launching.CompileCase` on an architecture (80 or 90)."""
+    """Figures of one `CompileCase` on an architecture (80 or 90)."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

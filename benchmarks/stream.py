@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from quincunx.data_shards.block import Sample, Text
+from quincunx.data_shards.block import Text
+from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.masks import DRAWS, UNIFORM
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packed_texts import PASSAGE, TEXT_INDEX, pack_enhanced, pack_masked

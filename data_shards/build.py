@@ -6,6 +6,7 @@ was not, whatever the number of workers; the number of tasks is part of what dec
 corpus, not from the machine.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -17,19 +18,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from quincunx.data_shards.block import VERSION as BLOCK_VERSION
-from quincunx.data_shards.build_merge import merge_tasks
+from quincunx.data_shards.build_merge import PUBLISHING_NAME, merge_tasks
 from quincunx.data_shards.build_settings import TRAIN_PREFIX, BuildSettings, check_settings
 from quincunx.data_shards.build_task import TaskPlan
 from quincunx.data_shards.documents import Input
-from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
 from quincunx.data_shards.shard_writer import full_disk_is_named, write_file
 from quincunx.data_shards.shards import check_shard_sizes
 
 WORK_FOLDER = "work"
+IDENTITY_NAME = "identity.json"
 TASK_BYTES = 8 * 2**20
 MAX_TASKS = 4096
 
@@ -40,8 +42,9 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
     command: what the user ran, recorded in build.json. Returns the manifest, or None where Slurm has the tasks now.
 
     Raises:
-        SettingsError: see check_settings; an output folder that holds something else or is in use.
-        DataError: an empty or damaged corpus, duplicate passage ids, a full disk.
+        SettingsError: see check_settings; an output folder that holds something else, is in use, or cannot be written.
+        DataError: an empty or damaged corpus, duplicate passage ids, a full disk; without overwrite also a finished
+            set in the output folder that is damaged.
     """
     from quincunx.data_shards.readers import list_inputs
 
@@ -51,17 +54,16 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
     say(f"{len(inputs)} inputs, {sum(source.bytes for source in inputs) / 1e6:,.1f} MB")
     identity = build_identity(settings, inputs)
     output = Path(settings.output)
-    finished = finished_set(output)
-    if finished and identity_of(finished) == identity:
+    if not settings.overwrite and (finished := finished_set(output)):
+        if identity_of(finished) != identity:
+            raise SettingsError(
+                f"{output} holds another shard set ({differences(identity_of(finished), identity)}): give another "
+                "output, or --overwrite to replace it"
+            )
         check_shard_sizes(settings.output, finished)
         shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
         say(f"{output} already holds this shard set, complete (dataset id {finished.dataset_id}): nothing to do")
         return finished
-    if finished and not settings.overwrite:
-        raise SettingsError(
-            f"{output} holds another shard set ({differences(identity_of(finished), identity)}): give another output, "
-            "or --overwrite to replace it"
-        )
     with working_folder(output, identity, settings.overwrite) as work:
         with full_disk_is_named(output):
             plan = write_plan(settings, identity, work, say)
@@ -80,6 +82,7 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
                 "seconds": round(time.time() - started, 1),
             },
         )
+        remove_work(work)
     return manifest
 
 
@@ -99,8 +102,6 @@ def build_identity(settings: BuildSettings, inputs: list[Input]) -> dict[str, An
     from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 
     trained = settings.tokenizer.startswith(TRAIN_PREFIX)
-    if trained and not settings.tokenizer.removeprefix(TRAIN_PREFIX).isdigit():
-        raise SettingsError(f"tokenizer is {settings.tokenizer}: write train:8192 for a vocabulary of 8192")
     files = list_generation_files(settings.generations)
     generated = [Input(path.name, (path,), path.stat().st_size) for path in files]
     with ThreadPoolExecutor(8) as pool:
@@ -154,52 +155,88 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 
 def finished_set(output: Path) -> Manifest | None:
-    """The manifest in the output folder; None where there is none, or none that can be read."""
+    """The manifest in the output folder; None where there is none.
+
+    Raises:
+        SettingsError: a folder or manifest that this user may not read.
+        DataError: a manifest that is damaged, foreign or of a newer version.
+    """
     path = output / MANIFEST_NAME
-    return Manifest.from_json(path.read_text("utf-8"), str(path)) if path.exists() else None
+    try:
+        return Manifest.from_json(path.read_text("utf-8", "replace"), str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unusable_output(output, error) from None
+    except DataError as error:
+        raise DataError(f"{error}, or build anew in its place with --overwrite") from None
+
+
+def unusable_output(output: Path, error: OSError) -> SettingsError:
+    return SettingsError(
+        f"output {output} cannot be used ({error.strerror}): give a folder that you may read and write, or a new one"
+    )
 
 
 @contextmanager
 def working_folder(output: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """The folder of the unfinished build, locked for this process; removed when the block ends with a manifest.
+    """The folder of the unfinished build, locked for this process; `remove_work` removes it when it has served.
+
+    What lies there goes on being used if it belongs to the same identity and no set was published from it.
 
     Raises:
-        SettingsError: another process builds there, or an unfinished build with other settings is there.
+        SettingsError: another process builds there, an unfinished build with other settings is there, or the folder
+            cannot be written or locked.
+        DataError: a full disk.
     """
     work = output / WORK_FOLDER
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked child does not inherit this kind
-        except OSError:
-            raise SettingsError(f"{output} is being built by another process: wait for it, or stop it first") from None
-        identity_file = work / "identity.json"
-        if identity_file.exists():
-            found = json.loads(identity_file.read_text())
-            if identity["content"]["on_bad_record"] == "skip":  # tasks that finished under "stop" met no bad record
-                found["content"]["on_bad_record"] = "skip"
-            only_corpus_differs = found | {"sources": identity["sources"]} == identity
-            if found != identity and not overwrite and not only_corpus_differs:
-                raise SettingsError(
-                    f"{output} holds an unfinished build ({differences(found, identity)}): finish it with its own "
-                    "command, give another output, or --overwrite to start anew"
-                )
-            if found != identity:  # what was made from an earlier state of the corpus is of no use
-                for entry in work.iterdir():
-                    if entry.name != "lock":
-                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    try:
+        with full_disk_is_named(output):
+            work.mkdir(parents=True, exist_ok=True)
+            lock = open(work / "lock", "w")  # noqa: SIM115 - closed by the next statement
+    except OSError as error:
+        raise unusable_output(output, error) from None
+    with lock:
+        take_lock(lock, output)
+        identity_file = work / IDENTITY_NAME
+        found = json.loads(identity_file.read_text()) if identity_file.exists() else None
+        if found and identity["content"]["on_bad_record"] == "skip":  # tasks finished under "stop" met no bad record
+            found["content"]["on_bad_record"] = "skip"
+        if found and not overwrite and found | {"sources": identity["sources"]} != identity:
+            raise SettingsError(
+                f"{output} holds an unfinished build ({differences(found, identity)}): finish it with its own "
+                "command, give another output, or --overwrite to start anew"
+            )
+        published = (work / PUBLISHING_NAME).exists() and (output / MANIFEST_NAME).exists()
+        if found != identity or published:  # nothing that lies here may be used again
+            for entry in work.iterdir():
+                if entry.name != "lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for name in ("shards", "tasks"):
             (work / name).mkdir(exist_ok=True)
             for temporary in (work / name).glob(".*.tmp"):
                 temporary.unlink()
         write_file(identity_file, json.dumps(identity).encode())
         yield work
-        if all_moved(output):
-            shutil.rmtree(work)
 
 
-def all_moved(output: Path) -> bool:
-    return (output / MANIFEST_NAME).exists() and not any((output / WORK_FOLDER / "shards").iterdir())
+def take_lock(lock: TextIO, output: Path) -> None:
+    """Locks an open file for this process; raises SettingsError where another holds it or the file system has none."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked child does not inherit this kind
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise SettingsError(f"{output} is being built by another process: wait for it, or stop it first") from None
+        raise SettingsError(
+            f"the file system of output {output} gives no locks ({error.strerror}), which keep two builds apart: give "
+            "an output on a file system that does"
+        ) from None
+
+
+def remove_work(work: Path) -> None:
+    """Removes the working folder; its identity goes first, so that nothing uses a half-removed one."""
+    (work / IDENTITY_NAME).unlink()
+    shutil.rmtree(work)
 
 
 def write_plan(settings: BuildSettings, identity: dict[str, Any], work: Path, say: Callable[[str], None]) -> TaskPlan:

@@ -157,7 +157,10 @@ def _submit_to_slurm(plan: TaskPlan, pipeline: list, folder: Path, workers: int,
     except FileNotFoundError as error:
         raise SettingsError(f"executor slurm needs {error.filename} on this machine: give --executor local") from None
     except subprocess.CalledProcessError as error:
-        raise SettingsError(f"sbatch refused the job (exit {error.returncode}): see --slurm and {folder}") from None
+        raise SettingsError(
+            f"sbatch refused the job (exit {error.returncode}): see its message and {folder}, and check "
+            "--slurm_partition, --slurm_time and --slurm_args"
+        ) from None
     job_file.write_text(str(executor.job_id))
     print(f"Submitted {num_tasks} tasks as Slurm job {executor.job_id}.")
     return False

@@ -28,21 +28,34 @@ from quincunx.data_shards.manifest import (
     ShardEntry,
     shard_from_json,
 )
-from quincunx.data_shards.shard_writer import finish_shard_set, full_disk_is_named, sync_folder, write_file
-from quincunx.data_shards.statistics import Statistics, StatisticsCounter
+from quincunx.data_shards.shard_writer import (
+    check_training_shards,
+    finish_shard_set,
+    full_disk_is_named,
+    sync_folder,
+    write_file,
+)
+from quincunx.data_shards.statistics import Statistics
+from quincunx.data_shards.statistics_counter import StatisticsCounter
 from quincunx.data_shards.tokenizer import load_tokenizer
 
 PROBE_FOLDER = "probe"
 PAIRS_FOLDER = "pairs"
+PUBLISHING_NAME = "publishing"
+"""File in the working folder from when the manifest that was in the output folder is gone."""
 HASHES_AT_ONCE = 2**24
 
 
 def merge_tasks(plan: TaskPlan, output: Path, sources: tuple[FileEntry, ...], record: dict[str, Any]) -> Manifest:
     """Publishes the finished tasks of `plan` as the shard set `output`; `record` becomes build.json.
 
+    What can be refused is refused before anything of a set that lies in `output` is touched.
+
     Raises:
-        DataError: a corpus without passages, duplicate passage ids, a full disk.
+        DataError: a corpus without passages or without training passages, duplicate passage ids, no natural queries
+            for a probe or pairs that were asked for, a full disk.
     """
+    work = Path(plan.work)
     results = [read_result(plan, task) for task in range(plan.content["tasks"])]
     counts: Counter[str] = Counter()
     fields = {split: Counter() for split in SPLITS}
@@ -59,6 +72,7 @@ def merge_tasks(plan: TaskPlan, output: Path, sources: tuple[FileEntry, ...], re
             f"the corpus {plan.path} holds no passage ({counts['bad_records']} bad records, {counts['empty_passages']} "
             "empty passages): check the path and the format"
         )
+    check_training_shards(shards)
     check_duplicates(plan, shards, output)
     tokenizer = load_tokenizer(plan.tokenizer)
     counter = StatisticsCounter(len(tokenizer), plan.content["num_buckets"])
@@ -66,10 +80,13 @@ def merge_tasks(plan: TaskPlan, output: Path, sources: tuple[FileEntry, ...], re
         counter.add_statistics(Statistics.from_bytes(plan.task_file(task, "statistics.npz").read_bytes()))
     examples = [example for result in results for example in result["examples"]]
     with full_disk_is_named(output):
+        write_probe(plan, work)
+        pairs = write_pairs(plan, work)
         (output / MANIFEST_NAME).unlink(missing_ok=True)  # from here on, the set that was here is no more
+        (work / PUBLISHING_NAME).touch()
         move_shards(plan, output, shards)
-        write_probe(plan, output)
-        pairs = write_pairs(plan, output)
+        for name in (PROBE_FOLDER, PAIRS_FOLDER):
+            move_folder(work / name, output / name)
         record = record | {"bad_record_examples": examples} | ({"pairs": pairs} if pairs else {})
         write_file(output / BUILD_NAME, (json.dumps(record, indent=1) + "\n").encode())
         return finish_shard_set(
@@ -143,13 +160,20 @@ def move_shards(plan: TaskPlan, output: Path, shards: list[ShardEntry]) -> None:
     sync_folder(output)
 
 
-def write_probe(plan: TaskPlan, output: Path) -> None:
+def move_folder(source: Path, target: Path) -> None:
+    """Puts a folder in the place of another; where there is no such folder, the other is only removed."""
+    shutil.rmtree(target, ignore_errors=True)
+    if source.exists():
+        os.replace(source, target)
+
+
+def write_probe(plan: TaskPlan, parent: Path) -> None:
     """Writes held-out passages with natural queries as a BEIR folder: the retrieval probe's queries, corpus and qrels.
 
     All held-out passages are the corpus; at most `probe_queries` of those with a query, those of the smallest id
     hashes, are asked for.
     """
-    folder = output / PROBE_FOLDER
+    folder = parent / PROBE_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     limit = plan.content["probe_queries"]
     if not limit:
@@ -168,13 +192,13 @@ def write_probe(plan: TaskPlan, output: Path) -> None:
     write_beir(folder, passages, {query_id(passage): passage["query"] for passage in asked}, {"test": judged})
 
 
-def write_pairs(plan: TaskPlan, output: Path) -> dict[str, int] | None:
+def write_pairs(plan: TaskPlan, parent: Path) -> dict[str, int] | None:
     """Writes the training split's passages and their natural queries as a BEIR folder to fine-tune on, qrels/train.tsv.
 
     Passages that share a query's text share the query. A query that some held-out passage has too is left out, so that
     the probe asks for nothing that was trained on. Returns the counts, None where the settings ask for no pairs.
     """
-    folder = output / PAIRS_FOLDER
+    folder = parent / PAIRS_FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     if not plan.content.get("pairs"):
         return None

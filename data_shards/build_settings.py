@@ -60,7 +60,7 @@ class BuildSettings:
     tokenizer_megabytes: int = 32
     """Text that a tokenizer is trained on, in MB, taken evenly from the corpus."""
     overwrite: bool = False
-    """Replace another shard set, or an unfinished build with other settings, in the output folder."""
+    """Build anew where the output folder holds a shard set, or an unfinished build with other settings."""
     progress: bool = True
     """Whether a progress bar is shown."""
 

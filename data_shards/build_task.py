@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.block import FIELDS, Sample, Text
+from quincunx.data_shards.block import FIELDS, Text
+from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.manifest import SPLITS, shard_to_json
 from quincunx.data_shards.shard_writer import ShardWriter, full_disk_is_named, write_file
-from quincunx.data_shards.statistics import StatisticsCounter
+from quincunx.data_shards.statistics_counter import StatisticsCounter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -150,7 +151,7 @@ def _write_results(
         for name in FIELDS:
             counts[f"{split}_{name}_tokens"] += writer.field_tokens[name]
     write_file(plan.task_file(task, "hashes.bin"), np.sort(np.array(hashes, "<u8")).tobytes())
-    write_file(plan.task_file(task, "statistics.npz"), counter.result().to_bytes())
+    write_file(plan.task_file(task, "statistics.npz"), counter.to_bytes())
     for split, lines in texts.items():
         write_file(plan.task_file(task, f"{split}.jsonl"), "".join(line + "\n" for line in lines).encode())
     result = {
@@ -213,7 +214,7 @@ def make_samples(
 
 def _tokenize_lists(tokenizer: "PreTrainedTokenizerFast", lists: list[list[str]]) -> list[Text | None]:
     """One text for each list: its items' tokens with [SEP] between them; None where there are no tokens."""
-    from quincunx.data_shards.tokenizer import tokenize
+    from quincunx.data_shards.words import tokenize
 
     flat = list(chain.from_iterable(lists))
     tokenized = iter(tokenize(tokenizer, flat)) if flat else iter(())

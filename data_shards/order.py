@@ -122,12 +122,6 @@ class Order:
         rows = self.global_batch(step, global_batch)
         return Rows(*(column[rank * part : (rank + 1) * part] for column in rows))
 
-    def locate(self, dataset: int, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The block of each sample id and the sample's index inside it, int64 each."""
-        starts = self.block_starts[dataset]
-        blocks = np.searchsorted(starts, sample_ids, side="right") - 1
-        return blocks, sample_ids - starts[blocks]
-
     def describe(self, global_batch: int) -> str:
         """One sentence per dataset: samples, steps an epoch, and the epoch's tail."""
         lines = []

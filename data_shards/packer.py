@@ -32,6 +32,7 @@ from quincunx.data_shards.tasks import (
     ENCODER_CODE,
     NEIGHBOURS,
     TaskSpec,
+    field_of,
 )
 
 
@@ -88,7 +89,7 @@ class Packer:
         self.seeds = np.array([dataset_seed(seed, dataset) for dataset in range(len(shard_sets))], np.int64)
         self.block_starts = [np.cumsum([0, *shard_set.block_samples(split)]) for shard_set in shard_sets]
         self.texts_wanted = np.zeros(len(TEXT_INDEX), bool)
-        self.texts_wanted[[PASSAGE, *(TEXT_INDEX[task.kind.field] for task in tasks)]] = True
+        self.texts_wanted[[PASSAGE, *(TEXT_INDEX[field_of(task.name, neighbour)] for task in tasks)]] = True
 
     @property
     def vocab_size(self) -> int:

@@ -20,7 +20,7 @@ from quincunx.data_shards.documents import Document, ReadReport
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.readers import read_documents
 from quincunx.data_shards.sentences import sentence_starts
-from quincunx.data_shards.tokenizer import Tokens, tokenize
+from quincunx.data_shards.words import Tokens, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

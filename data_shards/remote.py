@@ -114,11 +114,17 @@ class RemoteFiles:
         return data
 
     def read_all(self, name: str) -> bytes | None:
-        """As LocalFiles.read_all; never from the cache."""
+        """As LocalFiles.read_all; never from the cache.
+
+        Raises:
+            DataError: the server or bucket cannot be reached, or refuses.
+        """
         try:
             return self._retry(lambda: self.file_system.cat_file(f"{self.prefix}/{name}"))
         except FileNotFoundError:
             return None
+        except DataError as error:
+            raise DataError(f"{self.root}/{name} {error}: check the address and your credentials for it") from None
 
     def _fetch(self, name: str, offset: int, size: int, file_bytes: int) -> bytes:
         path = f"{self.prefix}/{name}"
@@ -148,14 +154,10 @@ class RemoteFiles:
         """Puts bytes into the cache under their final name at once; a full disk costs the cache, not the run."""
         if len(data) > self.cache_bytes:
             return
-        self._make_room(len(data))
-        descriptor, temporary = tempfile.mkstemp(dir=self.cache_dir, suffix=".tmp")
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.replace(temporary, cached)
+            self._make_room(len(data))
+            _write_at_once(cached, data)
         except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise DataError(f"cannot be cached in {self.cache_dir} ({error.strerror})") from None
 
@@ -185,6 +187,18 @@ class RemoteFiles:
                     Path(path).unlink(missing_ok=True)
                     used -= size
             self._unscanned_bytes = (self.cache_bytes - used - wanted) // 32
+
+
+def _write_at_once(path: Path, data: bytes) -> None:
+    """Writes a file that appears under its name when it is whole; leaves nothing behind where that fails."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def open_files(root: str, cache_dir: str | None, cache_bytes: int) -> LocalFiles | RemoteFiles:

@@ -6,6 +6,7 @@ under its final name only when it is complete and on disk.
 
 import errno
 import os
+import shutil
 import tarfile
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.block import FIELDS, Block, Sample, decode_block, encode_block
+from quincunx.data_shards.block import FIELDS, Block, decode_block
+from quincunx.data_shards.block_writer import Sample, encode_block
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.manifest import (
     DEFAULT_BLOCK_SAMPLES,
@@ -31,7 +33,7 @@ from quincunx.data_shards.manifest import (
     ShardEntry,
 )
 from quincunx.data_shards.shards import TAR_HEADER_BYTES, member_digest
-from quincunx.data_shards.statistics import StatisticsCounter
+from quincunx.data_shards.statistics_counter import StatisticsCounter
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -258,16 +260,24 @@ def write_shard_set(
             for samples in documents:
                 writers[split].add_document(samples)
             writers[split].close()
+    shards = [shard for split in SPLITS for shard in writers[split].shards]
+    check_training_shards(shards)
     return finish_shard_set(
         folder,
         tokenizer,
         counter,
-        shards=[shard for split in SPLITS for shard in writers[split].shards],
+        shards=shards,
         fields={split: writers[split].field_counts for split in SPLITS},
         max_tokens=max_tokens,
         settings={"block_samples": block_samples, "shard_bytes": shard_bytes, "num_buckets": num_buckets},
         counts={"lost_neighbours": sum(writer.num_lost_neighbours for writer in writers.values())},
     )
+
+
+def check_training_shards(shards: list[ShardEntry]) -> None:
+    """Raises DataError where no shard is of the train split."""
+    if not any(shard.split == "train" for shard in shards):
+        raise DataError("the corpus gives no training passage: check the input, or lower held_out_share")
 
 
 def finish_shard_set(
@@ -285,9 +295,8 @@ def finish_shard_set(
     """Writes tokenizer, statistics and, last, the manifest beside shards that are already in `folder`."""
     from quincunx.data_shards.tokenizer import special_ids, tokenizer_digest
 
-    if not any(shard.split == "train" for shard in shards):
-        raise DataError("the corpus gives no training passage: check the input, or lower held_out_share")
     tokenizer_folder = folder / TOKENIZER_FOLDER
+    shutil.rmtree(tokenizer_folder, ignore_errors=True)  # the manifest lists every file: none may be left over
     tokenizer.save_pretrained(tokenizer_folder)
     manifest = Manifest(
         tokenizer_digest=tokenizer_digest(tokenizer),
@@ -299,7 +308,7 @@ def finish_shard_set(
         max_tokens=max_tokens,
         fields=fields,
         shards=tuple(shards),
-        statistics=write_file(folder / STATISTICS_NAME, counter.result().to_bytes()),
+        statistics=write_file(folder / STATISTICS_NAME, counter.to_bytes()),
         sources=tuple(sources),
         settings=settings,
         counts=counts,

@@ -54,7 +54,7 @@ def open_shards(
     path = os.fspath(path)
     files = open_files(path, cache_dir, cache_bytes)
     manifest = read_manifest(files)
-    shard_set = ShardSet(path, files, manifest, cache_dir, cache_bytes, block_cache_bytes)
+    shard_set = ShardSet(path, files, manifest, block_cache_bytes)
     if isinstance(files, LocalFiles):
         check_shard_sizes(files.root, manifest)
     return shard_set
@@ -101,7 +101,7 @@ def member_digest(header_and_content: bytes) -> str:
 
 
 class ShardSet:
-    """Reads blocks; safe to share between threads, and to pickle to worker processes (each opens it anew).
+    """Reads blocks; safe to share between threads.
 
     path               where it was opened
     manifest           what it holds
@@ -109,19 +109,10 @@ class ShardSet:
     tokenizer_folder   a local folder with the set's tokenizer
     """
 
-    def __init__(
-        self,
-        path: str,
-        files: LocalFiles | RemoteFiles,
-        manifest: Manifest,
-        cache_dir: str | None,
-        cache_bytes: int,
-        block_cache_bytes: int,
-    ):
+    def __init__(self, path: str, files: LocalFiles | RemoteFiles, manifest: Manifest, block_cache_bytes: int):
         self.path = path
         self.manifest = manifest
         self._files = files
-        self._arguments = (path, cache_dir, cache_bytes, block_cache_bytes)
         self._block_cache_bytes = block_cache_bytes
         self._blocks: OrderedDict[tuple[str, int], Block] = OrderedDict()
         self._cached_bytes = 0
@@ -134,9 +125,6 @@ class ShardSet:
             self._read_file(manifest.statistics), f"{path}/{manifest.statistics.name}", manifest.vocab_size
         )
         self.tokenizer_folder = self._local_tokenizer()
-
-    def __reduce__(self):
-        return (open_shards, self._arguments)
 
     def num_blocks(self, split: str) -> int:
         return len(self._entries[split])

@@ -42,8 +42,7 @@ class Stream:
     samples of one forward on this rank. num_workers: threads that work ahead, 0 = none; at most 2 steps a worker (at
     least 2) are held ready.
 
-    wait_seconds: time that the consumer of `iterate` has waited for batches, in all. num_cut_texts: texts cut at
-    max_tokens in the batches it has received.
+    wait_seconds: time that the consumer of `iterate` has waited for batches, in all.
 
     Raises:
         SettingsError: global_batch is no multiple of world_size * micro_batch, or a number is out of range.
@@ -73,7 +72,6 @@ class Stream:
         self.rank, self.world_size = rank, world_size
         self.num_workers = num_workers
         self.wait_seconds = 0.0
-        self.num_cut_texts = 0
 
     def step(self, step: int) -> list[Any]:
         """This rank's micro-batches of an optimizer step, counted from 0.
@@ -96,7 +94,9 @@ class Stream:
         if not self.num_workers:
             for step in count(start_step):
                 started = time.perf_counter()
-                yield self._received(self.step(step), started)
+                batches = self.step(step)
+                self.wait_seconds += time.perf_counter() - started
+                yield batches
         tasks: SimpleQueue = SimpleQueue()
         ahead: deque[Future] = deque()
         steps = count(start_step)
@@ -116,17 +116,13 @@ class Stream:
                 started = time.perf_counter()
                 batches = ahead.popleft().result()
                 ask_for_next_step()
-                yield self._received(batches, started)
+                self.wait_seconds += time.perf_counter() - started
+                yield batches
         finally:
             for future in ahead:
                 future.cancel()
             for _ in range(self.num_workers):
                 tasks.put(None)
-
-    def _received(self, batches: list[Any], started: float) -> list[Any]:
-        self.wait_seconds += time.perf_counter() - started
-        self.num_cut_texts += sum(batch.num_cut_texts for batch in batches)
-        return batches
 
 
 def _work(tasks: SimpleQueue, make_step) -> None:

@@ -1,22 +1,11 @@
-"""Any Hugging Face fast tokenizer: text to token ids and word starts.
-
-Masks are drawn over whole words, so every token carries one bit: it starts a word. WordPiece tokenizers decide that
-by their own pre-tokenisation (as the papers do: a word is a token and the "##" tokens after it). Byte-level BPE
-(RoBERTa, ModernBERT) and SentencePiece (XLM-R) glue punctuation or whole runs of Chinese, Japanese or Thai into one
-pre-token; there a word also starts at a change between letters and punctuation, and at every token of a script that is
-written without spaces (see `word_starts`).
-"""
+"""Any Hugging Face fast tokenizer, checked and set up for pre-training: loading it, its special ids, its digest."""
 
 import json
 import sys
-import unicodedata
-from collections.abc import Sequence
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xxhash
 
 from quincunx.data_shards.errors import SettingsError
@@ -25,32 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PACKAGE_PREFIX = "package:"
-SPACE, LETTER, SYMBOL, UNSPACED = range(4)
-# Scripts written without spaces between words: Thai, Lao, Tibetan, Myanmar, Khmer, kana, Han and its extensions.
-UNSPACED_RANGES = [
-    (0x0E00, 0x0FFF),
-    (0x1000, 0x109F),
-    (0x1780, 0x17FF),
-    (0x3040, 0x30FF),
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x3FFFF),
-]
-
-
-class Tokens(NamedTuple):
-    """A tokenised text without special tokens, n tokens.
-
-    token_ids    int32 [n]
-    word_starts  bool [n], True where a token is the first of a word
-    ends         int32 [n], index after the token's last character in the text, never decreasing
-    """
-
-    token_ids: np.ndarray
-    word_starts: np.ndarray
-    ends: np.ndarray
 
 
 def resolve_model(name: str) -> str:
@@ -143,70 +106,3 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
     content["truncation"] = content["padding"] = None
     content["special_ids"] = special_ids(tokenizer)
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-@cache
-def character_classes() -> np.ndarray:
-    """uint8 [0x110000]: SPACE, LETTER (letters, digits, marks), SYMBOL or UNSPACED for every code point."""
-    classes = np.full(0x110000, LETTER, np.uint8)
-    for code in range(0x20000):  # beyond the first two planes there is Han only, and tags and private use
-        character = chr(code)
-        if character.isspace():
-            classes[code] = SPACE
-        elif unicodedata.category(character)[0] in "PSCZ":
-            classes[code] = SYMBOL
-    for first, last in UNSPACED_RANGES:
-        letters = classes[first : last + 1] == LETTER
-        classes[first : last + 1][letters] = UNSPACED
-    return classes
-
-
-def word_starts(text: str, word_ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """bool [n]: token i is the first of a word, for byte-level BPE and SentencePiece tokenizers.
-
-    A word starts where the pre-tokeniser starts one (word_ids int [n] changes), after a space, where letters meet
-    symbols, and at every token of an unspaced script, but never inside a character (byte-level tokens) and never
-    between a lone space token and the letters it belongs to. offsets int [n, 2]: character range of each token.
-    """
-    starts = np.ones(len(word_ids), bool)
-    if len(word_ids) < 2:
-        return starts
-    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    classes = character_classes()[codes]
-    position = np.arange(len(codes))
-    next_letter = np.where(classes == SPACE, len(codes), position)
-    next_letter = np.minimum.accumulate(next_letter[::-1])[::-1]  # first character that is no space, from here on
-
-    begin, end = np.minimum(offsets[:, 0], len(codes) - 1), offsets[:, 1]
-    first = np.minimum(next_letter[begin], len(codes) - 1)
-    blank = next_letter[begin] >= np.maximum(end, begin + 1)
-    first_class, last_class = classes[first], classes[np.maximum(end, 1) - 1]
-    after_space = (first > 0) & (classes[np.maximum(first, 1) - 1] == SPACE)
-    changes = (first_class[1:] != last_class[:-1]) | (first_class[1:] == UNSPACED) | after_space[1:]
-    inside_character = begin[1:] < end[:-1]
-    starts[1:] = (word_ids[1:] != word_ids[:-1]) | (changes & ~inside_character & ~blank[:-1])
-    return starts
-
-
-def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[Tokens]:
-    """Tokenises texts in one batch, without special tokens. The tokenizer is one of `load_tokenizer`.
-
-    SentencePiece models hold "</s>" among their ordinary pieces; where a text spells one it becomes the unknown token.
-    """
-    backend = tokenizer.backend_tokenizer
-    unknown = tokenizer.unk_token_id
-    special = [] if unknown is None else [token for token in tokenizer.all_special_ids if token != unknown]
-    by_pretokens = type(backend.model).__name__ == "WordPiece"
-    tokenized = []
-    for text, encoding in zip(texts, backend.encode_batch(list(texts), add_special_tokens=False)):
-        token_ids = np.array(encoding.ids, np.int32)
-        token_ids[np.isin(token_ids, special)] = unknown
-        words = np.array(encoding.word_ids, np.int32)
-        offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-        if by_pretokens:
-            starts = np.ones(len(words), bool)
-            starts[1:] = words[1:] != words[:-1]
-        else:
-            starts = word_starts(text, words, offsets)
-        tokenized.append(Tokens(token_ids, starts, np.maximum.accumulate(offsets[:, 1])))
-    return tokenized

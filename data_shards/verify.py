@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -24,7 +25,7 @@ from quincunx.data_shards.manifest import (
 )
 from quincunx.data_shards.remote import LocalFiles, RemoteFiles, open_files
 from quincunx.data_shards.shards import TAR_HEADER_BYTES, member_digest, read_manifest
-from quincunx.data_shards.statistics import StatisticsCounter
+from quincunx.data_shards.statistics_counter import StatisticsCounter
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,6 @@ def verify_shards(path: str, say: Callable[[str], None] = lambda name: None) -> 
     """
     files = open_files(path, None, 1)
     manifest = read_manifest(files)
-    record = files.read_all(BUILD_NAME)
-    command = shlex.join(json.loads(record)["command"]) if record else ""
     counter = StatisticsCounter(manifest.vocab_size, int(manifest.settings["num_buckets"]))
     findings = []
     for shard in manifest.shards:
@@ -79,12 +78,40 @@ def verify_shards(path: str, say: Callable[[str], None] = lambda name: None) -> 
         name = f"{folder}/{entry.name}" if folder else entry.name
         problems = _check_file(files.read_all(name), entry)
         if entry is manifest.statistics and sound and not problems:
-            recount = xxhash.xxh3_128_hexdigest(counter.result().to_bytes())
+            recount = xxhash.xxh3_128_hexdigest(counter.to_bytes())
             problems += ["differs from a recount over the shards"] * (recount != entry.digest)
         findings.append(Finding(name, entry.bytes, 0, 0, tuple(problems)))
     if isinstance(files, LocalFiles) and not any(f.problems for f in findings if f.name.startswith(TOKENIZER_FOLDER)):
         findings.append(_check_tokenizer(Path(files.root, TOKENIZER_FOLDER), manifest))
+    command = ""
+    try:
+        if record := read_record(files):
+            command = shlex.join(record["command"])
+    except DataError as error:
+        findings.append(Finding(BUILD_NAME, 0, 0, 0, (str(error),)))
     return Report(manifest, tuple(findings), command)
+
+
+def read_record(files: LocalFiles | RemoteFiles) -> dict[str, Any] | None:
+    """build.json with its keys command, folder and settings, among others; None where the set has none.
+
+    Raises:
+        DataError: it is damaged; the message goes on from the file's name.
+    """
+    data = files.read_all(BUILD_NAME)
+    if data is None:
+        return None
+    try:
+        record = json.loads(data)
+        sound = isinstance(record["folder"], str) and isinstance(record["settings"], dict)
+        sound = sound and all(isinstance(word, str) for word in record["command"])
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise DataError(
+            "is damaged, so how the set was built is not known: copy it again, or build the set anew with --overwrite"
+        )
+    return record
 
 
 def check_shard(data: bytes, shard: ShardEntry, vocab_size: int, counter: StatisticsCounter) -> list[str]:
@@ -173,44 +200,77 @@ def repair_shards(path: str, report: Report, say: Callable[[str], None] = print)
         DataError: no record of the build, a corpus or tokenizer that is gone or has changed, or a rebuilt file that is
             not the one that was lost.
     """
-    from quincunx.data_shards.build import build_identity, differences, identity_of, working_folder, write_plan
+    if isinstance(files := open_files(path, None, 1), RemoteFiles):
+        raise DataError(f"{path} is not a local folder: copy the damaged shards again, or repair the set where it lies")
+    output = Path(files.root).absolute()
+    manifest = report.manifest
+    damaged = {finding.name for finding in report.damaged}
+    shards = [shard for shard in manifest.shards if shard.name in damaged]
+    tokenizer_files = [entry for entry in manifest.tokenizer_files if f"{TOKENIZER_FOLDER}/{entry.name}" in damaged]
+    if shards or tokenizer_files:
+        _rebuild(files, output, report, shards, tokenizer_files, say)
+    if manifest.statistics.name in damaged:
+        _recount_statistics(output, manifest)
+
+
+def _rebuild(
+    files: LocalFiles,
+    output: Path,
+    report: Report,
+    shards: list[ShardEntry],
+    tokenizer_files: list[FileEntry],
+    say: Callable[[str], None],
+) -> None:
+    """Puts back shards and tokenizer files, made again from the corpus."""
+    from quincunx.data_shards.build import (
+        build_identity,
+        differences,
+        identity_of,
+        remove_work,
+        working_folder,
+        write_plan,
+    )
     from quincunx.data_shards.build_settings import BuildSettings
     from quincunx.data_shards.build_task import run_task
     from quincunx.data_shards.readers import list_inputs
 
-    if isinstance(files := open_files(path, None, 1), RemoteFiles):
-        raise DataError(f"{path} is not a local folder: copy the damaged shards again, or repair the set where it lies")
-    output = Path(files.root).absolute()
-    record_data = files.read_all(BUILD_NAME)
-    if record_data is None:
-        raise DataError(f"{path} has no {BUILD_NAME}, so its corpus is not known: copy the damaged files again")
-    record = json.loads(record_data)
-    settings = BuildSettings(**record["settings"])
-    manifest = report.manifest
-    damaged = {finding.name for finding in report.damaged}
+    try:
+        record = read_record(files)
+    except DataError as error:
+        raise DataError(f"{files.root}/{BUILD_NAME} {error}") from None
+    if record is None:
+        raise DataError(f"{files.root} has no {BUILD_NAME}, so its corpus is not known: copy the damaged files again")
+    if not Path(record["folder"]).is_dir():
+        raise DataError(
+            f"{files.root} cannot be repaired, the folder {record['folder']} that it was built from is gone: bring it "
+            f"back, copy the damaged files again, or build anew with `{report.command} --overwrite`"
+        )
+    try:
+        settings = BuildSettings(**record["settings"])
+    except TypeError as error:
+        raise DataError(
+            f"{files.root} cannot be repaired, its {BUILD_NAME} names other settings than this quincunx has ({error}): "
+            f"copy the damaged files again, or build anew with `{report.command} --overwrite`"
+        ) from None
     with contextlib.chdir(record["folder"]):
         identity = build_identity(settings, list_inputs(settings.format, settings.path))
-        if identity != identity_of(manifest):
+        if identity != identity_of(report.manifest):
             raise DataError(
-                f"{path} cannot be repaired, it was built from something else "
-                f"({differences(identity_of(manifest), identity)}): build anew with `{report.command} --overwrite`"
+                f"{files.root} cannot be repaired, it was built from something else "
+                f"({differences(identity_of(report.manifest), identity)}): build anew with "
+                f"`{report.command} --overwrite`"
             )
         with working_folder(output, identity, overwrite=False) as work:
             plan = write_plan(settings, identity, work, say)
-            shards = [shard for shard in manifest.shards if shard.name in damaged]
             for task in sorted({int(shard.name.split("-")[1]) for shard in shards}):
                 say(f"running task {task} of the build again")
                 run_task(plan, task)
             for shard in shards:
                 _put_back(plan.shards_folder / shard.name, output / shard.name, shard.digest)
-            for entry in manifest.tokenizer_files:
+            for entry in tokenizer_files:
                 name = f"{TOKENIZER_FOLDER}/{entry.name}"
-                if name in damaged:
-                    _put_back(work / name, output / name, entry.digest)
-            for sound in plan.shards_folder.iterdir():
-                sound.unlink()
-    if manifest.statistics.name in damaged:
-        _recount_statistics(output, manifest)
+                _put_back(work / name, output / name, entry.digest)
+            remove_work(work)
 
 
 def _put_back(rebuilt: Path, target: Path, digest: str) -> None:
@@ -218,7 +278,7 @@ def _put_back(rebuilt: Path, target: Path, digest: str) -> None:
     if not rebuilt.exists() or xxhash.xxh3_128_hexdigest(rebuilt.read_bytes()) != digest:
         raise DataError(
             f"{target} came out differently when it was rebuilt, so another version of quincunx or of a library made "
-            "it: copy it again, or build the whole set anew"
+            "it: copy it again, or build the whole set anew with --overwrite"
         )
     target.parent.mkdir(exist_ok=True)
     os.replace(rebuilt, target)
@@ -229,5 +289,5 @@ def _recount_statistics(output: Path, manifest: Manifest) -> None:
     for shard in manifest.shards:
         check_shard((output / shard.name).read_bytes(), shard, manifest.vocab_size, counter)
     rebuilt = output / f".{manifest.statistics.name}.tmp"
-    rebuilt.write_bytes(counter.result().to_bytes())
+    rebuilt.write_bytes(counter.to_bytes())
     _put_back(rebuilt, output / manifest.statistics.name, manifest.statistics.digest)

@@ -191,7 +191,7 @@ def precision_of(filled: dict[str, Any]) -> str:
 def bfloat16_supported() -> bool:
     import torch
 
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def lookup(config: dict[str, Any], dotted: str) -> Any:

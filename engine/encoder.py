@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -88,12 +90,13 @@ class PackedEncoder(nn.Module):
         return self.config.max_position_embeddings - self.position_offset
 
     def embed(self, word_vectors_TE: torch.Tensor, positions_T: torch.Tensor) -> torch.Tensor:
-        """The embedding layer over word vectors: [T, D], projected where the embeddings are narrower (ELECTRA)."""
-        arguments = {"inputs_embeds": word_vectors_TE[None]}
+        """The embedding layer over word vectors: [T, D], projected where the embeddings are narrower."""
+        arguments = {"input_ids": None, "inputs_embeds": word_vectors_TE[None]}
         if self.position_embeddings is not None:
             arguments["position_ids"] = positions_T[None] + self.position_offset
         embedded = self.embeddings(**arguments)[0]
-        project = getattr(self.model, "embeddings_project", None)
+        project = getattr(self.model, "embeddings_project", None)  # ELECTRA's; ALBERT's stands in its stack of layers
+        project = project or getattr(getattr(self.model, "encoder", None), "embedding_hidden_mapping_in", None)
         return embedded if project is None else project(embedded)
 
     def forward(
@@ -151,6 +154,7 @@ def load_encoder(
     else:
         masked_lm, has_head = _pretrained_masked_lm(name)
     encoder = PackedEncoder(masked_lm.base_model)
+    _check_packing(name, encoder)
     if max_tokens is not None and max_tokens > encoder.max_length:
         raise SettingsError(
             f"max_tokens is {max_tokens}, encoder {name} has {encoder.max_length} positions; "
@@ -191,12 +195,18 @@ def _random_masked_lm(name: str, shape: ScratchShape, vocab_size: int | None, pa
     for key, value in fields.items():
         if key.endswith("_token_id") and isinstance(value, int) and value >= fields["vocab_size"]:
             fields[key] = 0 if key == "pad_token_id" else None
-    config = type(config)(**fields)
-    model = AutoModelForMaskedLM.from_config(config, attn_implementation=PACKED)
-    offset = PackedEncoder(model.base_model).position_offset
-    if shape.max_positions is not None and offset:
-        config.max_position_embeddings = shape.max_positions + offset
+    try:
+        config = type(config)(**fields)
         model = AutoModelForMaskedLM.from_config(config, attn_implementation=PACKED)
+        offset = PackedEncoder(model.base_model).position_offset
+        if shape.max_positions is not None and offset:
+            config.max_position_embeddings = shape.max_positions + offset
+            model = AutoModelForMaskedLM.from_config(config, attn_implementation=PACKED)
+    except (AttributeError, StrictDataclassError, TypeError, ValueError) as error:
+        raise SettingsError(
+            f"encoder {name!r} cannot be made from scratch at these sizes ({_in_one_line(error)}); change them, or "
+            "give the architecture of a BERT, RoBERTa, ELECTRA, XLM-R or ModernBERT"
+        ) from error
     return model
 
 
@@ -222,12 +232,15 @@ def fetch_pretrained(load: Callable, name: str, **arguments):
     try:
         with _without_load_report():
             return load(source, **arguments)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, SafetensorError) as error:
         raise SettingsError(
-            f"encoder {name!r} could not be loaded ({reason}); give a folder, a package:NAME/FOLDER, or a model of the "
-            "Hugging Face hub that this machine reaches or has cached"
+            f"encoder {name!r} could not be loaded ({_in_one_line(error)}); give a folder, a package:NAME/FOLDER, or a "
+            "model of the Hugging Face hub that this machine reaches or has cached"
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @contextmanager
@@ -254,6 +267,31 @@ def _check_type(name: str, config: PretrainedConfig) -> None:
         raise SettingsError(
             f"encoder {name!r} is of type {config.model_type}, whose attention in transformers cannot be replaced, so "
             "that packed passages would see each other; give a BERT, RoBERTa, ELECTRA, XLM-R or ModernBERT"
+        )
+
+
+@torch.no_grad()
+def _check_packing(name: str, encoder: PackedEncoder) -> None:
+    """Reads two texts packed and one of them alone. Raises SettingsError where that fails or does not give the same."""
+    training = encoder.training
+    encoder.eval()
+    positions, bounds = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 3, 5], dtype=torch.int32)
+    try:
+        words = encoder.word_embeddings(torch.arange(5))
+        packed = encoder(words, positions, bounds, 3)[3:]
+        alone = encoder(words[3:], positions[3:], bounds[1:] - 3, 2)
+        obstacle = None
+        if not torch.allclose(packed, alone, rtol=1e-3, atol=1e-4, equal_nan=True):
+            obstacle = "they see each other"
+        elif encoder.embed(words, positions).shape[-1] != packed.shape[-1]:
+            obstacle = "its embedding layer is not as wide as its vectors"
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        obstacle = _in_one_line(error)
+    encoder.train(training)
+    if obstacle is not None:
+        raise SettingsError(
+            f"encoder {name!r} is of type {encoder.config.model_type}, which cannot read packed passages here "
+            f"({obstacle}); give a BERT, RoBERTa, ELECTRA, XLM-R or ModernBERT"
         )
 
 

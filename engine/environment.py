@@ -51,8 +51,9 @@ class Environment:
 
 
 def discover_environment(variables: Mapping[str, str] = os.environ) -> Environment:
-    """This process's place, from the first launcher whose variables are there: torch's, SLURM's, Open MPI's, none.
+    """This process's place, from the first launcher whose variables are there: torch's, Open MPI's, SLURM's, none.
 
+    In a SLURM job, mpirun's processes may have SLURM's variables too, of the step that started mpirun's own daemons.
     A SLURM job's own shell (sbatch without srun) carries SLURM_NTASKS too but is one process: only a step's processes
     have SLURM_STEP_NUM_TASKS. Raises SettingsError where the machine of rank 0 cannot be told.
     """
@@ -64,18 +65,6 @@ def discover_environment(variables: Mapping[str, str] = os.environ) -> Environme
             local_rank=int(variables.get("LOCAL_RANK", 0)),
             master_addr=variables.get("MASTER_ADDR", "127.0.0.1"),
             master_port=int(variables.get("MASTER_PORT", DEFAULT_PORT)),
-        )
-    if "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables:
-        nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
-        master = variables.get("MASTER_ADDR") or first_host(nodes)
-        port = variables.get("MASTER_PORT") or 20000 + int(variables.get("SLURM_JOB_ID", 0)) % 20000
-        return Environment(
-            launcher="slurm",
-            rank=int(variables["SLURM_PROCID"]),
-            world_size=int(variables["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(variables.get("SLURM_LOCALID", 0)),
-            master_addr=master,
-            master_port=int(port),
         )
     if "OMPI_COMM_WORLD_RANK" in variables:
         world_size = int(variables["OMPI_COMM_WORLD_SIZE"])
@@ -90,6 +79,18 @@ def discover_environment(variables: Mapping[str, str] = os.environ) -> Environme
             local_rank=int(variables.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)),
             master_addr=master,
             master_port=int(variables.get("MASTER_PORT", DEFAULT_PORT)),
+        )
+    if "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables:
+        nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
+        master = variables.get("MASTER_ADDR") or first_host(nodes)
+        port = variables.get("MASTER_PORT") or 20000 + int(variables.get("SLURM_JOB_ID", 0)) % 20000
+        return Environment(
+            launcher="slurm",
+            rank=int(variables["SLURM_PROCID"]),
+            world_size=int(variables["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(variables.get("SLURM_LOCALID", 0)),
+            master_addr=master,
+            master_port=int(port),
         )
     return Environment(
         launcher="python", rank=0, world_size=1, local_rank=0, master_addr="127.0.0.1", master_port=free_port()

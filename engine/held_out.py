@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from quincunx.data_shards.packer import Packer
 
 UNIGRAM_PASSAGES = 4096  # training passages that label frequencies are counted on
+UNIGRAM_IN_A_ROW = 16  # of them side by side: each place is a block to be read, far away where shards are remote
 PASSAGES_A_PACK = 256
 PSEUDO_COUNTS = 10.0 ** np.arange(-4, 1)
 """Candidates of the count that every id of the vocabulary is given before the first label is seen."""
@@ -48,12 +49,14 @@ def load_held_out(held_out: "Packer", train: "Packer", num_passages: int, micro_
     if not len(samples):
         return None
     batches = pack_all(held_out, datasets, samples, micro_batch)
-    trained = pack_all(train, *spread_samples(train, UNIGRAM_PASSAGES), PASSAGES_A_PACK)
+    trained = pack_all(train, *spread_samples(train, UNIGRAM_PASSAGES, UNIGRAM_IN_A_ROW), PASSAGES_A_PACK)
     return HeldOut(batches, unigram_cross_entropy(batches, trained, held_out.vocab_size))
 
 
-def spread_samples(packer: "Packer", num_passages: int) -> tuple[np.ndarray, np.ndarray]:
-    """(datasets int16 [n], sample_ids int64 [n]), evenly spread over each shard set; n <= num_passages.
+def spread_samples(packer: "Packer", num_passages: int, in_a_row: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """(datasets int16 [n], sample_ids int64 [n]), `in_a_row` at places evenly spread over each shard set.
+
+    n <= num_passages, all of a smaller shard set.
 
     Spread, because corpora are sorted: the first passages may be of one kind, and lack a field that a task reads.
     """
@@ -61,9 +64,13 @@ def spread_samples(packer: "Packer", num_passages: int) -> tuple[np.ndarray, np.
     filled = [index for index, count in enumerate(counts) if count]
     shares = np.array_split(np.arange(num_passages), len(filled)) if filled else []
     taken = [min(len(share), counts[index]) for index, share in zip(filled, shares, strict=True)]
-    ids = [np.arange(number) * counts[index] // number for index, number in zip(filled, taken, strict=True)]
-    datasets = np.repeat(np.array(filled, np.int16), taken)
-    return datasets, np.concatenate(ids) if taken else np.empty(0, np.int64)
+    ids = []
+    for index, number in zip(filled, taken, strict=True):
+        places = np.arange(0, number, in_a_row) * counts[index] // number
+        row = (places[:, None] + np.arange(in_a_row)).ravel()[:number]
+        ids.append(row[row < counts[index]])
+    datasets = np.repeat(np.array(filled, np.int16), [len(row) for row in ids])
+    return datasets, np.concatenate(ids) if ids else np.empty(0, np.int64)
 
 
 def pack_all(packer: "Packer", datasets: np.ndarray, samples: np.ndarray, micro_batch: int) -> list[PackedBatch]:

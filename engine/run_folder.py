@@ -51,7 +51,12 @@ class RunFolder:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    raise SettingsError(
+                        f"output {self.path} lies on a file system that cannot lock files ({error.strerror}), so that "
+                        "two runs could write there; mount it with locks, or choose another output"
+                    ) from None
                 if time.monotonic() > deadline:
                     self._lock.seek(0)
                     holder = self._lock.read().strip() or "unknown"

@@ -124,7 +124,7 @@ def find_run_problems(settings: RunSettings) -> list[str]:
     )
     for name in ("steps", "epochs"):
         value = getattr(s, name)
-        need(value is None or value > 0, f"{name} is {value}; it must be above 0")
+        need(value is None or 0 < value < 1e9, f"{name} is {value}; it must be above 0 and below 1e9")
     if s.probe is not None:
         need((Path(s.probe) / "corpus.jsonl").is_file(), f"probe {s.probe} is no BEIR folder: it has no corpus.jsonl")
     return problems

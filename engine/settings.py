@@ -87,7 +87,7 @@ class PretrainSettings(RunSettings):
     """Who computes the LM-head loss and the enhanced decoders' attention: auto takes Triton on GPUs (Ampere or newer),
     torch elsewhere."""
     cache: str | None = None
-    """Folder that remote shards are cached in (default: ~/.cache/quincunx)."""
+    """Folder that remote shards are cached in (default: $QUINCUNX_CACHE, or else ~/.cache/quincunx)."""
     cache_gb: float = 50.0
     """Size of that cache in gigabytes."""
 
@@ -124,7 +124,7 @@ def find_problems(settings: PretrainSettings) -> list[str]:
         s.task_weights is None or len(s.task_weights) == len(s.tasks),
         f"task_weights has {len(s.task_weights or [])} numbers for {len(s.tasks)} tasks",
     )
-    need(all(weight >= 0 for weight in s.task_weights or []), "task_weights must be at least 0")
+    need(all(0 <= weight < 1e6 for weight in s.task_weights or []), "task_weights must be from 0 to below a million")
     for name in ("encoder_mask_rate", "decoder_mask_rate"):
         need(0 < getattr(s, name) < 1, f"{name} is {getattr(s, name)}; it must lie between 0 and 1")
     need(0 < s.cache_gb < 1e6, f"cache_gb is {s.cache_gb}; it must be above 0 and below a million")

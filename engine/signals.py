@@ -17,6 +17,8 @@ from quincunx.data_shards.errors import EXIT_HUNG
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEATS_TO_DIE = 2
 """The second Ctrl-C stops at once; schedulers and launchers may repeat their signals, so those never do."""
+ON_HANG_SECONDS = 15.0
+"""What a hung process takes for its last words at most: the disk they go to may be what hangs."""
 
 
 class StopRequest:
@@ -81,7 +83,7 @@ class Watchdog:
     """Ends the process with exit code 76 when `beat` has not been called for `seconds`.
 
     A thread, because a hung collective never returns to the main one. Before it ends the process it prints every
-    thread's stack on stderr, which shows the call that hangs, and calls `on_hang`.
+    thread's stack on stderr, which shows the call that hangs, and calls `on_hang`, for ON_HANG_SECONDS at most.
     """
 
     def __init__(self, seconds: float, on_hang: Callable[[], None] = lambda: None):
@@ -110,5 +112,7 @@ class Watchdog:
                     flush=True,
                 )
                 faulthandler.dump_traceback(all_threads=True)
-                self._on_hang()
+                closing = threading.Thread(target=self._on_hang, daemon=True)
+                closing.start()
+                closing.join(ON_HANG_SECONDS)
                 os._exit(EXIT_HUNG)

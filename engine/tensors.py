@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.batches import PackedBatch, PackedText
+from quincunx.data_shards.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,18 @@ class TensorBatch:
 def to_tensors(batch: PackedBatch, device: torch.device | str = "cpu") -> TensorBatch:
     """Moves a packed batch to `device`; copies to a GPU do not wait for it.
 
-    Tasks that decode the same text for the same passages (mkp, cmp and retromae with enhanced decoders) share one
-    TensorText, so that the model embeds it once.
+    Enhanced decoders of one field (mkp, cmp and retromae) share one TensorText, so that the model embeds it once. Which
+    ones do never depends on the data: under ZeRO-3 all ranks must run the same modules, in every micro-batch.
     """
     device = torch.device(device)
-    texts: list[tuple[PackedTask, TensorText, torch.Tensor]] = []
+    contexts: dict[str, tuple[TensorText, torch.Tensor]] = {}
     tasks = {}
     for name, task in batch.tasks.items():
-        shared = [(text, index) for other, text, index in texts if _same_context(task, other)]
-        if shared:
-            text, passage_index = shared[0]
-        else:
-            text, passage_index = text_to_tensors(task.text, device), _move(task.passage_index, device, torch.int64)
-            texts.append((task, text, passage_index))
+        context = name if task.keys is None else TASKS[name].field
+        if context not in contexts:
+            passage_index = _move(task.passage_index, device, torch.int64)
+            contexts[context] = text_to_tensors(task.text, device), passage_index
+        text, passage_index = contexts[context]
         tasks[name] = TensorTask(
             text=text,
             passage_index=passage_index,
@@ -165,13 +165,6 @@ def empty_task(device: torch.device | str = "cpu") -> TensorTask:
         word_ids=_move(none, device),
         keep_thresholds=_move(none, device),
     )
-
-
-def _same_context(a: PackedTask, b: PackedTask) -> bool:
-    return (
-        a.text is b.text
-        or (np.array_equal(a.text.cu_seqlens, b.text.cu_seqlens) and np.array_equal(a.text.input_ids, b.text.input_ids))
-    ) and np.array_equal(a.passage_index, b.passage_index)
 
 
 def _move(array: np.ndarray | None, device: torch.device | str, dtype: torch.dtype | None = None):

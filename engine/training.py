@@ -9,7 +9,7 @@ engine/pretraining.py has pre-training's, engine/retrieval/retriever_job.py and 
 import hashlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError, SettingsError
+from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError, DataError, SettingsError
 from quincunx.data_shards.hashing import fold, mix
 from quincunx.engine.checkpoint import load_checkpoint
 from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
@@ -197,9 +197,11 @@ def train(run: Run) -> int:
     if run.step == 0:
         evaluate(run)
 
-    for batches in job.stream.iterate(run.step) if run.step < job.total_steps else ():
+    steps = job.stream.iterate(run.step)
+    while run.step < job.total_steps:
         # What all ranks must agree on: labelled tokens of the global batch, and whether any rank is asked to stop.
-        label_counts, stop = agree(run, batches)
+        batches, failure = take(steps)
+        label_counts, stop = agree(run, batches, failure)
 
         rate = learning_rate_at(run.step, job.total_steps, settings.learning_rate, settings.warmup_share)
         for group in engine.optimizer.param_groups:
@@ -234,22 +236,35 @@ def train(run: Run) -> int:
         evaluate(run, last)
         if ending or run.step % settings.checkpoint_every == 0:
             save(run, ending)
-        if last:
-            break
-        if stop:
+        if stop and not last:
             run.progress.say(f"stopped at step {run.step} on request; the same command continues")
             return EXIT_PREEMPTED
     return 0
 
 
-def agree(run: Run, batches: list) -> tuple[torch.Tensor, bool]:
-    """(what each loss is a mean over in the global batch, float32 on the device; whether any rank is asked to stop)."""
-    mine = torch.zeros(len(run.job.task_names) + 1, dtype=torch.float64)
+def take(steps: Iterator[list]) -> tuple[list, DataError | None]:
+    """A step's micro-batches on this rank, or what is wrong with its data."""
+    try:
+        return next(steps), None
+    except DataError as error:
+        return [], error
+
+
+def agree(run: Run, batches: list, failure: DataError | None) -> tuple[torch.Tensor, bool]:
+    """(what each loss is a mean over in the global batch, float32 on the device; whether any rank is asked to stop).
+
+    Raises DataError on every rank where one of them has no batches but a `failure`.
+    """
+    mine = torch.zeros(len(run.job.task_names) + 2, dtype=torch.float64)
     for batch in batches:
-        mine[:-1] += torch.tensor(run.job.num_labels(batch), dtype=torch.float64)
-    mine[-1] = run.stop_request.pending()
+        mine[:-2] += torch.tensor(run.job.num_labels(batch), dtype=torch.float64)
+    mine[-2], mine[-1] = run.stop_request.pending(), failure is not None
     dist.all_reduce(mine, group=run.control)
-    return mine[:-1].to(run.device, torch.float32), bool(mine[-1] > 0)
+    if mine[-1] > 0:
+        told: list[Any] = [None] * run.environment.world_size
+        dist.all_gather_object(told, failure and str(failure), group=run.control)
+        raise DataError(next(sentence for sentence in told if sentence))
+    return mine[:-2].to(run.device, torch.float32), bool(mine[-2] > 0)
 
 
 def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:

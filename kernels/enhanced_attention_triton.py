@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from quincunx.kernels.compile_case import CompileCase
 from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
-from quincunx.kernels.launching import CompileCase
 from quincunx.kernels.rounding_triton import WIDEN, round_to
 
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -1,10 +1,9 @@
-"""Which implementation of a kernel runs, chosen once at start-up, and what it takes to compile one without a GPU."""
+"""Which implementation of a kernel runs, chosen once at start-up."""
 
 import functools
 import importlib.util
 import os
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 
@@ -15,20 +14,6 @@ Implementation = Literal["auto", "triton", "torch"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OLDEST_CAPABILITY = (8, 0)
 """Ampere: bf16 tensor cores and asynchronous copies."""
-
-
-class CompileCase(NamedTuple):
-    """A kernel as it is launched on one architecture, to be compiled ahead of time (benchmarks/compiled_kernels.py)."""
-
-    name: str
-    kernel: Any
-    signature: Mapping[str, str]
-    """Type of every parameter in the kernel's order: "*bf16", "i32", "fp32", "constexpr"..."""
-    constants: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
-    tensor_cores: bool
-    """Whether it must use them: every kernel with a matrix product in bf16 or fp16."""
 
 
 def choose(implementation: Implementation, device: torch.device | str) -> Literal["triton", "torch"]:
@@ -43,6 +28,12 @@ def choose(implementation: Implementation, device: torch.device | str) -> Litera
 
 
 @functools.cache
+def is_recent(index: int | None) -> bool:
+    """Whether a CUDA device is Ampere or newer, as Triton kernels and flash attention need; AMD's count as such."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+
+
+@functools.cache
 def _choose(implementation: str, device_type: str, index: int | None) -> Literal["triton", "torch"]:
     if implementation == "torch":
         return "torch"
@@ -53,7 +44,7 @@ def _choose(implementation: str, device_type: str, index: int | None) -> Literal
         return "triton" if implementation == "triton" else "torch"
     elif device_type != "cuda":
         obstacle = f"tensors are on {device_type} and Triton kernels need a CUDA device"
-    elif torch.version.hip is None and torch.cuda.get_device_capability(index) < OLDEST_CAPABILITY:
+    elif not is_recent(index):
         major, minor = torch.cuda.get_device_capability(index)
         obstacle = f"the device has compute capability {major}.{minor} and the kernels need 8.0 (Ampere) or newer"
     if obstacle is None:

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from quincunx.kernels.launching import INTERPRETED, CompileCase
+from quincunx.kernels.compile_case import CompileCase
+from quincunx.kernels.launching import INTERPRETED
 from quincunx.kernels.linear_cross_entropy import Form, Gradients
 from quincunx.kernels.rounding_triton import WIDEN, round_to
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from quincunx.kernels.launching import is_recent
+
 Way = Literal["plain", "sdpa"]
 
 # A group holds sequences at least this share of its longest, so at most 1 / 0.75^2 of its scores are padding; and no
@@ -42,8 +44,8 @@ def packed_attention(
     keeps keys at most w positions away (ModernBERT's local layers; needs queries = tokens). `scale` is C ** -0.5 by
     default.
 
-    On CUDA in bf16 or fp16 this is torch's variable-length attention; elsewhere plain products or SDPA over groups of
-    sequences of similar length (`way_of_attending`).
+    On CUDA from Ampere on, in bf16 or fp16, this is torch's variable-length attention; elsewhere plain products or SDPA
+    over groups of sequences of similar length (`way_of_attending`).
     """
     if query_cu_seqlens is None:
         query_cu_seqlens, max_queries = cu_seqlens, max_length
@@ -51,7 +53,7 @@ def packed_attention(
         raise ValueError("packed_attention: a window needs queries at every token; give no query_cu_seqlens")
     if not len(q_RHC):
         return connected_empty(q_RHC, k_THC, v_THC)
-    if q_RHC.is_cuda and q_RHC.dtype in (torch.float16, torch.bfloat16):
+    if q_RHC.is_cuda and q_RHC.dtype in (torch.float16, torch.bfloat16) and is_recent(q_RHC.device.index):
         return _varlen(q_RHC, k_THC, v_THC, cu_seqlens, max_length, query_cu_seqlens, max_queries, window, scale)
     return _padded(q_RHC, k_THC, v_THC, cu_seqlens, query_cu_seqlens, window, scale)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quincunx.data_shards.block import Sample, Text
+from quincunx.data_shards.block import Text
+from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.shard_writer import write_shard_set
 from quincunx.data_shards.shards import ShardSet, open_shards
 

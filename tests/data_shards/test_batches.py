@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quincunx.data_shards.block import Sample, Text
+from quincunx.data_shards.block import Text
+from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import ALWAYS
 from quincunx.data_shards.packer import Packer
@@ -234,6 +235,12 @@ def test_texts_beyond_max_tokens_are_cut_before_a_word_and_counted(shard_set):
     for s, short_ids in enumerate(sequences(cut.tasks["mkp"].text)):
         last = whole.tasks["mkp"].text.cu_seqlens[s] + len(short_ids) - 2
         assert boundaries[last] or whole.tasks["mkp"].word_ids[last + 1] == 0
+
+
+def test_with_halves_a_cut_passage_is_counted_once_and_the_next_one_not(shard_set):
+    sample_ids = np.arange(200)
+    batch = pack(make_packer([shard_set], tasks=("npr", "mkp"), neighbour="halves", max_tokens=24), sample_ids)
+    assert batch.num_cut_texts == sum(len(stored(shard_set, sample_id, "passage")) > 22 for sample_id in sample_ids) > 0
 
 
 def test_a_word_longer_than_the_sequence_and_one_token_passages_are_packed(tmp_path, tokenizer_folder):

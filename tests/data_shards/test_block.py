@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quincunx.data_shards.block import FIELDS, Sample, Text, decode_block, encode_block
+from quincunx.data_shards.block import FIELDS, Text, decode_block
+from quincunx.data_shards.block_writer import Sample, encode_block
 from quincunx.data_shards.errors import DataError
 
 VOCAB_SIZES = [300, 2**16, 2**16 + 1, 250_002]

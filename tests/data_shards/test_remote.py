@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from quincunx.data_shards import remote
-from quincunx.data_shards.block import Sample, Text
+from quincunx.data_shards.block import Text
+from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.shard_writer import write_shard_set
 from quincunx.data_shards.shards import open_shards
@@ -120,6 +122,20 @@ def test_a_damaged_cache_file_is_fetched_again_and_a_damaged_remote_block_is_ref
     assert [finding.problems for finding in damaged] == [("block 1 does not match its digest",)]
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small file system")
+def test_a_disk_without_room_for_another_file_costs_the_cache_and_not_the_run(local_set, memory_set, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m,nr_inodes=12", "tmpfs", str(tmp_path)]  # files, and folders
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("this container may not mount")
+    try:
+        shards = open_shards(memory_set, cache_dir=str(tmp_path), block_cache_bytes=1)
+        assert read_all(shards) == read_all(open_shards(local_set))
+        with pytest.raises(OSError, match="No space left"):
+            (tmp_path / "another").touch()
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
     """Serves byte ranges, as every object store does; Python's own handler does not."""
 
@@ -180,8 +196,11 @@ def test_only_the_blocks_that_are_read_travel(local_set, tmp_path):
 
 def test_an_unreachable_or_unknown_remote_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
-    with pytest.raises(DataError, match="cannot be read after 3 attempts"):
+    refusal = r"http://127\.0\.0\.1:9/set/manifest\.json cannot be read after 3 attempts .*: check the address and"
+    with pytest.raises(DataError, match=refusal):
         open_shards("http://127.0.0.1:9/set", cache_dir=str(tmp_path))
+    with pytest.raises(DataError, match=refusal):
+        verify_shards("http://127.0.0.1:9/set")
     with pytest.raises(SettingsError, match="nosuch://bucket cannot be opened"):
         open_shards("nosuch://bucket", cache_dir=str(tmp_path))
     (tmp_path / "file").write_text("")

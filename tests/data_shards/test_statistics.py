@@ -6,9 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from quincunx.data_shards.block import Sample, Text, decode_block, encode_block
+from quincunx.data_shards.block import Text, decode_block
+from quincunx.data_shards.block_writer import Sample, encode_block
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.statistics import Statistics, StatisticsCounter, load_statistics, word_slot
+from quincunx.data_shards.statistics import Statistics, load_statistics, word_slot
+from quincunx.data_shards.statistics_counter import StatisticsCounter
 
 VOCAB_SIZE = 50
 
@@ -32,19 +34,23 @@ def test_counts_equal_a_plain_count_over_the_passages():
     for start in range(0, 300, 60):  # queries do not count
         samples = [Sample(f"p{i}", passages[i], queries=random_text(rng)) for i in range(start, start + 60)]
         counter.add_block(decode_block(encode_block(samples, VOCAB_SIZE)))
-    statistics = counter.result()
+    statistics = Statistics.from_bytes(counter.to_bytes())
     frequency = Counter(word for passage in passages for word in set(words(passage)))
     tokens = Counter(token for passage in passages for token in passage.token_ids.tolist())
     assert statistics.num_passages == 300
     assert statistics.token_counts.tolist() == [tokens[token] for token in range(VOCAB_SIZE)]
-    exact = sum(statistics.word_df(np.array(word)) == count for word, count in frequency.items())
+
+    def slot(word):
+        return word_slot(np.array(word), 0, len(word), VOCAB_SIZE, 2**18)
+
+    exact = sum(statistics.document_frequency[slot(word)] == count for word, count in frequency.items())
     assert exact >= 0.99 * len(frequency), "2**18 slots: about 1 word in 100 may share one"
-    assert all(statistics.word_df(np.array(word)) >= count for word, count in frequency.items())
+    assert all(statistics.document_frequency[slot(word)] >= count for word, count in frequency.items())
     assert sum(map(int, statistics.document_frequency)) == sum(frequency.values())
     common, rare = frequency.most_common()[0][0], frequency.most_common()[-1][0]
 
     def idf(word):
-        return statistics.idf[word_slot(np.array(word), 0, len(word), VOCAB_SIZE, 2**18)]
+        return statistics.idf[slot(word)]
 
     assert idf(rare) > idf(common) > 0
     assert idf(common) == pytest.approx(np.log(301 / (frequency[common] + 1)), rel=1e-6)
@@ -62,10 +68,10 @@ def test_bytes_are_the_same_for_any_split_into_parts_and_read_back():
         part = StatisticsCounter(VOCAB_SIZE, 1024)
         for block in pair:
             part.add_block(block)
-        parts.add_statistics(Statistics.from_bytes(part.result().to_bytes()))
-    data = whole.result().to_bytes()
-    assert data == parts.result().to_bytes()
-    assert load_statistics(data, "s", VOCAB_SIZE).idf.tolist() == whole.result().idf.tolist()
+        parts.add_statistics(Statistics.from_bytes(part.to_bytes()))
+    data = whole.to_bytes()
+    assert data == parts.to_bytes()
+    assert load_statistics(data, "s", VOCAB_SIZE).idf.tolist() == Statistics.from_bytes(data).idf.tolist()
     with pytest.raises(DataError, match="s counts a vocabulary of 50, the manifest says 51"):
         load_statistics(data, "s", 51)
 
@@ -74,4 +80,4 @@ def test_a_word_in_every_passage_stays_drawable():
     counter = StatisticsCounter(VOCAB_SIZE, 16)
     text = Text(np.array([7]), np.array([True]))
     counter.add_block(decode_block(encode_block([Sample(f"p{i}", text) for i in range(5)], VOCAB_SIZE)))
-    assert counter.result().idf[7] == np.float32(0.01)
+    assert Statistics.from_bytes(counter.to_bytes()).idf[7] == np.float32(0.01)

@@ -21,10 +21,11 @@ def passage(draw: random.Random) -> str:
 @pytest.fixture(scope="session")
 def small_shards(tmp_path_factory) -> Path:
     """A shard set of 90 training and 21 held-out passages, three a document; every second one has a query."""
-    from quincunx.data_shards.block import Sample, Text
+    from quincunx.data_shards.block import Text
+    from quincunx.data_shards.block_writer import Sample
     from quincunx.data_shards.shard_writer import write_shard_set
-    from quincunx.data_shards.tokenizer import tokenize
     from quincunx.data_shards.tokenizer_training import train_wordpiece
+    from quincunx.data_shards.words import tokenize
 
     draw = random.Random(1)
     documents = [[passage(draw) for _ in range(3)] for _ in range(37)]

@@ -34,6 +34,8 @@ FAMILIES = {
     "electra": {"embedding_size": 16},
     "xlm-roberta": {"pad_token_id": 1},
     "modernbert": MODERNBERT,
+    "albert": {"embedding_size": 16},
+    "distilbert": {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 64},
 }
 
 
@@ -146,6 +148,15 @@ def test_an_encoder_that_cannot_serve_the_run_is_refused_in_one_sentence(checkpo
     gpt2.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(SettingsError, match=r"type mpnet, whose attention .* cannot be replaced"):
         load_encoder("mpnet", from_scratch=ScratchShape(hidden=16, layers=1, heads=1), vocab_size=9, pad_token_id=0)
+    shape = ScratchShape(hidden=16, layers=1, heads=1, max_positions=8)
+    with pytest.raises(SettingsError, match=r"type mobilebert, which cannot read packed passages .* see each other"):
+        load_encoder("mobilebert", from_scratch=shape, vocab_size=9, pad_token_id=0)  # its embeddings read neighbours
+    with pytest.raises(SettingsError, match=r"'eurobert' cannot be made from scratch at these sizes \("):
+        load_encoder("eurobert", from_scratch=shape, vocab_size=9, pad_token_id=0)
+    weights = tmp_path / "roberta" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(SettingsError, match="could not be loaded"):
+        load_encoder(folder)
     with pytest.raises(SettingsError, match="type gpt2"):
         load_encoder(str(tmp_path / "gpt2"))
     (tmp_path / "empty").mkdir()

@@ -47,6 +47,14 @@ def test_the_first_machine_of_a_slurm_node_list(nodes, host):
     assert first_host(nodes) == host
 
 
+def test_mpirun_inside_a_slurm_step_is_open_mpi():
+    """Its processes are children of a daemon that srun started, one a machine, and may have that step's variables."""
+    daemon = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a[1-2]", "MASTER_ADDR": "a1"}
+    rank = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    found = discover_environment({**daemon, **rank})
+    assert (found.launcher, found.rank, found.world_size) == ("openmpi", 5, 8)
+
+
 def test_an_empty_node_list_is_refused():
     with pytest.raises(SettingsError, match="set MASTER_ADDR"):
         first_host("")

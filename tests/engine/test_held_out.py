@@ -93,10 +93,13 @@ def test_passages_are_shared_by_the_sets_of_a_mixture_and_none_held_out_is_none(
     number = shards.num_samples("heldout")
     assert datasets.tolist() == [0] * 5 + [1] * 4
     assert samples.tolist() == [number * i // 5 for i in range(5)] + [number * i // 4 for i in range(4)], "spread"
-    datasets, samples = spread_samples(mixture, 1000)
-    assert len(samples) == 2 * shards.num_samples("heldout")
+    in_rows = spread_samples(mixture, 9, in_a_row=2)[1].tolist()
+    assert in_rows[:5] == [0, 1, number * 2 // 5, number * 2 // 5 + 1, number * 4 // 5], "two side by side"
+    for in_a_row in (1, 4):
+        datasets, samples = spread_samples(mixture, 1000, in_a_row)
+        assert samples.tolist() == [*range(number), *range(number)], "all of them, each once"
 
-    from quincunx.data_shards.block import Sample
+    from quincunx.data_shards.block_writer import Sample
     from quincunx.data_shards.shard_writer import write_shard_set
 
     text = shards.read_block("train", 0).text("passage", 0)

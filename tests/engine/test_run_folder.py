@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -56,3 +57,12 @@ def test_an_output_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot be written"):
         RunFolder(str(tmp_path / "file" / "run"), is_main=True)
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    with pytest.raises(SettingsError, match=r"cannot lock files \(No locks available\)"):
+        RunFolder(str(tmp_path / "run"), is_main=True)

@@ -76,3 +76,16 @@ somewhere()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 76 and done.stdout == "alive after 1.6 s\ntold\n"
     assert "hung: no step has finished" in done.stderr and "in somewhere" in done.stderr
+
+
+def test_the_watchdog_ends_a_process_whose_last_words_hang_or_fail():
+    code = """
+import time
+from quincunx.engine import signals
+signals.ON_HANG_SECONDS = 0.5
+signals.Watchdog(0.3, on_hang=lambda: {last_words})
+time.sleep(60)
+"""
+    for last_words in ("time.sleep(60)", "1 / 0"):
+        done = subprocess.run([sys.executable, "-c", code.format(last_words=last_words)], timeout=30)
+        assert done.returncode == 76

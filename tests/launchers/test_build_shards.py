@@ -1,5 +1,7 @@
 """launchers/build_shards.py and verify_shards.py: real builds of a small corpus, killed, resumed, refused, repaired."""
 
+import errno
+import fcntl
 import gzip
 import json
 import os
@@ -209,27 +211,129 @@ def test_builds_killed_at_random_moments_give_the_same_bytes(corpus, reference, 
     assert contents(tmp_path) == contents(reference)
 
 
-def test_a_kill_while_shards_are_being_published_is_mended_by_a_rerun(corpus, reference, tmp_path, monkeypatch):
-    """The process ends for good between two renames; os._exit stands for the kill at that exact place."""
+def build_that_dies(settings: BuildSettings, dies: str) -> None:
+    """Runs a build whose process ends for good at a given place: os._exit stands for the kill there.
+
+    dies: Python that puts a call of `die()` into the build, given the modules `build` and `os`.
+    """
     script = (
         "import os, sys\n"
-        "from quincunx.data_shards import build_merge\n"
+        "from quincunx.data_shards import build\n"
         "from quincunx.launchers.build_shards import main\n"
-        "real, calls = os.replace, []\n"
-        "def replace(source, target):\n"
-        "    if str(source).endswith('.tar') and 'work/shards' in str(source) and '.tmp' not in str(source):\n"
-        "        calls.append(1)\n"
-        "        if len(calls) == 3: os._exit(9)\n"
-        "    return real(source, target)\n"
-        "build_merge.os.replace = replace\n"
+        "die = lambda: os._exit(9)\n"
+        f"{dies}\n"
         "main()\n"
     )
-    settings = settings_for(corpus, tmp_path)
     result = subprocess.run([sys.executable, "-c", script, *arguments(settings)[2:]], capture_output=True, text=True)
     assert result.returncode == 9, result.stderr
+
+
+def at_rename(of: str, number: int) -> str:
+    """For `build_that_dies`: at the number-th rename for which the expression `of` holds."""
+    return (
+        "real, calls = os.replace, []\n"
+        "def replace(source, target):\n"
+        "    source, target = str(source), str(target)\n"
+        f"    if {of}: calls.append(1)\n"
+        f"    return die() if len(calls) == {number} else real(source, target)\n"
+        "os.replace = replace"
+    )
+
+
+def test_a_kill_while_shards_are_being_published_is_mended_by_a_rerun(corpus, reference, tmp_path):
+    settings = settings_for(corpus, tmp_path)
+    build_that_dies(settings, at_rename("'work/shards' in source and '.tmp' not in source", 3))
     assert len(list(tmp_path.glob("*.tar"))) == 2 and not (tmp_path / "manifest.json").exists()
     build_shards(settings, [], say=lambda text: None)
     assert contents(tmp_path) == contents(reference)
+
+
+def test_a_kill_while_the_tokenizer_is_written_leaves_no_trace_after_a_rerun(corpus, reference, tmp_path):
+    settings = settings_for(corpus, tmp_path)
+    build_that_dies(settings, at_rename("target.endswith('tokenizer/tokenizer.json')", 1))
+    assert list((tmp_path / "tokenizer").glob(".*.tmp"))
+    build_shards(settings, [], say=lambda text: None)
+    assert contents(tmp_path) == contents(reference)
+
+
+@pytest.mark.parametrize("mend", ["overwrite", "repair"])
+def test_what_a_build_killed_just_after_publishing_left_is_not_taken_for_work_to_go_on_with(
+    corpus, reference, tmp_path, mend
+):
+    settings = settings_for(corpus, tmp_path)
+    build_that_dies(settings, "build.remove_work = lambda work: die()")
+    assert (tmp_path / "work").exists() and (tmp_path / "manifest.json").exists()
+    flip_a_bit(tmp_path)
+    if mend == "overwrite":
+        build_shards(replace(settings, overwrite=True), [], say=lambda text: None)
+    else:
+        repair_shards(str(tmp_path), verify_shards(str(tmp_path)), say=lambda text: None)
+    assert contents(tmp_path) == contents(reference)
+
+
+def first_shard(output: Path) -> Path:
+    return min(output.glob("train-*.tar"))
+
+
+def flip_a_bit(output: Path) -> None:
+    data = bytearray(first_shard(output).read_bytes())
+    data[1000] ^= 1
+    first_shard(output).write_bytes(data)
+
+
+def remove_a_shard(output: Path) -> None:
+    first_shard(output).unlink()
+
+
+def cut_the_manifest(output: Path) -> None:
+    (output / "manifest.json").write_bytes((output / "manifest.json").read_bytes()[:500] + b"\xff")
+
+
+def raise_the_schema_version(output: Path) -> None:
+    text = (output / "manifest.json").read_text()
+    (output / "manifest.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
+
+
+def add_a_tokenizer_file(output: Path) -> None:
+    (output / "tokenizer" / "added_tokens.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, remove_a_shard, cut_the_manifest, raise_the_schema_version, add_a_tokenizer_file]
+)
+def test_overwrite_builds_a_damaged_set_of_the_same_corpus_anew(corpus, reference, tmp_path, damage):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    damage(output)
+    assert contents(output) != contents(reference)
+    build_shards(settings_for(corpus, output, overwrite=True), [], say=lambda text: None)
+    assert contents(output) == contents(reference)
+
+
+@pytest.mark.parametrize("damage", [cut_the_manifest, raise_the_schema_version])
+def test_a_manifest_that_cannot_be_used_is_refused_with_the_way_out(corpus, reference, tmp_path, damage):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    damage(output)
+    with pytest.raises(DataError, match=r"manifest\.json .* build anew in its place with --overwrite"):
+        build_shards(settings_for(corpus, output), [], say=lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal"),
+    [
+        ({"probe_queries": 200}, "no held-out passage .* has a natural query"),
+        ({"pairs": True}, "no training passage .* has a natural query"),
+        ({"held_out_share": 0.999999}, "gives no training passage"),
+    ],
+)
+def test_an_overwrite_that_is_refused_leaves_the_old_set_as_it_was(corpus, reference, tmp_path, changes, refusal):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    for name in ("probe", "pairs"):
+        (output / name).mkdir()
+        (output / name / "corpus.jsonl").write_text("of the old set")
+    before = contents(output)
+    with pytest.raises(DataError, match=refusal):
+        build_shards(settings_for(corpus, output, generations=[], overwrite=True, **changes), [], say=lambda text: None)
+    assert {name: data for name, data in contents(output).items() if not name.startswith("work/")} == before
 
 
 def test_another_set_in_the_output_folder_is_refused_until_overwritten(corpus, reference, tmp_path):
@@ -263,6 +367,24 @@ def test_a_second_builder_of_the_same_output_is_refused(corpus, tmp_path):
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/shards")):
+        with pytest.raises(SettingsError, match=rf"output {output} cannot be used \(.*\): give a folder"):
+            build_shards(settings_for(corpus, output), [], say=lambda text: None)
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_build(corpus, tmp_path, monkeypatch):
+    """No such file system can be mounted here, so the call answers as one would."""
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.raises(SettingsError, match=r"gives no locks \(No locks available\).* give an output on a file system"):
+        build_shards(settings_for(corpus, tmp_path), [], say=lambda text: None)
 
 
 def broken(tmp_path: Path, lines: list[str]) -> BuildSettings:
@@ -354,6 +476,57 @@ def test_a_set_whose_corpus_has_changed_is_not_repaired(corpus, reference, tmp_p
     with pytest.raises(DataError, match=r"cannot be repaired, it was built from something else \(another corpus\)"):
         repair_shards(str(output), verify_shards(str(output)))
     assert not first.exists()
+
+
+@pytest.mark.parametrize("content", [b'{"command": ["a"', bytes(200), b"[]", b'{"command": 1}'])
+def test_a_damaged_build_json_is_named_by_verify_and_repair_needs_it_only_for_the_corpus(reference, tmp_path, content):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    (output / "build.json").write_bytes(content)
+    (output / "statistics.npz").unlink()
+    report = verify_shards(str(output))
+    assert [finding.name for finding in report.damaged] == ["statistics.npz", "build.json"]
+    assert "build the set anew with --overwrite" in report.damaged[1].problems[0]
+    repair_shards(str(output), report)
+    assert contents(output) == contents(reference)
+    first_shard(output).unlink()
+    with pytest.raises(
+        DataError, match=r"build\.json is damaged, so how the set was built is not known: copy it again"
+    ):
+        repair_shards(str(output), verify_shards(str(output)))
+
+
+def test_the_verify_launcher_names_a_damaged_build_json(reference, tmp_path):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    (output / "build.json").write_bytes(b"")
+    verify = [sys.executable, str(ROOT / "launchers" / "verify_shards.py"), str(output)]
+    damaged = subprocess.run(verify, capture_output=True, text=True)
+    assert damaged.returncode == 3 and damaged.stderr.count("\n") == 1
+    assert "damaged in build.json" in damaged.stderr
+    assert "build.json is damaged, so how the set was built is not known: copy it again" in damaged.stdout
+
+
+def test_statistics_are_repaired_without_the_corpus_and_shards_are_not(reference, tmp_path):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    record = json.loads((output / "build.json").read_text())
+    record["folder"] = str(tmp_path / "gone")
+    record["settings"]["path"] = "gone.jsonl"
+    (output / "build.json").write_text(json.dumps(record))
+    (output / "statistics.npz").write_bytes(b"")
+    repair_shards(str(output), verify_shards(str(output)))
+    assert contents(output) == contents(reference)
+    first_shard(output).unlink()
+    with pytest.raises(DataError, match=r"the folder .*gone that it was built from is gone: .* --overwrite"):
+        repair_shards(str(output), verify_shards(str(output)))
+
+
+def test_a_set_built_with_settings_unknown_here_is_not_repaired(reference, tmp_path):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    record = json.loads((output / "build.json").read_text())
+    record["settings"]["colour"] = "blue"
+    (output / "build.json").write_text(json.dumps(record))
+    first_shard(output).unlink()
+    with pytest.raises(DataError, match=r"names other settings than this quincunx has \(.*'colour'\)"):
+        repair_shards(str(output), verify_shards(str(output)))
 
 
 def test_a_tokenizer_trained_on_the_corpus_and_a_probe_of_held_out_docstrings(tmp_path):
@@ -503,3 +676,28 @@ def test_an_executor_whose_software_is_not_there_is_refused(corpus, tmp_path, mo
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingsError, match="executor slurm needs sbatch on this machine: give --executor local"):
         build_shards(settings_for(corpus, tmp_path / "out", executor="slurm", slurm_partition="cpu"), [], say=print)
+
+
+def stand_in_sbatch(folder: Path, monkeypatch, script: str) -> None:
+    (folder / "sbatch").write_text(f"#!/bin/bash\n{script}\n")
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_job_that_sbatch_refuses_is_one_sentence_that_names_the_settings(corpus, tmp_path, monkeypatch):
+    stand_in_sbatch(tmp_path, monkeypatch, "exit 5")
+    with pytest.raises(
+        SettingsError, match=r"refused the job \(exit 5\).* --slurm_partition, --slurm_time and --slurm_"
+    ):
+        build_shards(settings_for(corpus, tmp_path / "out", executor="slurm", slurm_partition="cpu"), [], say=print)
+
+
+def test_an_overwrite_under_slurm_keeps_its_work_and_the_old_set_while_the_jobs_run(
+    corpus, reference, tmp_path, monkeypatch
+):
+    stand_in_sbatch(tmp_path, monkeypatch, "echo Submitted batch job 1")
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    slurm = settings_for(corpus, output, executor="slurm", slurm_partition="cpu", overwrite=True)
+    assert build_shards(slurm, [], say=lambda text: None) is None
+    assert (output / "work" / "slurm_job").read_text() == "1"
+    assert not verify_shards(str(output)).damaged

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.shards import open_shards
 from quincunx.engine.checkpoint import find_newest
 from quincunx.launchers.pretrain import RECIPES, main
 
@@ -264,3 +265,27 @@ def test_ranks_that_were_started_differently_stop_before_they_train(tiny_shards,
         harness.kill_all(process)
     output = (tmp_path / "log").read_text()
     assert code == 2 and "not all ranks have the same files and settings: rank 1 has dataset" in output, output
+
+
+def test_a_damaged_block_that_one_rank_meets_ends_all_with_its_sentence(tiny_shards, tmp_path, harness):
+    """As a bad local copy on one machine of a cluster: the ranks have met, and none of them may wait for the other."""
+    for rank in range(2):
+        shutil.copytree(tiny_shards, tmp_path / f"shards{rank}")
+    for shard in open_shards(str(tmp_path / "shards1")).manifest.shards:
+        content = bytearray((tmp_path / "shards1" / shard.name).read_bytes())
+        for block in shard.blocks:
+            content[block.offset + block.size // 2] ^= 1
+        (tmp_path / "shards1" / shard.name).write_bytes(content)
+    command = shlex.join(harness.command(tiny_shards, tmp_path / "run", launcher="python"))
+    two_ranks = [sys.executable, str(Path(__file__).parent / "spawn_ranks.py"), "2"]
+    process = harness.begin(
+        [*two_ranks, "bash", "-c", f"exec {command} --shards {tmp_path}/shards$RANK"], tmp_path / "log"
+    )
+    try:
+        code = process.wait(120)
+    finally:
+        harness.kill_all(process)
+    output = (tmp_path / "log").read_text()
+    assert code == 3 and "Traceback" not in output, output
+    sentences = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert sentences and all(f"{tmp_path}/shards1 does not match its digest" in line for line in sentences), output

@@ -1,0 +1,85 @@
+"""Word starts and tokens of every family of tokenizers."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quincunx.data_shards.tokenizer import special_ids
+from quincunx.data_shards.words import tokenize
+
+FAMILIES = ["bert", "roberta", "modernbert", "xlm_roberta"]
+TEXTS = st.text(alphabet="ab Zé,.'-1°日本のไท\n\t[SEP]🙂ñ̃", max_size=60)
+
+
+def words(tokenizer, text: str) -> list[str]:
+    """The words of a text as its word starts cut it, by the last characters of their tokens."""
+    tokens = tokenize(tokenizer, [text])[0]
+    starts = np.flatnonzero(tokens.word_starts)
+    ends = [*starts[1:], len(tokens.token_ids)]
+    cuts = [0, *(int(tokens.ends[end - 1]) for end in ends)]
+    return [text[a:b].strip() for a, b in pairwise(cuts)]
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert", "xlm_roberta"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Dense retrieval, word-wide.", ["Dense", "retrieval", ",", "word", "-", "wide", "."]),
+        ("quick (brown) fox", ["quick", "(", "brown", ")", "fox"]),
+        ("jump  over", ["jump", "over"]),
+        ("zebra🙂 naïve", ["zebra", "🙂", "naïve"]),
+    ],
+)
+def test_words_end_at_spaces_and_punctuation_in_every_family(tokenizers, family, text, expected):
+    assert [word for word in words(tokenizers[family], text) if word] == expected
+
+
+def test_bert_words_are_those_of_its_own_pretokens(tokenizers):
+    assert words(tokenizers["bert"], "Don't tokenise unbelievably 日本") == [
+        "Don",
+        "'",
+        "t",
+        "tokenise",
+        "unbelievably",
+        "日",
+        "本",
+    ]
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert", "xlm_roberta"])
+def test_a_text_without_spaces_is_no_single_word(tokenizers, family):
+    for text in ("京日はテ東で空の首書語しキ白す", "ไทยประเทศวรรคเขียนไม่เว้นโดยประเทศ"):
+        tokens = tokenize(tokenizers[family], [text])[0]
+        assert tokens.word_starts.sum() > len(text) / 6
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert"])
+def test_no_word_starts_inside_a_character_of_several_byte_tokens(tokenizers, family):
+    text = "鬱鬱 🙂x"  # characters that the training text lacks: three or four byte tokens each
+    tokens = tokenize(tokenizers[family], [text])[0]
+    assert len(tokens.token_ids) > 8
+    assert [word for word in words(tokenizers[family], text) if word] == ["鬱", "鬱", "🙂", "x"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(text=TEXTS)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tokens_are_the_tokenizers_own_and_starts_and_ends_are_sound(tokenizers, family, text):
+    tokenizer = tokenizers[family]
+    tokens = tokenize(tokenizer, [text])[0]
+    assert tokens.token_ids.tolist() == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert len(tokens.token_ids) == len(tokens.word_starts) == len(tokens.ends)
+    if len(tokens.token_ids):
+        assert tokens.word_starts[0]
+        assert (np.diff(tokens.ends) >= 0).all() and tokens.ends[-1] <= len(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_that_spells_special_tokens_gives_no_special_token(tokenizers, family):
+    tokenizer = tokenizers[family]
+    tokens = tokenize(tokenizer, ["a [MASK] b [SEP] c <mask> d </s> [CLS] <s> <pad>"])[0]
+    specials = special_ids(tokenizer)
+    assert not set(tokens.token_ids.tolist()) & (set(specials["all"]) - {specials["unk"]})
