@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,7 +61,7 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
                 "output, or --overwrite to replace it"
             )
         check_shard_sizes(settings.output, finished)
-        shutil.rmtree(output / WORK_FOLDER, ignore_errors=True)
+        remove_leftover(output)
         say(f"{output} already holds this shard set, complete (dataset id {finished.dataset_id}): nothing to do")
         return finished
     with working_folder(output, identity, settings.overwrite) as work:
@@ -205,7 +205,7 @@ def working_folder(output: Path, identity: dict[str, Any], overwrite: bool) -> I
         if found and not overwrite and found | {"sources": identity["sources"]} != identity:
             raise SettingsError(
                 f"{output} holds an unfinished build ({differences(found, identity)}): finish it with its own "
-                "command, give another output, or --overwrite to start anew"
+                f"command, delete {work}, give another output, or --overwrite to start anew"
             )
         published = (work / PUBLISHING_NAME).exists() and (output / MANIFEST_NAME).exists()
         if found != identity or published:  # nothing that lies here may be used again
@@ -237,6 +237,15 @@ def remove_work(work: Path) -> None:
     """Removes the working folder; its identity goes first, so that nothing uses a half-removed one."""
     (work / IDENTITY_NAME).unlink()
     shutil.rmtree(work)
+
+
+def remove_leftover(output: Path) -> None:
+    """Removes what a build left that was killed just after publishing; the work of one that goes on stays."""
+    work = output / WORK_FOLDER
+    if (work / PUBLISHING_NAME).exists() or (work.is_dir() and not (work / IDENTITY_NAME).exists()):
+        with open(work / "lock", "w") as lock, suppress(SettingsError):
+            take_lock(lock, output)
+            shutil.rmtree(work)
 
 
 def write_plan(settings: BuildSettings, identity: dict[str, Any], work: Path, say: Callable[[str], None]) -> TaskPlan:

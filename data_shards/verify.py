@@ -230,6 +230,7 @@ def _rebuild(
         working_folder,
         write_plan,
     )
+    from quincunx.data_shards.build_merge import PUBLISHING_NAME
     from quincunx.data_shards.build_settings import BuildSettings
     from quincunx.data_shards.build_task import run_task
     from quincunx.data_shards.readers import list_inputs
@@ -265,6 +266,7 @@ def _rebuild(
             for task in sorted({int(shard.name.split("-")[1]) for shard in shards}):
                 say(f"running task {task} of the build again")
                 run_task(plan, task)
+            (work / PUBLISHING_NAME).touch()  # files leave it from here on: no later build may go on from it
             for shard in shards:
                 _put_back(plan.shards_folder / shard.name, output / shard.name, shard.digest)
             for entry in tokenizer_files:

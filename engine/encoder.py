@@ -166,6 +166,11 @@ def load_encoder(
             f"{encoder.word_embeddings.num_embeddings}; build the shards with the encoder's own tokenizer"
         )
     make_lean(encoder.model, dropout)
+    if gradient_checkpointing and not encoder.model.supports_gradient_checkpointing:
+        raise SettingsError(
+            f"encoder {name!r} is of type {encoder.config.model_type}, which transformers cannot checkpoint; set "
+            "gradient_checkpointing to false"
+        )
     if gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
     return encoder, head_weights(masked_lm, encoder) if has_head else None
@@ -186,6 +191,8 @@ def _random_masked_lm(name: str, shape: ScratchShape, vocab_size: int | None, pa
     }
     if "embedding_size" in config.to_dict():
         sizes["embedding_size"] = shape.hidden
+    if "hidden_dim" in config.to_dict():  # DistilBERT's name of it
+        sizes["hidden_dim"] = sizes.pop("intermediate_size")
     sizes = {key: value for key, value in sizes.items() if value is not None}
     # Built anew rather than changed in place: some configurations derive other fields from these (layer_types).
     fields = {**config.to_dict(), **sizes}
@@ -273,8 +280,8 @@ def _check_type(name: str, config: PretrainedConfig) -> None:
 @torch.no_grad()
 def _check_packing(name: str, encoder: PackedEncoder) -> None:
     """Reads two texts packed and one of them alone. Raises SettingsError where that fails or does not give the same."""
-    training = encoder.training
-    encoder.eval()
+    training = encoder.model.training
+    encoder.model.eval()
     positions, bounds = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 3, 5], dtype=torch.int32)
     try:
         words = encoder.word_embeddings(torch.arange(5))
@@ -287,7 +294,7 @@ def _check_packing(name: str, encoder: PackedEncoder) -> None:
             obstacle = "its embedding layer is not as wide as its vectors"
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         obstacle = _in_one_line(error)
-    encoder.train(training)
+    encoder.model.train(training)
     if obstacle is not None:
         raise SettingsError(
             f"encoder {name!r} is of type {encoder.config.model_type}, which cannot read packed passages here "

@@ -67,9 +67,8 @@ def spread_samples(packer: "Packer", num_passages: int, in_a_row: int = 1) -> tu
     ids = []
     for index, number in zip(filled, taken, strict=True):
         places = np.arange(0, number, in_a_row) * counts[index] // number
-        row = (places[:, None] + np.arange(in_a_row)).ravel()[:number]
-        ids.append(row[row < counts[index]])
-    datasets = np.repeat(np.array(filled, np.int16), [len(row) for row in ids])
+        ids.append((places[:, None] + np.arange(in_a_row)).ravel()[:number])
+    datasets = np.repeat(np.array(filled, np.int16), taken)
     return datasets, np.concatenate(ids) if ids else np.empty(0, np.int64)
 
 

@@ -232,7 +232,7 @@ def build_model(
     )
     words = packed.word_embeddings
     if dropout is None:
-        dropout = getattr(packed.config, "hidden_dropout_prob", 0.0)
+        dropout = getattr(packed.config, "hidden_dropout_prob", getattr(packed.config, "dropout", 0.0))
     model = PretrainModel(
         packed,
         make_lm_head(packed.config, words.num_embeddings, words.embedding_dim, head_weights),

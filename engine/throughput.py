@@ -114,8 +114,9 @@ def encoder_multiply_adds(model: nn.Module, lengths: np.ndarray, read: np.ndarra
     """
     config = model.config
     width, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", 4 * width)
-    inner *= 1 if hasattr(config, "hidden_act") else 1.5  # a gated feed-forward has three matrices
+    inner = getattr(config, "intermediate_size", getattr(config, "hidden_dim", 4 * width))
+    is_plain = hasattr(config, "hidden_act") or hasattr(config, "hidden_dim")  # as BERT's and DistilBERT's
+    inner *= 1 if is_plain else 1.5  # a gated feed-forward has three matrices
     lengths = lengths.astype(np.float64)
     read = lengths if read is None or not reads_rows(model) else read.astype(np.float64)
     whole = (layers - 1) * ((4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum())

@@ -263,7 +263,7 @@ def agree(run: Run, batches: list, failure: DataError | None) -> tuple[torch.Ten
     if mine[-1] > 0:
         told: list[Any] = [None] * run.environment.world_size
         dist.all_gather_object(told, failure and str(failure), group=run.control)
-        raise DataError(next(sentence for sentence in told if sentence))
+        raise DataError(next(f"on rank {rank}: {sentence}" for rank, sentence in enumerate(told) if sentence))
     return mine[:-2].to(run.device, torch.float32), bool(mine[-2] > 0)
 
 

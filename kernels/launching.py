@@ -27,10 +27,10 @@ def choose(implementation: Implementation, device: torch.device | str) -> Litera
     return _choose(implementation, device.type, device.index)
 
 
-@functools.cache
 def is_recent(index: int | None) -> bool:
     """Whether a CUDA device is Ampere or newer, as Triton kernels and flash attention need; AMD's count as such."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+    card = torch.cuda.get_device_properties(index)  # no cache, nor another call: torch.compile folds this one
+    return torch.version.hip is not None or (card.major, card.minor) >= OLDEST_CAPABILITY
 
 
 @functools.cache
@@ -45,8 +45,8 @@ def _choose(implementation: str, device_type: str, index: int | None) -> Literal
     elif device_type != "cuda":
         obstacle = f"tensors are on {device_type} and Triton kernels need a CUDA device"
     elif not is_recent(index):
-        major, minor = torch.cuda.get_device_capability(index)
-        obstacle = f"the device has compute capability {major}.{minor} and the kernels need 8.0 (Ampere) or newer"
+        card = torch.cuda.get_device_properties(index)
+        obstacle = f"the device has compute capability {card.major}.{card.minor}, kernels need 8.0 (Ampere) or newer"
     if obstacle is None:
         return "triton"
     if implementation == "triton":

@@ -170,8 +170,7 @@ def main() -> int:
     make([python, "launchers/build_shards.py", *corpus, *sizes, "--output", str(shards)], shards / "manifest.json")
 
     say("2. Pre-training on two ranks, the demo recipe (recipes/demo.yaml)")
-    two_ranks = launcher_of_two_ranks()
-    train = [*two_ranks, "launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json"]
+    train = [*launcher_of_two_ranks(), "launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json"]
     if settings.output != Path("demo_run"):
         train += ["--shards", str(shards), "--output", str(run_folder), "--probe", str(shards / "probe")]
     if (run_folder / "export" / "encoder").exists():
@@ -189,7 +188,7 @@ def main() -> int:
     passed = print_results(run_folder)
 
     say("5. Fine-tuning: summary lines of training docstrings as queries, BM25's best wrong passages as negatives")
-    fine_tune(python, two_ranks, settings.output, make)
+    fine_tune(python, launcher_of_two_ranks(), settings.output, make)
 
     say("6. Search in the held-out docstrings: BM25, the encoder it started from, before and after fine-tuning")
     measure_all(python, settings.output, make)

@@ -134,6 +134,8 @@ def test_from_scratch_takes_the_architecture_at_other_sizes(family):
     assert head is None and encoder.max_length == 33 and encoder.word_embeddings.num_embeddings == 57
     assert encoder.config.pad_token_id == 3
     assert encoder.config.hidden_size == 16 and encoder.config.num_hidden_layers == 3
+    widths = {module.out_features for module in encoder.model.modules() if isinstance(module, torch.nn.Linear)}
+    assert max(widths) == (128 if family == "modernbert" else 64), "4 x hidden; twice that at once where it is gated"
     text = text_to_tensors(PackedText(np.arange(33, dtype=np.int32), np.array([0, 33], np.int32)))
     assert torch.isfinite(run_packed(encoder, text)).all()
 

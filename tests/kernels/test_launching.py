@@ -32,13 +32,14 @@ def test_triton_on_a_cpu_is_a_settings_error_that_says_what_to_do():
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "torch"), ((8, 0), "triton"), ((9, 0), "triton")])
 def test_auto_takes_triton_from_ampere_on(capability, chosen, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    card = types.SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     assert launching.choose("auto", "cuda:0") == chosen
 
 
 def test_triton_on_an_old_card_or_without_the_package_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    with pytest.raises(ValueError, match=r"compute capability 7\.5 and the kernels need 8\.0"):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(major=7, minor=5))
+    with pytest.raises(ValueError, match=r"compute capability 7\.5, kernels need 8\.0"):
         launching.choose("triton", "cuda:0")
     launching._choose.cache_clear()
     monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)

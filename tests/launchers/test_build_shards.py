@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from quincunx.data_shards import build
 from quincunx.data_shards.build import build_shards
 from quincunx.data_shards.build_merge import write_pairs
 from quincunx.data_shards.build_settings import BuildSettings
@@ -269,6 +270,34 @@ def test_what_a_build_killed_just_after_publishing_left_is_not_taken_for_work_to
     else:
         repair_shards(str(tmp_path), verify_shards(str(tmp_path)), say=lambda text: None)
     assert contents(tmp_path) == contents(reference)
+
+
+def test_what_a_repair_cut_short_left_is_not_taken_for_work_to_go_on_with(corpus, reference, tmp_path, monkeypatch):
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    record = json.loads((output / "build.json").read_text())
+    record["settings"]["output"] = str(output)
+    (output / "build.json").write_text(json.dumps(record))
+    with monkeypatch.context() as cut_short:
+        cut_short.setattr(build, "remove_work", lambda work: 1 / 0)
+        flip_a_bit(output)
+        with pytest.raises(ZeroDivisionError):
+            repair_shards(str(output), verify_shards(str(output)), say=lambda text: None)
+    assert (output / "work").exists() and not verify_shards(str(output)).damaged
+    flip_a_bit(output)
+    repair_shards(str(output), verify_shards(str(output)), say=lambda text: None)
+    assert not verify_shards(str(output)).damaged and not (output / "work").exists()
+
+
+def test_a_finished_set_leaves_the_work_of_another_build_alone(corpus, reference, tmp_path):
+    """As of Slurm tasks that --overwrite has submitted, when the command without it is run again."""
+    output = Path(shutil.copytree(reference, tmp_path / "set"))
+    (output / "work" / "tasks").mkdir(parents=True)
+    (output / "work" / "identity.json").write_text("{}")
+    build_shards(settings_for(corpus, output), [], say=lambda text: None)
+    assert (output / "work" / "tasks").exists()
+    (output / "work" / "publishing").touch()  # of a build that was killed just after it had published
+    build_shards(settings_for(corpus, output), [], say=lambda text: None)
+    assert not (output / "work").exists()
 
 
 def first_shard(output: Path) -> Path:

@@ -288,4 +288,5 @@ def test_a_damaged_block_that_one_rank_meets_ends_all_with_its_sentence(tiny_sha
     output = (tmp_path / "log").read_text()
     assert code == 3 and "Traceback" not in output, output
     sentences = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert sentences and all(f"{tmp_path}/shards1 does not match its digest" in line for line in sentences), output
+    assert sentences and all(line.startswith("error: on rank 1: block ") for line in sentences), output
+    assert f"{tmp_path}/shards1 does not match its digest" in sentences[0]
