@@ -21,9 +21,10 @@ def main() -> int:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
         variables = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
         ranks.append(subprocess.Popen(command, env=variables))
+    failed = None
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = next((code for code in codes if code), None)
+        failed = failed or next((code for code in codes if code), None)  # a rank that is then killed does not count
         if failed is not None and failed not in (75, 76, 77):
             for rank in ranks:
                 rank.kill()
