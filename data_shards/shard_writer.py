@@ -205,8 +205,8 @@ def full_disk_is_named(folder: Path):
         if error.errno not in FULL_DISK:
             raise
         raise DataError(
-            f"the disk of {folder} is full ({error.strerror}): free space and run the same command again, finished "
-            "shards are kept"
+            f"the disk of {folder} is full ({error.strerror}): free space and run the same command again, what is "
+            "finished is kept"
         ) from None
 
 

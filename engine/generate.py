@@ -18,6 +18,7 @@ from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.generations import MANIFEST_NAME, PART_NAME
 from quincunx.data_shards.passages import Passage, read_passages
 from quincunx.data_shards.readers import list_inputs
+from quincunx.data_shards.shard_writer import full_disk_is_named
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.environment import Environment, choose_device
 
@@ -208,7 +209,7 @@ def tidy(text: str, task: str, is_seq2seq: bool) -> str:
 def write_part(target: Path, task: str, passages: list[Passage], texts: list[list[str]]) -> None:
     """One JSON line per passage, in order, all or nothing."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with full_disk_is_named(target.parent), open(temporary, "w", encoding="utf-8") as file:
         for passage, of_passage in zip(passages, texts, strict=True):
             value = [text for text in of_passage if text] if task == "queries" else of_passage[0]
             file.write(json.dumps({"passage_id": passage.passage_id, task: value}, ensure_ascii=False) + "\n")

@@ -89,7 +89,7 @@ def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     path = folder / name
     if not path.is_file():
         raise DataError(f"the probe {folder} has no {name}: give a folder in BEIR's format")
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -55,9 +55,11 @@ def choose_checkpoint(job: Job, model_digest: str, folder: RunFolder, world_size
     for change in check_fits(checkpoint, job, model_digest):
         print(f"warning: resuming with a changed setting: {change}", flush=True)
     stage = job.config["zero_optimization"]["stage"]
-    if not needs_conversion(checkpoint, world_size, stage, precision_of(job.config)):
+    precision = precision_of(job.config)
+    if not needs_conversion(checkpoint, world_size, stage, precision):
         return Resume(checkpoint, checkpoint.folder, universal=False)
-    print(f"converting {checkpoint.folder.name} from {checkpoint.world_size} to {world_size} ranks", flush=True)
+    change = f"from {checkpoint.world_size} to {world_size} ranks, ZeRO {checkpoint.zero_stage} to {stage}"
+    print(f"converting {checkpoint.folder.name} {change}, {checkpoint.precision} to {precision}", flush=True)
     return Resume(checkpoint, convert(checkpoint), universal=True)
 
 

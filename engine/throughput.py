@@ -1,5 +1,6 @@
 """What a training run says about itself: mean losses between two log lines, rates, model FLOPs, the progress line."""
 
+import re
 import sys
 import time
 from typing import Any
@@ -19,7 +20,7 @@ PEAK_FLOPS = {
     "A40": 150e12, "A30": 165e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12,
     "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "MI250X": 383e12,
 }  # fmt: skip
-"""Dense 16-bit matrix FLOP/s by the makers' data sheets; the first name that the card's name contains counts."""
+"""Dense 16-bit matrix FLOP/s by the makers' data sheets; the first name that stands in the card's as words counts."""
 
 
 class Window:
@@ -129,7 +130,7 @@ def peak_flops_of(device: torch.device, world_size: int, precision: str) -> floa
     if device.type != "cuda" or precision == "float32":
         return None
     name = torch.cuda.get_device_name(device).upper()
-    return next((peak * world_size for card, peak in PEAK_FLOPS.items() if card in name), None)
+    return next((peak * world_size for card, peak in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
 
 
 def peak_memory_gb(device: torch.device) -> float:

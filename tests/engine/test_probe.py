@@ -108,3 +108,11 @@ def test_a_malformed_folder_is_named_by_file_and_line(tokenizer, beir_folder, tm
         (tmp_path / "beir" / file).write_text(content)
     with pytest.raises(DataError, match=sentence):
         load_probe(tmp_path / "beir", tokenizer, 40)
+
+
+def test_a_corpus_that_is_not_utf_8_is_refused_with_its_line(tokenizer, beir_folder, tmp_path):
+    shutil.copytree(beir_folder, tmp_path / "beir")
+    corpus = tmp_path / "beir" / "corpus.jsonl"
+    corpus.write_bytes(corpus.read_bytes() + '{"_id": "x", "text": "café"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"corpus\.jsonl line \d+ is not an object with _id and text .*decode"):
+        load_probe(tmp_path / "beir", tokenizer, 40)
