@@ -1,6 +1,9 @@
 """Triton kernels run on the GPU where there is one, else in Triton's interpreter on CPU tensors."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,3 +27,20 @@ if not torch.cuda.is_available():
 def device() -> str:
     """Where Triton kernels run in this process."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a tmpfs with the options given ("size=16k") at tmp_path, its result; skips where that is not allowed."""
+    mounted = []
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(tmp_path)]
+        if subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("mounts a small file system: needs root on Linux, and a container that may")
+        mounted.append(tmp_path)
+        return tmp_path
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a traceback may hold a file open

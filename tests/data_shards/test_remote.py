@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -122,18 +121,12 @@ def test_a_damaged_cache_file_is_fetched_again_and_a_damaged_remote_block_is_ref
     assert [finding.problems for finding in damaged] == [("block 1 does not match its digest",)]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small file system")
-def test_a_disk_without_room_for_another_file_costs_the_cache_and_not_the_run(local_set, memory_set, tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m,nr_inodes=12", "tmpfs", str(tmp_path)]  # files, and folders
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("this container may not mount")
-    try:
-        shards = open_shards(memory_set, cache_dir=str(tmp_path), block_cache_bytes=1)
-        assert read_all(shards) == read_all(open_shards(local_set))
-        with pytest.raises(OSError, match="No space left"):
-            (tmp_path / "another").touch()
-    finally:
-        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+def test_a_disk_without_room_for_another_file_costs_the_cache_and_not_the_run(local_set, memory_set, small_disk):
+    tmp_path = small_disk("size=20m,nr_inodes=12")  # files, and folders
+    shards = open_shards(memory_set, cache_dir=str(tmp_path), block_cache_bytes=1)
+    assert read_all(shards) == read_all(open_shards(local_set))
+    with pytest.raises(OSError, match="No space left"):
+        (tmp_path / "another").touch()
 
 
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
