@@ -104,6 +104,14 @@ def find_newest(folder: Path, report: Callable[[str], None] = print) -> Checkpoi
     return None
 
 
+def find_step(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step. Raises CheckpointError where there is none that verifies, naming those that exist."""
+    if not (folder / step_name(step)).is_dir():
+        kept = ", ".join(str(int(path.name.removeprefix("step-"))) for path in committed(folder)) or "none"
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has those of steps {kept}")
+    return verify(folder / step_name(step))
+
+
 def needs_conversion(checkpoint: Checkpoint, world_size: int, zero_stage: int, precision: str) -> bool:
     """Whether the checkpoint must become a universal one to be loaded by such a run.
 

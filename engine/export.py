@@ -1,4 +1,4 @@
-"""A run's newest checkpoint as three model folders that stand on their own.
+"""A run's checkpoint as three model folders that stand on their own.
 
 OUTPUT/encoder                 AutoModel and AutoTokenizer load it without any code of ours
 OUTPUT/sentence-transformers   SentenceTransformer loads it, with CLS pooling
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.bundle import write_bundle
-from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
+from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest, find_step
 from quincunx.engine.model_card import PLOT_FILE, learned_settings, model_card, plot_losses
 
 if TYPE_CHECKING:
@@ -64,16 +64,18 @@ def save_model_files(run_folder: Path, model: Any, tokenizer_folder: Path) -> No
     model.encoder.config.save_pretrained(folder)
 
 
-def export_run(run_folder: Path, output: Path, normalise: bool = False) -> Checkpoint:
+def export_run(run_folder: Path, output: Path, normalise: bool = False, step: int | None = None) -> Checkpoint:
     """Exports the newest checkpoint that verifies; replaces what an earlier export left in `output`. Rank 0 only.
 
-    normalise: the sentence-transformers model gives vectors of length 1.
+    normalise: the sentence-transformers model gives vectors of length 1. step: that step's checkpoint instead.
 
     Raises:
-        CheckpointError: the run has no usable checkpoint, or its folder `model` is missing.
+        CheckpointError: the run has no usable checkpoint (of that step), or its folder `model` is missing.
     """
     run_folder, output = Path(run_folder), Path(output)
-    checkpoint = find_newest(run_folder / "checkpoints")
+    checkpoint = (
+        find_newest(run_folder / "checkpoints") if step is None else find_step(run_folder / "checkpoints", step)
+    )
     if checkpoint is None:
         raise CheckpointError(f"{run_folder} has no checkpoint: give a run folder of pretrain.py that has saved one")
     if not (run_folder / MODEL_FOLDER / "config.json").is_file():

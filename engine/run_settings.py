@@ -55,7 +55,7 @@ class RunSettings:
     max_grad_norm: float = 1.0
     """Gradient norm above which the gradient is scaled down; 0 never."""
     steps: int | None = None
-    """Length of the run in optimizer steps; give this or epochs."""
+    """Length of the run in optimizer steps; give this or epochs. 0 saves and exports the model as it starts."""
     epochs: float | None = None
     """Length of the run in passes over the training data; give this or steps."""
     global_batch: int = 256
@@ -122,9 +122,8 @@ def find_run_problems(settings: RunSettings) -> list[str]:
         (s.steps is None) != (s.epochs is None),
         "give the run's length as steps or as epochs, and set the other to null (--steps null)",
     )
-    for name in ("steps", "epochs"):
-        value = getattr(s, name)
-        need(value is None or 0 < value < 1e9, f"{name} is {value}; it must be above 0 and below 1e9")
+    need(s.steps is None or 0 <= s.steps < 1e9, f"steps is {s.steps}; it must be at least 0 and below 1e9")
+    need(s.epochs is None or 0 < s.epochs < 1e9, f"epochs is {s.epochs}; it must be above 0 and below 1e9")
     if s.probe is not None:
         need((Path(s.probe) / "corpus.jsonl").is_file(), f"probe {s.probe} is no BEIR folder: it has no corpus.jsonl")
     return problems

@@ -196,6 +196,8 @@ def train(run: Run) -> int:
     window = Window(job, run.device, run.peak_flops)
     if run.step == 0:
         evaluate(run)
+    if job.total_steps == 0:
+        save(run, ending=True)
 
     steps = job.stream.iterate(run.step)
     while run.step < job.total_steps:

@@ -1,4 +1,4 @@
-"""Exports a run's newest checkpoint: a pre-trained encoder in three forms, or a fine-tuned retriever or reranker.
+"""Exports a run's checkpoint: a pre-trained encoder in three forms, or a fine-tuned retriever or reranker.
 
 python launchers/export.py --run runs/pretrain --output exported
 """
@@ -6,7 +6,7 @@ python launchers/export.py --run runs/pretrain --output exported
 from dataclasses import dataclass
 from pathlib import Path
 
-from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
 from quincunx.engine.run_folder import SETTINGS_FILE
 from quincunx.launchers.command_line import parse_settings
 
@@ -20,6 +20,8 @@ class ExportSettings:
     output: str | None = None
     """Folder to write encoder/, sentence-transformers/ and bundle/, or retriever/, or reranker/ into (default:
     RUN/export)."""
+    step: int | None = None
+    """Checkpoint of this optimizer step of a pre-training (default: the newest)."""
     normalise: bool = False
     """The sentence-transformers model of a pre-trained encoder gives vectors of length 1."""
 
@@ -28,13 +30,17 @@ def main() -> None:
     settings = parse_settings(ExportSettings, __doc__.split("\n")[0])
     output = Path(settings.output or Path(settings.run, "export"))
     if is_finetuned(Path(settings.run)):
+        if settings.step is not None:
+            raise SettingsError(
+                "step is for pre-training runs: a fine-tuned model is exported from its newest checkpoint"
+            )
         from quincunx.engine.retrieval.finetune_export import export_finetuned
 
         print(f"Exported {settings.run}: {export_finetuned(Path(settings.run), output)[0].parent}")
         return
     from quincunx.engine.export import export_run
 
-    checkpoint = export_run(Path(settings.run), output, settings.normalise)
+    checkpoint = export_run(Path(settings.run), output, settings.normalise, settings.step)
     print(f"Exported step {checkpoint.step} of {settings.run}:")
     print(f"  {output / 'encoder'}  for transformers: AutoModel.from_pretrained")
     print(f"  {output / 'sentence-transformers'}  for sentence-transformers: SentenceTransformer")

@@ -1,4 +1,4 @@
-"""Commands of a pipeline: one at a time over a folder, stopped together with everything they have started."""
+"""Commands that a pipeline or a study runs, stopped together with everything they have started."""
 
 import contextlib
 import ctypes
@@ -18,10 +18,11 @@ LOCK_PATIENCE_SECONDS = 120.0
 SAVING_PATIENCE_SECONDS = 600.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may wait for a lock
 
 
 class Stopping:
-    """Runs commands, one at a time, and hands a request to stop (SIGTERM, SIGUSR1, Ctrl-C) to the one that runs.
+    """Runs commands, one in each thread, and hands a request to stop (SIGTERM, SIGUSR1, Ctrl-C) to all that run.
 
     A command is a process group of its own, so that the request reaches every rank whatever the launcher does with it;
     it gets SIGTERM too when this process dies.
@@ -29,7 +30,7 @@ class Stopping:
 
     def __init__(self):
         self.requested = False
-        self._process: subprocess.Popen | None = None
+        self._processes: set[subprocess.Popen] = set()
 
     def __enter__(self) -> "Stopping":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -40,24 +41,32 @@ class Stopping:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
-        self.requested = True
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
+        self.stop()
 
-    def run(self, command: Sequence[str], lock: IO[str]) -> int:
-        """The command's exit code; 75 where it was asked to stop. It holds `lock` as long as it lives."""
+    def stop(self) -> None:
+        """Asks all that run to stop, and lets nothing start any more."""
+        self.requested = True
+        for process in tuple(self._processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
+    def run(self, command: Sequence[str], lock: IO[str], **options: Any) -> int:
+        """The command's exit code; 75 where it was asked to stop. It holds `lock` as long as it lives.
+
+        options: further ones of subprocess.Popen.
+        """
         if self.requested:
             return EXIT_PREEMPTED
-        self._process = subprocess.Popen(
-            command, start_new_session=True, pass_fds=(lock.fileno(),), preexec_fn=_follow_parent
+        process = subprocess.Popen(
+            command, start_new_session=True, pass_fds=(lock.fileno(),), preexec_fn=_follow_parent, **options
         )
+        self._processes.add(process)
         if self.requested:  # it came between the question above and the start
-            self._receive(signal.SIGTERM, None)
-        code = self._process.wait()
+            self.stop()
+        code = process.wait()
         if self.requested:
-            wait_for_group(self._process.pid)
-        self._process = None
+            wait_for_group(process.pid)
+        self._processes.discard(process)
         if code and self.requested:
             return EXIT_PREEMPTED
         return code if code >= 0 else 128 - code
@@ -66,7 +75,7 @@ class Stopping:
 def _follow_parent() -> None:
     """SIGTERM to this process when its parent dies (Linux; elsewhere the command outlives a killed pipeline)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def wait_for_group(group: int) -> None:

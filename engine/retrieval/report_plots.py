@@ -13,8 +13,8 @@ FEWEST_FOR_MARKERS = 30
 BINS = 21
 
 
-def plot_curves(curves: Curves) -> str:
-    """SVG: one panel for each entry, side by side two in a row, lines over optimizer steps."""
+def plot_curves(curves: Curves, xlabel: str = "optimizer step", logarithmic: bool = False) -> str:
+    """SVG: one panel for each entry, side by side two in a row, lines over optimizer steps (or what xlabel says)."""
     pyplot = _pyplot()
     rows = -(-len(curves) // 2)
     columns = min(2, len(curves))
@@ -27,12 +27,31 @@ def plot_curves(curves: Curves) -> str:
             panel.plot(steps, values, color=colour, label=line, linewidth=1.6, marker=marker, markersize=3.5)
         panel.set_title(title, fontsize=10)
         panel.legend(fontsize=8, frameon=False)
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        if logarithmic:
+            panel.set_xscale("log")
+        else:
+            panel.xaxis.get_major_locator().set_params(integer=True)
         if place >= len(curves) - columns:
-            panel.set_xlabel("optimizer step", fontsize=9)
+            panel.set_xlabel(xlabel, fontsize=9)
         _tidy(panel)
     for panel in axes.flat[len(curves) :]:
         panel.set_visible(False)
+    return _svg(figure)
+
+
+def plot_bars(bars: Mapping[str, tuple[float, float, float]], measure: str, lines: Mapping[str, float]) -> str:
+    """SVG: a horizontal bar for each (value, low, high) with its interval, and a dashed line for each of `lines`."""
+    pyplot = _pyplot()
+    figure, panel = pyplot.subplots(figsize=(7.8, 0.9 + 0.32 * len(bars)))
+    values = [value for value, _, _ in bars.values()]
+    errors = [[value - low for value, low, _ in bars.values()], [high - value for value, _, high in bars.values()]]
+    panel.barh(list(bars), values, xerr=errors, color=COLOURS[0], ecolor=INK, error_kw={"linewidth": 1, "capsize": 2})
+    for number, (name, value) in enumerate(lines.items(), 1):
+        panel.axvline(value, color=COLOURS[number], linestyle="--", linewidth=1.4, label=name)
+    panel.invert_yaxis()
+    panel.set_xlabel(measure, fontsize=9)
+    panel.legend(fontsize=8, frameon=False)
+    _tidy(panel)
     return _svg(figure)
 
 

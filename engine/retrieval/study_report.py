@@ -1,0 +1,265 @@
+"""The report of a study (launchers/study.py): tables, tests and plots of its cells, as HTML and Markdown.
+
+Two tests compare a variant with another, both paired, both of the first measure. Over queries: Student's t-test, each
+query's values averaged over the seeds first, so that a query counts once; Holm's correction ("A Simple Sequentially
+Rejective Multiple Test Procedure", 1979) covers all comparisons of the report. Over seeds: the t-test of the seeds'
+means, which few seeds make weak.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quincunx.engine.retrieval.measures import interval, paired_t_test
+from quincunx.engine.retrieval.report_blocks import Block, Figure, Heading, Table, Text, write_report
+from quincunx.engine.retrieval.report_plots import plot_bars, plot_curves
+
+Record = Mapping[str, Any]
+Variants = Mapping[str, tuple[int | None, float]]
+"""Variant -> (step of the pre-training that is fine-tuned, None: the last; share of the training queries)"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant on one collection, over its seeds."""
+
+    records: Mapping[int, Record]
+    """Seed -> record, of cells that did not diverge; at least one."""
+
+    @property
+    def per_query(self) -> np.ndarray:
+        """float64 [queries], the first measure averaged over seeds."""
+        return np.mean([record["per_query"] for record in self.records.values()], axis=0)
+
+    def means(self, measure: str) -> list[float]:
+        return [record["measures"][measure]["mean"] for record in self.records.values()]
+
+
+@dataclass(frozen=True)
+class Test:
+    """A variant against another; differences are first minus second."""
+
+    difference: float
+    low: float
+    high: float
+    queries_p: float
+    seeds_p: float | None
+    """None with fewer than two seeds in common."""
+
+
+def compare_rows(first: Row, second: Row) -> Test:
+    """Both tests of two variants on one collection."""
+    differences = first.per_query - second.per_query
+    seeds = [seed for seed in first.records if seed in second.records]
+    measure = next(iter(next(iter(first.records.values()))["measures"]))
+    by_seed = [
+        first.records[seed]["measures"][measure]["mean"] - second.records[seed]["measures"][measure]["mean"]
+        for seed in seeds
+    ]
+    low, high = interval(differences)
+    return Test(
+        difference=float(differences.mean()),
+        low=low,
+        high=high,
+        queries_p=paired_t_test(differences) or 0.0,
+        seeds_p=paired_t_test(np.array(by_seed)) if len(seeds) > 1 else None,
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Rank correlation; None where one of the two does not vary."""
+    from scipy.stats import spearmanr
+
+    found = float(spearmanr(first, second).statistic) if len(set(first)) > 1 and len(set(second)) > 1 else math.nan
+    return None if math.isnan(found) else found
+
+
+def make_report(
+    output: Path,
+    name: str,
+    variants: Variants,
+    against: Sequence[str],
+    records: Sequence[Record],
+    bm25: Mapping[str, Record],
+    num_cells: int,
+) -> list[Path]:
+    """Writes report.html, report.md and the plots into `output`; gives their paths.
+
+    variants: in the table's order. records: of finished cells, diverged ones too. bm25: collection -> its record.
+    """
+    table: dict[str, dict[str, Row]] = {collection: {} for collection in bm25}
+    for variant in variants:
+        for collection, rows in table.items():
+            mine = {r["seed"]: r for r in records if (r["variant"], r["collection"]) == (variant, collection)}
+            mine = {seed: record for seed, record in sorted(mine.items()) if "diverged" not in record}
+            if mine:
+                rows[variant] = Row(mine)
+    blocks: list[Block] = [Heading(1, f"Study {name}"), Text(describe(records, num_cells))]
+    measure = next(iter(next(iter(bm25.values()))["measures"])) if bm25 else ""
+    tests = {
+        (collection, variant, other): compare_rows(rows[variant], rows[other])
+        for collection, rows in table.items()
+        for other in against
+        for variant in rows
+        if other in rows and other != variant
+    }
+    corrected = dict(zip(tests, holm([test.queries_p for test in tests.values()])))
+    for collection, rows in table.items():
+        if not rows:
+            continue
+        queries = len(next(iter(rows.values())).per_query)
+        blocks += [Heading(2, f"{collection}, {queries} queries"), means_table(rows, bm25[collection])]
+        bars = {variant: (row.per_query.mean(), *interval(row.per_query)) for variant, row in rows.items()}
+        words = bm25[collection]["measures"][measure]["mean"]
+        figure = plot_bars(bars, measure, {"BM25": words})
+        blocks.append(
+            Figure(f"{collection}-bars", f"{measure} on {collection} with 95 % intervals over queries", figure)
+        )
+        mine = [key for key in tests if key[0] == collection]
+        if mine:
+            blocks.append(tests_table({key[1:]: (tests[key], corrected[key]) for key in mine}, measure))
+    blocks += curves(table, variants, measure)
+    blocks += [Heading(2, "Held-out losses of the pre-trainings"), losses_table(table)]
+    return write_report(Path(output), blocks)
+
+
+def describe(records: Sequence[Record], num_cells: int) -> str:
+    """How much of the study is there, and what it was made with."""
+    diverged = [f"{r['collection']} {r['variant']} seed {r['seed']}" for r in records if "diverged" in r]
+    text = f"{len(records)} of {num_cells} cells."
+    if diverged:
+        text += f" Diverged, and left out of every table: {'; '.join(diverged)}."
+    codes = [record["code"] for record in records if "code" in record]
+    commits = sorted({str(code["commit"])[:12] for code in codes})
+    torch = sorted({code.get("torch", "?") for code in codes})
+    return text + f" Commits {', '.join(commits)}; torch {', '.join(torch)}." if codes else text
+
+
+def means_table(rows: Mapping[str, Row], bm25: Record) -> Table:
+    measures = list(bm25["measures"])
+    header = ["variant", "seeds", f"{measures[0]} before fine-tuning", *measures, "passages/s"]
+    body = []
+    for variant, row in rows.items():
+        before = [record["before"]["mrr@10"] for record in row.records.values()]
+        rates = [rate for record in row.records.values() if (rate := record["passages_per_second"])]
+        cells = [with_spread(before), *(with_spread(row.means(measure)) for measure in measures)]
+        body.append([variant, str(len(row.records)), *cells, f"{statistics.fmean(rates):.0f}" if rates else ""])
+    body.append(["BM25", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures), ""])
+    note = "Mean over seeds ± their standard deviation. passages/s: of the pre-training, on one worker."
+    return Table(header, body, note)
+
+
+def with_spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def tests_table(tests: Mapping[tuple[str, str], tuple[Test, float]], measure: str) -> Table:
+    rows = [
+        [
+            f"{variant} against {other}",
+            f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}]",
+            as_p(test.queries_p),
+            as_p(corrected),
+            as_p(test.seeds_p),
+        ]
+        for (variant, other), (test, corrected) in tests.items()
+    ]
+    note = "Paired t-tests: over queries (each averaged over the seeds), and over the seeds' means."
+    return Table(
+        [measure, "difference, 95 % interval", "p over queries", "corrected by Holm", "p over seeds"], rows, note
+    )
+
+
+def as_p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def curves(table: Mapping[str, Mapping[str, Row]], variants: Variants, measure: str) -> list[Block]:
+    """The probe along the pre-training; fine-tuned quality by its steps and by training queries, where they vary."""
+    blocks: list[Block] = []
+    probes: Panels = {}
+    by_step: Panels = {}
+    by_share: Panels = {}
+    for collection, rows in table.items():
+        for variant, row in rows.items():
+            step, share = variants[variant]
+            steps = last_step(row)
+            found = [record["probe"] for record in row.records.values()]
+            if len(found[0].get("step", ())) > 1 and step in (None, steps):
+                values = np.mean([probe["mrr@10"] for probe in found], axis=0)
+                probes.setdefault(collection, {})[variant] = list(zip(found[0]["step"], values))
+            value = row.per_query.mean()
+            family = variant.rpartition("-")[0] or variant
+            if any(at is not None for at, _ in variants.values()):
+                by_step.setdefault(collection, {}).setdefault(family, []).append((step or steps, value))
+            if any(other < 1 for _, other in variants.values()):
+                name = family if share < 1 else variant
+                by_share.setdefault(collection, {}).setdefault(name, []).append((100 * share, value))
+    if probes:
+        caption = "MRR@10 of the probe, [CLS] without fine-tuning, mean over seeds"
+        blocks += [Heading(2, "The probe along the pre-training"), Figure("probe", caption, plot_curves(lines(probes)))]
+    if by_step:
+        figure = Figure("steps", f"{measure} after fine-tuning", plot_curves(lines(by_step)))
+        blocks += [Heading(2, "Fine-tuned quality by steps of pre-training"), figure, prediction_table(table, variants)]
+    if by_share:
+        plot = plot_curves(lines(by_share), xlabel="per cent of the training queries", logarithmic=True)
+        blocks += [Heading(2, "Fine-tuned quality by training queries"), Figure("queries", f"{measure}", plot)]
+    return blocks
+
+
+Panels = dict[str, dict[str, list[tuple[float, float]]]]
+"""Collection -> line -> points (x, y)"""
+
+
+def lines(panels: Panels) -> dict[str, dict[str, tuple]]:
+    return {
+        panel: {name: tuple(zip(*sorted(points))) for name, points in found.items()} for panel, found in panels.items()
+    }
+
+
+def last_step(row: Row) -> int:
+    """Steps of a variant's pre-training."""
+    return next(iter(row.records.values()))["made_from"]["pretrain"]["steps"]
+
+
+def prediction_table(table: Mapping[str, Mapping[str, Row]], variants: Variants) -> Table:
+    """How well the probe at a checkpoint predicts the fine-tuned quality: rank correlation over the checkpoints."""
+    body = []
+    for collection, rows in table.items():
+        for seed in sorted({seed for row in rows.values() for seed in row.records}):
+            pairs = []
+            for variant, row in rows.items():
+                if seed in row.records:
+                    record, step = row.records[seed], variants[variant][0] or last_step(row)
+                    probe = dict(zip(record["probe"]["step"], record["probe"]["mrr@10"]))
+                    if step in probe:
+                        pairs.append((probe[step], next(iter(record["measures"].values()))["mean"]))
+            value = spearman(*zip(*pairs)) if pairs else None
+            body.append([collection, str(seed), "-" if value is None else f"{value:.2f}", str(len(pairs))])
+    return Table(["collection", "seed", "Spearman's correlation of probe and fine-tuned", "checkpoints"], body)
+
+
+def losses_table(table: Mapping[str, Mapping[str, Row]]) -> Table:
+    rows = []
+    for collection, found in table.items():
+        for variant, row in found.items():
+            record = next(iter(row.records.values()))
+            for task, (before, after, unigram) in record["held_out"].items():
+                rows.append([collection, variant, task, f"{before:.2f}", f"{after:.2f}", f"{unigram:.2f}"])
+    header = ["collection", "variant", "task", "before", "after", "unigram"]
+    return Table(header, rows, "First seed, nats per labelled token.", folded="Held-out losses beside their unigrams")
