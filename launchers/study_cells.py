@@ -391,7 +391,9 @@ def run_cell(cell: Cell, run: Run) -> dict[str, Any]:
     model, embeddings, found = cell.tuned / "export" / "retriever", cell.tuned / "embeddings", cell.tuned / "run.trec"
     judged = {"qrels": collection / "qrels" / f"{made_from['split']}.tsv"}
     device = {"device": made_from["finetune"].get("device", "auto")}
-    run("encode.py", device, {"model": model, "corpus": collection, "output": embeddings})
+    # float32: vectors of an encoder that has learned little are nearly alike, and float16 ranks them wrongly.
+    vectors = {"dtype": "float32", **device}
+    run("encode.py", vectors, {"model": model, "corpus": collection, "output": embeddings})
     asked = {"model": model, "embeddings": embeddings, "queries": collection, **judged, "output": found}
     run("search.py", {"depth": DEPTH, **device}, asked)
     run("evaluate.py", {"measures": made_from["measures"]}, {"run": found, **judged, **results(cell.tuned)})

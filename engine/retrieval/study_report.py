@@ -133,7 +133,8 @@ def make_report(
         if mine:
             blocks.append(tests_table({key[1:]: (tests[key], corrected[key]) for key in mine}, measure))
     blocks += curves(table, variants, measure)
-    blocks += [Heading(2, "Held-out losses of the pre-trainings"), losses_table(table)]
+    if any(table.values()):
+        blocks += [Heading(2, "Held-out losses of the pre-trainings"), losses_table(table)]
     return write_report(Path(output), blocks)
 
 

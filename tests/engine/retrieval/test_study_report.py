@@ -1,0 +1,87 @@
+"""The statistics of a study against numbers worked out by hand, and what its report says."""
+
+import math
+
+import pytest
+
+from quincunx.engine.retrieval.study_report import Row, compare_rows, holm, make_report, spearman
+
+
+def record(variant: str, seed: int, *values: float, collection: str = "wiki", probe=(0.1, 0.2), **more) -> dict:
+    mean = sum(values) / len(values)
+    return {
+        "collection": collection, "variant": variant, "seed": seed,
+        "measures": {"RR@10": {"mean": mean, "low": 0.0, "high": 1.0}}, "per_query": [*values],
+        "before": {"mrr@10": 0.05, "ndcg@10": 0.06}, "probe": {"step": [0, 10], "mrr@10": [*probe]},
+        "held_out": {"mlm": [7.0, 6.0, 6.5]}, "passages_per_second": 100.0, "code": {"commit": "c" * 40, "torch": "2"},
+        "made_from": {"pretrain": {"steps": 10}}, **more,
+    }  # fmt: skip
+
+
+BM25 = {"wiki": {"measures": {"RR@10": {"mean": 0.625, "low": 0.0, "high": 1.0}}, "per_query": [1, 1, 0.5, 0]}}
+NONE = {0: record("none", 0, 0.5, 0.5, 0.0, 1.0), 1: record("none", 1, 0.5, 0.5, 0.5, 0.5)}
+MASTER = {0: record("master", 0, 1.0, 1.0, 0.5, 0.5), 1: record("master", 1, 0.5, 1.0, 0.5, 1.0)}
+
+
+def test_a_query_counts_once_its_values_averaged_over_seeds_first():
+    assert Row(NONE).per_query.tolist() == [0.5, 0.5, 0.25, 0.75]
+    test = compare_rows(Row(MASTER), Row(NONE))
+    # master's averages are 0.75, 1, 0.5, 0.75: differences 0.25, 0.5, 0.25, 0.
+    assert test.difference == 0.25 and 0 <= test.low < 0.25 < test.high <= 0.5
+    # t = 0.25 / (sqrt(1/24) / 2) = 2.4495 with 3 degrees of freedom, whose p has a closed form.
+    x = 0.25 / (math.sqrt(1 / 24) / 2) / math.sqrt(3)
+    assert test.queries_p == pytest.approx(1 - 2 / math.pi * (math.atan(x) + x / (1 + x * x)), rel=1e-9)
+
+
+def test_seeds_are_paired_by_number_and_one_seed_gives_no_p_value():
+    # Means over seeds 0 and 1: none 0.5, 0.5; other 0.75, 0.625: t = 0.1875 / 0.0625 = 3 with 1 degree of freedom.
+    other = {0: record("other", 0, 1.0, 1.0, 0.5, 0.5), 1: record("other", 1, 0.5, 1.0, 0.5, 0.5)}
+    p = 1 - 2 / math.pi * math.atan(3)
+    assert compare_rows(Row(other), Row(NONE)).seeds_p == pytest.approx(p, rel=1e-9)
+    assert compare_rows(Row({2: other[0]}), Row(NONE)).seeds_p is None, "no seed in common"
+
+
+def test_holm_corrects_from_the_smallest_p_on():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01; 2 x 0.03; not below the one before
+    assert holm([0.6, 0.5]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_ranks_correlate_and_a_constant_gives_none():
+    assert spearman([0.1, 0.2, 0.3], [1, 4, 9]) == pytest.approx(1.0)
+    assert spearman([0.1, 0.2, 0.3], [9, 4, 1]) == pytest.approx(-1.0)
+    assert spearman([0.1, 0.1], [1, 2]) is None
+
+
+def test_the_report_shows_every_variant_and_leaves_diverged_cells_out(tmp_path):
+    records = [*NONE.values(), *MASTER.values(), {"collection": "wiki", "variant": "wild", "seed": 0, "diverged": True}]
+    variants = {"none": (None, 1.0), "master": (None, 1.0), "wild": (None, 1.0)}
+    paths = make_report(tmp_path, "small", variants, ["none"], records, BM25, 6)
+    page = (tmp_path / "report.md").read_text()
+    assert "5 of 6 cells. Diverged, and left out of every table: wiki wild seed 0." in page
+    assert "| master | 2 | 0.050 ± 0.000 | 0.750 ± 0.000 | 100 |" in page
+    assert "| BM25 |  |  | 0.625 |  |" in page and "| wild |" not in page
+    assert "| master against none | +0.250 [" in page and "none against none" not in page
+    assert "wiki | master | mlm | 7.00 | 6.00 | 6.50" in page
+    assert {path.name for path in paths} >= {"report.html", "report.md", "wiki-bars.svg", "probe.svg"}
+    assert (tmp_path / "report.html").read_text().count("<svg") == 2
+
+
+def test_checkpoints_are_compared_with_the_probe_at_their_own_step(tmp_path):
+    values = {4: 0.25, 8: 0.75, None: 0.5}
+    probe = {"step": [0, 4, 8, 10], "mrr@10": [0.0, 0.1, 0.3, 0.2]}
+    records = [record(f"run-{at}", 0, value, value) | {"probe": probe} for at, value in values.items()]
+    make_report(tmp_path, "steps", {f"run-{at}": (at, 1.0) for at in values}, [], records, BM25, 3)
+    page = (tmp_path / "report.md").read_text()
+    assert "| wiki | 0 | 1.00 | 3 |" in page and (tmp_path / "steps.svg").exists()
+
+
+def test_few_labels_make_a_curve_of_each_pre_training(tmp_path):
+    shares = {"mlm": 1.0, "mlm-1": 0.01, "mlm-10": 0.1}
+    records = [record(name, 0, share, share) for name, share in shares.items()]
+    make_report(tmp_path, "few", {name: (None, share) for name, share in shares.items()}, [], records, BM25, 3)
+    assert "per cent of the training queries" in (tmp_path / "queries.svg").read_text()
+
+
+def test_a_study_without_cells_reports_that(tmp_path):
+    make_report(tmp_path, "empty", {"none": (None, 1.0)}, [], [], {}, 3)
+    assert (tmp_path / "report.md").read_text() == "# Study empty\n\n0 of 3 cells.\n"

@@ -1,0 +1,209 @@
+"""Studies: what their recipes may say, and cells that real commands make, whatever kills them."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.launchers.study import main
+from quincunx.launchers.study_cells import STUDIES, read_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPE = {
+    "shards": {"tokenizer": "train:300", "max_tokens": 32, "held_out_share": 0.1},
+    "pretrain": {
+        "encoder": "bert", "from_scratch": True, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_tokens": 32,
+        "global_batch": 8, "learning_rate": 1e-3, "steps": 4, "checkpoint_every": 2, "held_out_passages": 8,
+        "probe_every": 2, "log_every": 1, "device": "cpu",
+    },
+    "finetune": {
+        "global_batch": 8, "num_negatives": 1, "max_passage_tokens": 32, "max_query_tokens": 12, "steps": 3,
+        "log_every": 1, "device": "cpu",
+    },
+    "seeds": [0],
+    "against": ["none"],
+    "variants": {
+        "none": {"pretrain": {"steps": 0}},
+        "half": {"pretrain": {"tasks": ["mkp"]}, "at_step": 2, "train_share": 0.5},
+        "wild": {"pretrain": {"tasks": ["mkp"], "learning_rate": 9e5, "max_bad_steps": 1}},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def collection(tmp_path) -> Path:
+    """A BEIR folder of 90 passages over 120 invented words; a query is three words of its passage."""
+    draw = random.Random(0)
+    words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(120)]
+    texts = [" ".join(draw.sample(words, 12)) for _ in range(90)]
+    folder = tmp_path / "wiki"
+    (folder / "qrels").mkdir(parents=True)
+    rows = {
+        "corpus.jsonl": [{"_id": f"p{n}", "title": "", "text": text} for n, text in enumerate(texts)],
+        "queries.jsonl": [{"_id": f"q{n}", "text": " ".join(text.split()[:3])} for n, text in enumerate(texts)],
+    }
+    for name, lines in rows.items():
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for split, numbers in (("train", range(60)), ("dev", range(60, 90))):
+        judged = "".join(f"q{n}\tp{n}\t1\n" for n in numbers)
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    return folder
+
+
+@pytest.fixture
+def study(tmp_path, collection):
+    """The command line of a study: the recipe above with other values for some keys."""
+
+    def words(output: str = "out", **keys) -> list[str]:
+        recipe = tmp_path / "tiny.yaml"
+        recipe.write_text(yaml.safe_dump({**RECIPE, **keys}))
+        found = ["--recipe", str(recipe), "--collections", str(collection), "--output", str(tmp_path / output)]
+        return [*found, "--workers", "2"]
+
+    return words
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "launchers" / "study.py"), *words]
+    with open(log, "a") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+
+
+def cells(output: Path) -> dict[str, dict]:
+    return {path.parent.name: json.loads(path.read_text()) for path in output.glob("cells/wiki/*/seed-*.json")}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in STUDIES.glob("*.yaml")))
+def test_every_shipped_recipe_reads(name):
+    recipe = read_recipe(name)
+    trained = [json.dumps([dict(v.pretrain), v.at_step, v.train_share]) for v in recipe.variants.values()]
+    assert len({*trained}) == len(trained) >= 5, "two variants are the same"
+    assert len(recipe.seeds) >= 3
+
+
+def test_masters_and_retromaes_tables_have_their_rows():
+    tasks = {name: v.pretrain["tasks"] for name, v in read_recipe("master_table6").variants.items()}
+    assert tasks["full"] == tasks["shared-decoder"] == ["mkp", "cmp", "npr", "dor", "gor"]
+    assert tasks["without-cpr"] == ["npr", "dor", "gor"] and tasks["without-rpr"] == ["mkp", "cmp", "dor", "gor"]
+    assert tasks["without-por"] == ["mkp", "cmp", "npr"]
+    retromae = [v.pretrain for v in read_recipe("retromae_table6").variants.values()]
+    for decoder in ("enhanced", "masked"):
+        rates = {s.get("decoder_mask_rate", 0.5) for s in retromae if s["decoder"] == decoder}
+        assert rates == {0.15, 0.3, 0.5, 0.7, 0.9}
+    assert {s.get("encoder_mask_rate", 0.3) for s in retromae} == {0.15, 0.3, 0.5, 0.7, 0.9}
+    assert {s.get("decoder_layers") for s in retromae if s["decoder"] == "masked"} == {1, 2, 3}
+    figure = read_recipe("master_figure2")
+    assert [v.at_step for v in figure.variants.values()] == [*(125 * k for k in range(1, 12)), None]
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"variant": {}}, "unknown field variant, did you mean variants?"),
+        ({"variants": {}}, "has no variants"),
+        ({"variants": {"a": {"pretain": {}}}}, "variant a: unknown field pretain, did you mean pretrain?"),
+        ({"variants": {"a": {"pretrain": {"learning_rat": 1}}}}, "variant a: unknown setting --learning_rat, did you"),
+        ({"variants": {"a": {"finetune": {"num_negatives": -1}}}}, "variant a: num_negatives is -1"),
+        ({"variants": {"a": {"train_share": 2}}}, "train_share is 2: give a number above 0, at most 1"),
+        ({"variants": {"a": {"at_step": 3}}}, "at_step is 3, where no checkpoint is written: give a multiple"),
+        ({"shards": {"max_tokens": 1}}, "shards: max_tokens is 1"),
+        ({"against": ["nobody"]}, "against names nobody; the variants are"),
+        ({"seeds": [1, 1]}, "seeds are"),
+        ({"measures": ["MRR@x"]}, "MRR@x"),
+        ({"base": "nothing"}, "there is no study recipe nothing"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence_and_nothing_is_written(study, tmp_path, keys, sentence):
+    with pytest.raises(SettingsError) as error:
+        main(study(**{"against": [], **keys}))
+    assert sentence in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_variant_named_twice_is_refused(study, tmp_path):
+    words = study()
+    text = "variants:\n  a: {}\n  b: {}\n  a: {}\n"
+    (tmp_path / "tiny.yaml").write_text(text)
+    with pytest.raises(SettingsError, match="name a twice: rename one"):
+        main(words)
+
+
+def test_a_collection_without_dev_judgements_is_refused(study, collection):
+    (collection / "qrels" / "dev.tsv").unlink()
+    with pytest.raises(SettingsError, match=r"wiki has no qrels/dev.tsv: give a BEIR folder"):
+        main(study())
+
+
+def test_cells_come_from_real_commands_and_are_not_made_again(study, tmp_path):
+    process = start(study(), tmp_path / "log")
+    assert process.wait(500) == 0, (tmp_path / "log").read_text()
+    found = cells(tmp_path / "out")
+    assert found.keys() == {"none", "half", "wild"} and found["wild"]["diverged"]
+    assert len(found["none"]["per_query"]) == 30 and found["half"]["probe"]["step"] == [0, 2, 4]
+    assert found["half"]["held_out"].keys() == {"mlm", "mkp"} and 0 < found["half"]["measures"]["R@100"]["mean"] <= 1
+    # The fine-tuning starts where the pre-training of `none` ends: nowhere.
+    assert found["none"]["before"]["mrr@10"] == pytest.approx(found["half"]["before"]["mrr@10"], abs=0.5)
+    settings = [yaml.safe_load(path.read_text()) for path in (tmp_path / "out/work/wiki").glob("half-*/settings.yaml")]
+    lines = Path(settings[0]["candidates"]).read_text().splitlines()
+    assert len(lines) == 30, "half of the 60 training queries"
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "3 of 3 cells. Diverged, and left out of every table: wiki wild seed 0." in page
+    assert "half against none" in page
+
+    shutil.rmtree(tmp_path / "out" / "work")  # the records alone say what is done
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob("*.json")}
+    assert main(study()) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob("*.json")}
+    assert not (tmp_path / "out" / "work").exists()
+
+    with pytest.raises(SettingsError, match=r"made otherwise \(finetune steps was 3 and is 4\): give another --output"):
+        main(study(finetune={**RECIPE["finetune"], "steps": 4}))
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob("*.json")}
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_random_moments_ends_with_the_same_table(study, tmp_path):
+    variants = {"none": {"pretrain": {"steps": 0}}, "mkp": {"pretrain": {"tasks": ["mkp"]}}}
+    assert start(study("whole", variants=variants), tmp_path / "log").wait(500) == 0
+    words, draw = study("killed", variants=variants), random.Random(os.getpid())
+    kills = 0
+    while kills < 40:
+        process = start(words, tmp_path / "log")
+        try:
+            code = process.wait(draw.uniform(5, 40))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert code == 0, (tmp_path / "log").read_text()[-3000:]
+        break
+    assert kills > 1, "it was never killed"
+    whole, killed = cells(tmp_path / "whole"), cells(tmp_path / "killed")
+    for name, record in whole.items():
+        for key in ("measures", "per_query", "before", "probe", "held_out"):
+            assert killed[name][key] == record[key], f"{name}: {key}"
+
+
+@pytest.mark.slow
+def test_a_study_that_is_asked_to_stop_saves_and_goes_on(study, tmp_path):
+    variants = {"mkp": {"pretrain": {"tasks": ["mkp"], "steps": 2000, "checkpoint_every": 1000, "probe_every": 2000}}}
+    process = start(study(variants=variants, against=[]), tmp_path / "log")
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "out").glob("work/wiki/pretrain-*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(8)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    checkpoints = list((tmp_path / "out").glob("work/wiki/pretrain-*/checkpoints/step-*"))
+    assert checkpoints and 0 < int(checkpoints[0].name.removeprefix("step-")) < 2000
+    assert not list((tmp_path / "out").glob("cells/wiki/*/seed-*.json"))
