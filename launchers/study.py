@@ -18,7 +18,6 @@ import shlex
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +117,7 @@ class Study:
                     return
                 raise
             write_record(cell.record_file, record)
-            done = Counter(self._record(other) is not None for other in self.cells)[True]
+            done = sum(self._record(other) is not None for other in self.cells)
             outcome = "diverged" if "diverged" in record else describe(record)
             say(f"[{done}/{len(self.cells)}] {cell.label}: {outcome}")
             self.report()
@@ -211,7 +210,7 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    settings = parse_settings(StudySettings, __doc__, sys.argv[1:] if argv is None else argv, config_flag="--config")
+    settings = parse_settings(StudySettings, __doc__.split("\n")[0], argv)
     if settings.workers is not None and settings.workers < 1:
         raise SettingsError(f"workers is {settings.workers}: give 1 or more")
     if settings.launch and (settings.workers or 1) > 1:
