@@ -18,7 +18,6 @@ from quincunx.kernels.packed_attention import (
     connected_empty,
     host_bounds,
     length_groups,
-    way_of_attending,
 )
 
 TRITON_HEAD_SIZES = (32, 64, 128)
@@ -221,8 +220,7 @@ def visible_attention(
     """`enhanced_attention` with its queries given in full, [T, H, C]: for a query stream that is not h + position."""
     bounds = host_bounds(cu_seqlens)
     lengths = np.diff(bounds)
-    way = way_of_attending(q_THC, lengths)
-    groups = length_groups(lengths, lengths, way)
+    groups = length_groups(lengths, lengths)
     if not groups:
         return connected_empty(q_THC, k_THC, v_THC)
     padded = PaddedGroups(bounds, groups, k_THC.device)
@@ -242,4 +240,4 @@ def visible_attention(
         blind_GL1 = ~visible_GLL.any(-1, keepdim=True)
         masks.append((visible_GLL | blind_GL1)[:, None])
         blind.append(blind_GL1[:, None])
-    return attend_by_group(way, q_THC, k_THC, v_THC, padded, padded, masks, blind)
+    return attend_by_group(q_THC, k_THC, v_THC, padded, padded, masks, blind)

@@ -4,26 +4,18 @@ Letters: T tokens of all sequences end to end, R query rows (R = T unless only s
 of one length group, L longest sequence of a group, H heads, C channels of a head.
 """
 
-import math
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from quincunx.kernels.launching import is_recent
 
-Way = Literal["plain", "sdpa"]
-
 # A group holds sequences at least this share of its longest, so at most 1 / 0.75^2 of its scores are padding; and no
-# more score elements than this, so that a mask never grows with the batch (4 Mi bools, 16 MB as int32 hashes). Plain
-# products copy only short sequences together, and attend to longer ones where they lie.
+# more score elements than this, so that a mask never grows with the batch (4 Mi bools, 16 MB as int32 hashes).
 SHORTEST_SHARE_OF_A_GROUP = 0.75
-LARGEST_GROUP = {"plain": 2**11, "sdpa": 2**22}
-# Longest sequence that plain products take, whose scores stand whole in a workspace.
-LONGEST_PLAIN = 512
+LARGEST_GROUP = 2**22
 
 
 def packed_attention(
@@ -44,8 +36,8 @@ def packed_attention(
     keeps keys at most w positions away (ModernBERT's local layers; needs queries = tokens). `scale` is C ** -0.5 by
     default.
 
-    On CUDA from Ampere on, in bf16 or fp16, this is torch's variable-length attention; elsewhere plain products or SDPA
-    over groups of sequences of similar length (`way_of_attending`).
+    On CUDA from Ampere on, in bf16 or fp16, this is torch's variable-length attention; elsewhere SDPA over
+    groups of sequences of similar length.
     """
     if query_cu_seqlens is None:
         query_cu_seqlens, max_queries = cu_seqlens, max_length
@@ -74,8 +66,7 @@ def _padded(q_RHC, k_THC, v_THC, cu_seqlens, query_cu_seqlens, window, scale):
     key_bounds = host_bounds(cu_seqlens)
     query_bounds = key_bounds if query_cu_seqlens is cu_seqlens else host_bounds(query_cu_seqlens)
     lengths, num_queries = np.diff(key_bounds), np.diff(query_bounds)
-    way = way_of_attending(q_RHC, lengths)
-    groups = length_groups(lengths, num_queries, way)
+    groups = length_groups(lengths, num_queries)
     keys = PaddedGroups(key_bounds, groups, q_RHC.device)
     queries = keys if query_bounds is key_bounds else PaddedGroups(query_bounds, groups, q_RHC.device)
     visible = []
@@ -88,11 +79,10 @@ def _padded(q_RHC, k_THC, v_THC, cu_seqlens, query_cu_seqlens, window, scale):
             # A padded row far from every real column would see nothing; it may see itself, nobody reads it.
             mask = mask | (position[:, None] == position[None, :])
         visible.append(mask)
-    return attend_by_group(way, q_RHC, k_THC, v_THC, queries, keys, visible, scale=scale)
+    return attend_by_group(q_RHC, k_THC, v_THC, queries, keys, visible, scale=scale)
 
 
 def attend_by_group(
-    way: Way,
     q_RHC: torch.Tensor,
     k_THC: torch.Tensor,
     v_THC: torch.Tensor,
@@ -102,94 +92,19 @@ def attend_by_group(
     blind: list[torch.Tensor | None] | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention [R, H, C] of one group after the other; both `PaddedGroups` hold the same sequences, grouped for `way`.
+    """Attention [R, H, C] of one group after the other; both `PaddedGroups` hold the same sequences.
 
     `visible` has a bool mask a group that broadcasts to [G, H, queries, keys] (None: everything); every row must see
     something. Rows in `blind`, broadcasting to [G, H, queries, 1], give zeros all the same.
     """
     blind = blind or [None] * len(visible)
     scale = q_RHC.shape[-1] ** -0.5 if scale is None else scale
-    if way == "plain":
-        return _PlainAttention.apply(q_RHC, k_THC, v_THC, queries, keys, visible, blind, scale)
     outputs = []
     padded = zip(queries.pad(q_RHC), keys.pad(k_THC), keys.pad(v_THC), visible, blind, strict=True)
     for q_GHRC, k_GHLC, v_GHLC, mask, blind_GHR1 in padded:
         output_GHRC = F.scaled_dot_product_attention(q_GHRC, k_GHLC, v_GHLC, attn_mask=mask, scale=scale)
         outputs.append(output_GHRC if blind_GHR1 is None else output_GHRC.masked_fill(blind_GHR1, 0))
     return queries.unpad(outputs)
-
-
-def way_of_attending(q_RHC: torch.Tensor, lengths: np.ndarray) -> Way:
-    """Plain matrix products for short float32 or float64 sequences in training on a CPU, otherwise SDPA.
-
-    SDPA's flash kernel is slower there, and its exponential has 20 bits (its gradients of MASTER's reference case were
-    1.3e-4 off the published code's, those of plain products 6e-5). Without a backward pass SDPA is faster.
-    """
-    is_wide = q_RHC.dtype in (torch.float32, torch.float64)
-    is_short = lengths.max(initial=0) <= LONGEST_PLAIN
-    return "plain" if q_RHC.device.type == "cpu" and is_wide and is_short and torch.is_grad_enabled() else "sdpa"
-
-
-class _PlainAttention(torch.autograd.Function):
-    """Two products and a softmax a group, in the workspace of the largest one.
-
-    Keeps q, k, v and the masks for the backward pass, and makes the probabilities again there. N = G x H.
-    """
-
-    @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx, q_RHC, k_THC, v_THC, queries, keys, visible, blind, scale):
-        ctx.save_for_backward(q_RHC, k_THC, v_THC)
-        ctx.groups = queries, keys, visible, blind, scale
-        output_RHC = torch.zeros_like(q_RHC, memory_format=torch.contiguous_format)
-        (workspace,) = _workspaces(1, q_RHC, queries, keys)
-        for g in range(len(visible)):
-            q_NRC, k_NLC, v_NLC = queries.take(q_RHC, g), keys.take(k_THC, g), keys.take(v_THC, g)
-            p_NRL = _probabilities(q_NRC, k_NLC, visible[g], blind[g], scale, workspace)
-            queries.put(torch.bmm(p_NRL, v_NLC), output_RHC, g)
-        return output_RHC
-
-    @staticmethod
-    @once_differentiable
-    @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, gradient_RHC):
-        q_RHC, k_THC, v_THC = ctx.saved_tensors
-        queries, keys, visible, blind, scale = ctx.groups
-        contiguous = torch.contiguous_format
-        dq_RHC, dk_THC, dv_THC = (torch.zeros_like(x, memory_format=contiguous) for x in (q_RHC, k_THC, v_THC))
-        workspace, other = _workspaces(2, q_RHC, queries, keys)
-        for g in range(len(visible)):
-            q_NRC, k_NLC, v_NLC = queries.take(q_RHC, g), keys.take(k_THC, g), keys.take(v_THC, g)
-            gradient_NRC = queries.take(gradient_RHC, g)
-            p_NRL = _probabilities(q_NRC, k_NLC, visible[g], blind[g], scale, workspace)
-            dp_NRL = other[: p_NRL.numel()].view_as(p_NRL)
-            torch.bmm(gradient_NRC, v_NLC.transpose(1, 2), out=dp_NRL)
-            ds_NRL = torch.ops.aten._softmax_backward_data(dp_NRL, p_NRL, -1, p_NRL.dtype, grad_input=dp_NRL)
-            ds_NRL.mul_(scale)
-            queries.put(torch.bmm(ds_NRL, k_NLC), dq_RHC, g)
-            keys.put(torch.bmm(ds_NRL.transpose(1, 2), q_NRC), dk_THC, g)
-            keys.put(torch.bmm(p_NRL.transpose(1, 2), gradient_NRC), dv_THC, g)
-        return dq_RHC, dk_THC, dv_THC, None, None, None, None, None
-
-
-def _workspaces(count: int, like_RHC: torch.Tensor, queries: "PaddedGroups", keys: "PaddedGroups"):
-    """Room for the scores of the largest group, `count` times."""
-    areas = [num * rows * columns for (num, rows), (_, columns) in zip(queries.shapes, keys.shapes, strict=True)]
-    return like_RHC.new_empty(count, max(areas) * like_RHC.shape[1]).unbind()
-
-
-def _probabilities(q_NRC, k_NLC, visible_GHRL, blind_GHR1, scale, workspace):
-    """softmax(scale q k^T), [N, R, L], in the workspace."""
-    shape = (len(q_NRC), q_NRC.shape[1], k_NLC.shape[1])
-    scores_NRL = workspace[: math.prod(shape)].view(shape)
-    torch.baddbmm(scores_NRL, q_NRC, k_NLC.transpose(1, 2), beta=0, alpha=scale, out=scores_NRL)
-    if visible_GHRL is not None:
-        num = len(visible_GHRL)  # 1 where one mask serves a group of several
-        scores_NRL.unflatten(0, (num, -1)).masked_fill_(~visible_GHRL, float("-inf"))
-    torch.softmax(scores_NRL, dim=-1, out=scores_NRL)
-    if blind_GHR1 is not None:
-        scores_NRL.unflatten(0, (len(blind_GHR1), -1)).masked_fill_(blind_GHR1, 0)
-    return scores_NRL
 
 
 def connected_empty(q_RHC: torch.Tensor, k_THC: torch.Tensor, v_THC: torch.Tensor) -> torch.Tensor:
@@ -202,9 +117,8 @@ def host_bounds(cu_seqlens: torch.Tensor) -> np.ndarray:
     return cu_seqlens.cpu().numpy().astype(np.int64)
 
 
-def length_groups(lengths: np.ndarray, num_queries: np.ndarray, way: Way) -> list[np.ndarray]:
+def length_groups(lengths: np.ndarray, num_queries: np.ndarray) -> list[np.ndarray]:
     """Sequence numbers grouped by similar length, longest first; sequences without query rows are in no group."""
-    largest = LARGEST_GROUP[way]
     order = np.argsort(-lengths, kind="stable")
     order = order[(num_queries[order] > 0) & (lengths[order] > 0)]
     groups: list[np.ndarray] = []
@@ -214,7 +128,7 @@ def length_groups(lengths: np.ndarray, num_queries: np.ndarray, way: Way) -> lis
         if (
             end == len(order)
             or lengths[order[end]] < SHORTEST_SHARE_OF_A_GROUP * longest
-            or (end - start + 1) * longest * longest > largest
+            or (end - start + 1) * longest * longest > LARGEST_GROUP
         ):
             groups.append(order[start:end])
             start = end
@@ -242,27 +156,6 @@ class PaddedGroups:
             self._is_real.append(is_real.reshape(-1))
             self.shapes.append(is_real.shape)
             self.real.append(None if is_real.all() else torch.from_numpy(is_real).to(device))
-
-    def take(self, rows_RHC: torch.Tensor, g: int) -> torch.Tensor:
-        """Group g of rows on a CPU, zeros where it is padded: [G x H, L, C], a view where G is 1; no gradient."""
-        (num, length), source = self.shapes[g], self._sources[g]
-        if num == 1:
-            return rows_RHC[source[0] : source[0] + length].transpose(0, 1)
-        group = rows_RHC.index_select(0, torch.from_numpy(source)).unflatten(0, (num, length))
-        if self.real[g] is not None:
-            group.masked_fill_(~self.real[g][:, :, None, None], 0)
-        return group.transpose(1, 2).flatten(0, 1)
-
-    def put(self, group_NLC: torch.Tensor, rows_RHC: torch.Tensor, g: int) -> None:
-        """The inverse: writes group g, [G x H, L, C], to where its rows belong."""
-        (num, length), source = self.shapes[g], self._sources[g]
-        if num == 1:
-            rows_RHC[source[0] : source[0] + length] = group_NLC.transpose(0, 1)
-            return
-        flat = group_NLC.unflatten(0, (num, -1)).transpose(1, 2).flatten(0, 1)
-        if self.real[g] is not None:
-            source, flat = source[self._is_real[g]], flat[self.real[g].flatten()]
-        rows_RHC.index_copy_(0, torch.from_numpy(source), flat)
 
     @cached_property
     def _indices(self) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -46,11 +46,10 @@ def assert_same(ours, theirs, rows):
 
 
 @pytest.mark.parametrize("window", [None, 0, 1, 5, 100])
-@pytest.mark.parametrize(("longest_plain", "largest_group"), [(512, 2**11), (512, 2**15), (512, 1), (8, 1)])
-def test_output_and_gradients_are_those_of_each_sequence_alone(window, longest_plain, largest_group, monkeypatch):
-    """Plain products with short sequences, all or none copied together; SDPA."""
-    monkeypatch.setattr(module, "LONGEST_PLAIN", longest_plain)
-    monkeypatch.setitem(module.LARGEST_GROUP, "plain", largest_group)
+@pytest.mark.parametrize("largest_group", [2**22, 2**11, 1])
+def test_output_and_gradients_are_those_of_each_sequence_alone(window, largest_group, monkeypatch):
+    """Sequences of one length group together, few together, each alone."""
+    monkeypatch.setattr(module, "LARGEST_GROUP", largest_group)
     rows, cu_seqlens = make_inputs()
     ours = packed_attention(*rows, cu_seqlens, max(LENGTHS), window=window)
     assert_same(ours, by_sequence(rows, cu_seqlens, window=window), rows)
@@ -78,18 +77,6 @@ def test_a_sequence_does_not_depend_on_its_neighbours():
     assert torch.equal(before[own], after[own])
 
 
-def test_autocast_does_not_reach_the_plain_products():
-    """Which would mix dtypes, and only where sequences are copied together."""
-    rows, cu_seqlens = make_inputs()
-    rows = [x.detach().float().requires_grad_() for x in rows]
-    expected = packed_attention(*rows, cu_seqlens, max(LENGTHS))
-    gradients = torch.autograd.grad(expected.sum(), rows)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = packed_attention(*rows, cu_seqlens, max(LENGTHS))
-        again = torch.autograd.grad(found.sum(), rows)
-    assert torch.equal(found, expected) and all(map(torch.equal, again, gradients))
-
-
 def test_no_rows_stay_in_the_graph():
     rows, cu_seqlens = make_inputs([])
     output = packed_attention(*rows, cu_seqlens, 0)
@@ -97,15 +84,13 @@ def test_no_rows_stay_in_the_graph():
     assert all(gradient.shape == (0, 2, 8) for gradient in torch.autograd.grad(output.sum(), rows))
 
 
-@pytest.mark.parametrize("way", ["plain", "sdpa"])
-def test_groups_bound_padding_and_size(way):
+def test_groups_bound_padding_and_size():
     lengths = np.random.default_rng(0).integers(1, 600, 500)
-    groups = length_groups(lengths, np.ones_like(lengths), way)
+    groups = length_groups(lengths, np.ones_like(lengths))
     assert sorted(np.concatenate(groups).tolist()) == list(range(500))
     for group in groups:
         assert lengths[group].min() >= module.SHORTEST_SHARE_OF_A_GROUP * lengths[group].max()
-        alone = way == "plain" and len(group) == 1
-        assert alone or len(group) * lengths[group].max() ** 2 <= module.LARGEST_GROUP[way]
+        assert len(group) * lengths[group].max() ** 2 <= module.LARGEST_GROUP
 
 
 def test_a_window_with_chosen_queries_is_refused():
