@@ -169,6 +169,8 @@ def fill_config(
     optimizer |= {key: value for key, value in given.items() if key not in optimizer and value != "auto"}
     # torch's AdamW needs no compiler; an offloaded optimizer runs on the CPU, where only DeepSpeed's own is fast.
     optimizer.setdefault("torch_adam", not offload)
+    if optimizer["torch_adam"]:
+        optimizer.setdefault("fused", True)  # one pass over weights and moments instead of ten
     filled["optimizer"] = {"type": "AdamW", "params": optimizer}
     if lookup(filled, "bf16.enabled") == "auto":
         filled["bf16"]["enabled"] = cuda and bfloat16_supported() and lookup(filled, "fp16.enabled") is not True
