@@ -15,8 +15,9 @@ from quincunx.kernels.launching import Implementation, choose
 
 Form = Literal["auto", "A", "B"]
 
-# Logits of one chunk take at most this many elements: 256 rows of BERT's vocabulary, 31 MB in float32, on a CPU; 17,536
-# rows, 1 GB in bf16, on a GPU, where small chunks would be bound by the traffic of dW (half as many rows in float32).
+# Logits of one chunk take at most this many elements: 256 rows of BERT's vocabulary, 31 MB in float32, on a CPU, where
+# they are twice as many as the weight's at most; 17,536 rows, 1 GB in bf16, on a GPU, where small chunks would be bound
+# by the traffic of dW (half as many rows in float32).
 LARGEST_CHUNK = {"cpu": 2**23, "cuda": 2**29}
 HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile calls; not in every build of torch
 
@@ -94,6 +95,9 @@ def largest_chunk(hidden_ND: torch.Tensor, num_words: int) -> int:
     if hidden_ND.is_cuda:
         elements, multiple = LARGEST_CHUNK["cuda"] * 2 // hidden_ND.element_size(), 128
     rows = elements // num_words
+    if not hidden_ND.is_cuda:
+        # More would leave the cache between the passes over them; fewer would read and write dW too often.
+        rows = min(rows, 2 * hidden_ND.shape[1])
     return max(1, rows // multiple * multiple or rows)
 
 
