@@ -12,7 +12,7 @@ help:  ## show this list
 .venv/.ready: pyproject.toml constraints.txt .ci/venv
 	@.ci/venv
 
-demo: .venv/.ready  ## corpus -> shards -> pre-training (interrupted, resumed) -> fine-tuning -> search, under 15 minutes
+demo: .venv/.ready  ## what pre-training is worth: from scratch, interrupted, resumed, fine-tuned, measured, under 12 minutes
 	@$(RUN) python launchers/demo.py
 
 chain: .venv/.ready  ## the fine-tuning chain on a BEIR folder: make chain DATA=FOLDER (two CPU cores, under 40 minutes)

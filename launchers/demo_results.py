@@ -1,0 +1,118 @@
+"""What the demo prints: the losses and the probe of the pre-training, and the table that says what it was worth.
+
+Both printing functions return what failed, one sentence each.
+"""
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quincunx.engine.metrics_file import numbers, read_metrics
+
+if TYPE_CHECKING:
+    from quincunx.engine.retrieval.measures import Comparison, Evaluation
+
+LABELS = {
+    "bm25": "BM25, words alone",
+    "random": "fine-tuned from random weights",
+    "mlm": "fine-tuned from MLM alone",
+    "ours": "fine-tuned from our pre-training",
+    "untuned": "our pre-training, not fine-tuned",
+}
+TASKS = {
+    "mlm": "encoder: masked words",
+    "mkp": "keywords of the passage",
+    "cmp": "what the encoder saw",
+    "npr": "the next passage",
+    "dor": "its query (summary line)",
+}
+MEASURE = "RR@10"
+LEVEL = 0.01
+"""Largest p of a significant difference."""
+
+
+def records(run_folder: Path, kind: str) -> list[dict]:
+    """The run's records of one kind: "train", "held_out", "probe" or "event"."""
+    return [record for record in read_metrics(run_folder) if record["kind"] == kind]
+
+
+def print_learned(run_folder: Path) -> list[str]:
+    """Held-out losses beside their unigrams, and the probe along the run."""
+    held_out, probe = records(run_folder, "held_out"), records(run_folder, "probe")
+    before, after = numbers(held_out[0]), numbers(held_out[-1])
+    failures = []
+    print(f"\n{'held-out loss, nats a token':<34}{'before':>8}{'after':>8}{'unigram':>9}{'right words, after':>20}")
+    print("-" * 79)
+    for task in [key.removeprefix("held_out/loss/") for key in after if key.startswith("held_out/loss/")]:
+        loss, unigram = after[f"held_out/loss/{task}"], after[f"held_out/unigram/{task}"]
+        row = f"{before[f'held_out/loss/{task}']:>8.2f}{loss:>8.2f}{unigram:>9.2f}"
+        print(f"{task:<5}{TASKS.get(task, ''):<29}{row}{after[f'held_out/accuracy/{task}']:>20.1%}")
+        if not loss < unigram:
+            failures.append(f"the held-out loss of {task} is {loss:.2f}, not below its unigram {unigram:.2f}")
+    print("unigram: the loss of a model that knows each word's frequency and ignores the context.")
+    curve = [record["probe/mrr@10"] for record in probe]
+    print("\nprobe, MRR@10 along the run: " + " ".join(f"{value:.3f}" for value in curve))
+    print(
+        "Held-out summary lines search for their docstrings by [CLS] vectors, without any fine-tuning (1 is perfect)."
+    )
+    if not curve[-1] >= 2 * curve[0]:
+        failures.append(f"the probe is {curve[-1]:.3f} after pre-training, not twice the {curve[0]:.3f} before")
+    return failures
+
+
+def print_worth(output: Path) -> list[str]:
+    """The table of all systems, MRR@10 with intervals and paired tests, and the sentence under it."""
+    from quincunx.engine.retrieval.judgements import read_qrels, read_run
+    from quincunx.engine.retrieval.measures import compare, evaluate
+
+    qrels = read_qrels(output / "shards" / "probe" / "qrels" / "test.tsv")
+    found = {name: evaluate(read_run(output / f"{name}.trec"), qrels, [MEASURE]) for name in LABELS}
+    gains = {name: compare(found["ours"], other)[MEASURE] for name, other in found.items() if name != "ours"}
+    print(table(found, gains))
+    print("p: the larger one of the paired t-test's and the randomisation test's, both two-sided.")
+    print("\n" + textwrap.fill(sentence(gains), 110))
+    return [
+        f"{LABELS['ours']} is not significantly better (p < {LEVEL}) than {LABELS[name]}"
+        for name in ("random", "mlm")
+        if not is_better(gains[name])
+    ]
+
+
+def table(found: Mapping[str, "Evaluation"], gains: Mapping[str, "Comparison"]) -> str:
+    """One line a system: MRR@10 with its interval, and how much more ours has, with interval and p."""
+    from quincunx.engine.retrieval.measures import interval
+
+    queries = len(found["ours"].per_query[MEASURE])
+    header = f"{f'{queries} held-out queries':<34}{'MRR@10':>8}{'95 % interval':>17}"
+    lines = [header + f"{'ours minus it':>15}{'95 % interval':>19}{'p':>9}"]
+    lines.append("-" * len(lines[0]))
+    for name, evaluation in found.items():
+        low, high = interval(evaluation.per_query[MEASURE])
+        line = f"{LABELS[name]:<34}{evaluation.means[MEASURE]:>8.3f}{f'{low:.3f} to {high:.3f}':>17}"
+        if name in gains:
+            gain = gains[name]
+            line += f"{gain.difference:>+15.3f}{f'{gain.low:+.3f} to {gain.high:+.3f}':>19}{p_of(gain):>9.1g}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def p_of(gain: "Comparison") -> float:
+    return max(gain.t_test_p, gain.randomisation_p)
+
+
+def is_better(gain: "Comparison") -> bool:
+    return gain.difference > 0 and p_of(gain) < LEVEL
+
+
+def sentence(gains: Mapping[str, "Comparison"]) -> str:
+    """What pre-training was worth here, whichever way the numbers fall."""
+
+    def worth(name: str, what: str) -> str:
+        doubt = "" if p_of(gains[name]) < LEVEL else f" (not significant, p = {p_of(gains[name]):.2g})"
+        return f"{gains[name].difference:+.3f} MRR@10 over {what}{doubt}"
+
+    return (
+        f"After the same fine-tuning, our pre-training was worth {worth('random', 'random weights')} and "
+        f"{worth('mlm', 'MLM alone')}, on queries that no training has seen."
+    )
