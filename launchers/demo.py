@@ -89,24 +89,15 @@ def interrupt(process: subprocess.Popen, run_folder: Path, step: int) -> int:
             say(f"Step {train[-1]['step']}: SIGTERM to the launcher, as a scheduler would send it.")
             process.send_signal(signal.SIGTERM)
             process.wait()
-            return wait_for_ranks(run_folder)
-        time.sleep(0.5)
-    return process.returncode
-
-
-def wait_for_ranks(run_folder: Path) -> int:
-    """75 once the ranks have saved and closed the run; 1 if they have not within two minutes."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        event = records(run_folder, "event")[-1]
-        if event["event"] == "closed" and event["status"] == "preempted":
             with open(run_folder / LOCK_FILE) as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # granted when the last of them has let go of the run folder
+                fcntl.flock(lock, fcntl.LOCK_EX)  # granted when the last rank has let go of the run folder
+            event = records(run_folder, "event")[-1]
+            if event.get("status") != "preempted":
+                return process.returncode
             print(f"The ranks saved step {event['step']} and left with exit code {EXIT_PREEMPTED}.", flush=True)
             return EXIT_PREEMPTED
         time.sleep(0.5)
-    print("error: the ranks did not save within two minutes of the signal.", file=sys.stderr)
-    return 1
+    return process.returncode
 
 
 def refusal(output: Path, keep: bool, seed: int) -> str | None:
