@@ -116,12 +116,13 @@ def stages(out: str, seed: int, launcher: str) -> dict[str, dict[str, str]]:
     corpus = "--format python_docs --path stdlib --held_out_share 0.1 --probe_queries 1000 --pairs true"
     build = f"python launchers/build_shards.py {corpus} --tokenizer train:2048 --max_tokens 64 --output {shards}"
 
-    pretrain = f"launchers/pretrain.py --shards {shards} --seed {seed}"
+    pretrain = f"launchers/pretrain.py --recipe demo --shards {shards} --seed {seed}"
     train = f"{launcher} {pretrain} --deepspeed ds_configs/zero2.json --probe {held_out} --output {out}"
     nothing = "--tasks [] --steps 1 --learning_rate 1e-12 --held_out_every 0 --probe null --tracking none"
 
     texts, bm25 = f"--corpus {pairs} --queries {pairs}", "python launchers/search.py --method bm25"
-    mine = f"python launchers/mine.py --run {out}/bm25.train.trec --qrels {pairs}/qrels/train.tsv {texts} --depth 50"
+    mine = f"python launchers/mine.py --run {out}/bm25.train.trec --qrels {pairs}/qrels/train.tsv {texts}"
+    mine = f"{mine} --depth 50 --num_negatives 10 --random_fill 10"
     tune = f"python launchers/finetune.py --recipe demo --seed {seed} --candidates {out}/negatives.jsonl {texts}"
 
     found = {"random": "random.tuned", "mlm": "mlm.tuned", "ours": "ours.tuned", "untuned": "ours"}
@@ -175,7 +176,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     failures = []
     for number, (title, jobs) in enumerate(stages(out, given.seed, two_ranks()).items(), 1):
-        say(f"{number}. {title}")
+        say(f"{number}. {title} [minute {(time.monotonic() - started) / 60:.1f}]")
         is_ours = "ours/export/encoder" in jobs
         make(output, jobs, given.interrupt_at if is_ours else None)
         if is_ours:

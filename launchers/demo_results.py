@@ -3,7 +3,6 @@
 Both printing functions return what failed, one sentence each.
 """
 
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from quincunx.engine.metrics_file import numbers, read_metrics
 
 if TYPE_CHECKING:
-    from quincunx.engine.retrieval.measures import Comparison, Evaluation
+    from quincunx.engine.retrieval.measures import Comparison
 
 LABELS = {
     "bm25": "BM25, words alone",
@@ -53,48 +52,35 @@ def print_learned(run_folder: Path) -> list[str]:
     print("unigram: the loss of a model that knows each word's frequency and ignores the context.")
     curve = [record["probe/mrr@10"] for record in probe]
     print("\nprobe, MRR@10 along the run: " + " ".join(f"{value:.3f}" for value in curve))
-    print(
-        "Held-out summary lines search for their docstrings by [CLS] vectors, without any fine-tuning (1 is perfect)."
-    )
+    print("Held-out summary lines search for their docstrings by [CLS] vectors, not fine-tuned yet; 1 is perfect.")
     if not curve[-1] >= 2 * curve[0]:
         failures.append(f"the probe is {curve[-1]:.3f} after pre-training, not twice the {curve[0]:.3f} before")
     return failures
 
 
 def print_worth(output: Path) -> list[str]:
-    """The table of all systems, MRR@10 with intervals and paired tests, and the sentence under it."""
+    """The table: MRR@10 with intervals, and how much more ours has, with interval and p. Then one sentence."""
     from quincunx.engine.retrieval.judgements import read_qrels, read_run
-    from quincunx.engine.retrieval.measures import compare, evaluate
+    from quincunx.engine.retrieval.measures import compare, evaluate, interval
 
     qrels = read_qrels(output / "shards" / "probe" / "qrels" / "test.tsv")
     found = {name: evaluate(read_run(output / f"{name}.trec"), qrels, [MEASURE]) for name in LABELS}
     gains = {name: compare(found["ours"], other)[MEASURE] for name, other in found.items() if name != "ours"}
-    print(table(found, gains))
-    print("p: the larger one of the paired t-test's and the randomisation test's, both two-sided.")
-    print("\n" + textwrap.fill(sentence(gains), 110))
+    header = f"{f'{len(qrels)} held-out queries':<34}{'MRR@10':>8}{'95 % interval':>17}"
+    print(f"{header}{'ours minus it':>15}{'95 % interval':>19}{'p':>9}\n" + "-" * 102)
+    for name, evaluation in found.items():
+        low, high = interval(evaluation.per_query[MEASURE])
+        line = f"{LABELS[name]:<34}{evaluation.means[MEASURE]:>8.3f}{f'{low:.3f} to {high:.3f}':>17}"
+        if gain := gains.get(name):
+            line += f"{gain.difference:>+15.3f}{f'{gain.low:+.3f} to {gain.high:+.3f}':>19}{p_of(gain):>9.1g}"
+        print(line)
+    print("p: the larger one of the paired t-test's and the randomisation test's, both two-sided.\n")
+    print(sentence(gains))
     return [
         f"{LABELS['ours']} is not significantly better (p < {LEVEL}) than {LABELS[name]}"
         for name in ("random", "mlm")
         if not is_better(gains[name])
     ]
-
-
-def table(found: Mapping[str, "Evaluation"], gains: Mapping[str, "Comparison"]) -> str:
-    """One line a system: MRR@10 with its interval, and how much more ours has, with interval and p."""
-    from quincunx.engine.retrieval.measures import interval
-
-    queries = len(found["ours"].per_query[MEASURE])
-    header = f"{f'{queries} held-out queries':<34}{'MRR@10':>8}{'95 % interval':>17}"
-    lines = [header + f"{'ours minus it':>15}{'95 % interval':>19}{'p':>9}"]
-    lines.append("-" * len(lines[0]))
-    for name, evaluation in found.items():
-        low, high = interval(evaluation.per_query[MEASURE])
-        line = f"{LABELS[name]:<34}{evaluation.means[MEASURE]:>8.3f}{f'{low:.3f} to {high:.3f}':>17}"
-        if name in gains:
-            gain = gains[name]
-            line += f"{gain.difference:>+15.3f}{f'{gain.low:+.3f} to {gain.high:+.3f}':>19}{p_of(gain):>9.1g}"
-        lines.append(line)
-    return "\n".join(lines)
 
 
 def p_of(gain: "Comparison") -> float:
@@ -113,6 +99,6 @@ def sentence(gains: Mapping[str, "Comparison"]) -> str:
         return f"{gains[name].difference:+.3f} MRR@10 over {what}{doubt}"
 
     return (
-        f"After the same fine-tuning, our pre-training was worth {worth('random', 'random weights')} and "
-        f"{worth('mlm', 'MLM alone')}, on queries that no training has seen."
+        f"After the same fine-tuning, on queries that no training has seen, our pre-training was worth\n"
+        f"{worth('random', 'random weights')} and {worth('mlm', 'MLM alone')}."
     )
