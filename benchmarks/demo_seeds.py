@@ -1,0 +1,65 @@
+"""The demo's result over several seeds, and the README's picture of it.
+
+    for seed in 42 43 44; do python launchers/demo.py --seed $seed --output demo_run_$seed; done
+    python benchmarks/demo_seeds.py demo_run_42 demo_run_43 demo_run_44
+
+Writes benchmarks/results/demo_seeds.json (MRR@10 of every system and seed, paired tests, curves of the probe) and
+docs/demo.svg.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from quincunx.engine.retrieval.judgements import read_qrels, read_run
+from quincunx.engine.retrieval.measures import compare, evaluate
+from quincunx.engine.retrieval.report_plots import plot_curves
+from quincunx.launchers.demo_results import LABELS, MEASURE, records
+from quincunx.launchers.study_cells import describe_code
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_demo(folder: Path) -> dict:
+    """The numbers of one demo."""
+    qrels = read_qrels(folder / "shards" / "probe" / "qrels" / "test.tsv")
+    found = {name: evaluate(read_run(folder / f"{name}.trec"), qrels, [MEASURE]) for name in LABELS}
+    return {
+        "seed": yaml.safe_load((folder / "ours" / "settings.yaml").read_text())["seed"],
+        "queries": len(qrels),
+        "mrr@10": {name: evaluation.means[MEASURE] for name, evaluation in found.items()},
+        "ours_against": {
+            name: asdict(compare(found["ours"], other)[MEASURE]) for name, other in found.items() if name != "ours"
+        },
+        "probe": {
+            run: [(line["step"], line["probe/mrr@10"]) for line in records(folder / run, "probe")]
+            for run in ("mlm", "ours")
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("demos", type=Path, nargs="+", help="folders of finished demos")
+    demos = [read_demo(folder) for folder in parser.parse_args().demos]
+    path = ROOT / "benchmarks" / "results" / "demo_seeds.json"
+    path.write_text(json.dumps({"code": describe_code(), "demos": demos}, indent=1) + "\n")
+    lines = {
+        f"{name}, seed {demo['seed']}": tuple(zip(*demo["probe"][run]))
+        for run, name in (("ours", "ours"), ("mlm", "MLM alone"))
+        for demo in demos
+    }
+    svg = plot_curves({"MRR@10 of [CLS] without fine-tuning": lines}).replace("currentColor", "#000000")
+    (ROOT / "docs" / "demo.svg").write_text(svg.replace("<svg ", '<svg style="background:#fff" ', 1))
+    for demo in demos:
+        against = {
+            name: f"{gain['difference']:+.3f} (p {gain['t_test_p']:.0e})" for name, gain in demo["ours_against"].items()
+        }
+        print(demo["seed"], {name: round(value, 3) for name, value in demo["mrr@10"].items()}, against)
+
+
+if __name__ == "__main__":
+    main()
