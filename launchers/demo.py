@@ -15,7 +15,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from quincunx.data_shards.errors import EXIT_PREEMPTED
-from quincunx.engine.environment import DEFAULT_PORT, free_port
+from quincunx.engine.environment import free_port
 from quincunx.engine.run_folder import LOCK_FILE
 from quincunx.launchers.demo_results import print_learned, print_worth, records
 
@@ -66,13 +65,6 @@ def make(output: Path, jobs: dict[str, str], interrupt_at: int | None = None) ->
             print(log.read_text(errors="replace")[-2000:] if log else "", file=sys.stderr)
             print(f"error: exit code {code} of the command {command}", file=sys.stderr)
             sys.exit(code)
-
-
-def two_ranks(port: int = DEFAULT_PORT) -> str:
-    """The deepspeed launcher's command; with a free port if another run listens on DeepSpeed's own (`port`)."""
-    with socket.socket() as probe:
-        taken = probe.connect_ex(("127.0.0.1", port)) == 0
-    return "deepspeed --num_gpus 2" + (f" --master_port {free_port()}" if taken else "")
 
 
 def interrupt(process: subprocess.Popen, run_folder: Path, step: int) -> int:
@@ -176,8 +168,9 @@ def main() -> int:
     if output.exists() and not given.keep:
         shutil.rmtree(output)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    launcher = f"deepspeed --num_gpus 2 --master_port {free_port()}"  # other runs on this machine have theirs
     failures = []
-    for number, (title, jobs) in enumerate(stages(out, given.seed, two_ranks()).items(), 1):
+    for number, (title, jobs) in enumerate(stages(out, given.seed, launcher).items(), 1):
         say(f"{number}. {title} [minute {(time.monotonic() - started) / 60:.1f}]")
         is_ours = "ours/export/encoder" in jobs
         make(output, jobs, given.interrupt_at if is_ours else None)

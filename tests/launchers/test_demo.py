@@ -1,7 +1,6 @@
 """launchers/demo.py and demo_results.py: what is skipped, what fails, and what the end prints."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,16 +150,6 @@ def test_every_training_has_the_seed_and_mlm_alone_differs_from_ours_in_its_task
     assert len(trainings) == 6 and all("--seed 7" in command for command in trainings)
     ours, mlm = (set(commands[f"{name}/export/encoder"].split()) for name in ("ours", "mlm"))
     assert ours ^ mlm == {"demo_run/ours", "demo_run/mlm", "--tasks", "[]", "--tracking", "none"}
-
-
-def test_beside_another_run_the_ranks_meet_at_a_port_of_their_own():
-    with socket.socket() as other_run:
-        other_run.bind(("127.0.0.1", 0))
-        port = other_run.getsockname()[1]
-        assert demo.two_ranks(port) == "deepspeed --num_gpus 2"  # bound, nobody listens
-        other_run.listen()
-        launcher, own = demo.two_ranks(port).split(" --master_port ")
-    assert launcher == "deepspeed --num_gpus 2" and int(own) not in (0, port)
 
 
 def test_a_run_that_was_past_the_interruption_is_not_interrupted_again(tmp_path):
