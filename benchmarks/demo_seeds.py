@@ -12,6 +12,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from quincunx.engine.retrieval.judgements import read_qrels, read_run
@@ -48,9 +49,11 @@ def main() -> None:
     path = ROOT / "benchmarks" / "results" / "demo_seeds.json"
     path.write_text(json.dumps({"code": describe_code(), "demos": demos}, indent=1) + "\n")
     lines = {
-        f"{name}, seed {demo['seed']}": tuple(zip(*demo["probe"][run]))
+        f"{name}, mean of {len(demos)} seeds": (
+            [step for step, _ in demos[0]["probe"][run]],
+            np.mean([[value for _, value in demo["probe"][run]] for demo in demos], axis=0),
+        )
         for run, name in (("ours", "ours"), ("mlm", "MLM alone"))
-        for demo in demos
     }
     svg = plot_curves({"MRR@10 of [CLS] without fine-tuning": lines}).replace("currentColor", "#000000")
     (ROOT / "docs" / "demo.svg").write_text(svg.replace("<svg ", '<svg style="background:#fff" ', 1))
