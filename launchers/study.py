@@ -125,7 +125,7 @@ class Study:
     def _record(self, cell: Any) -> dict[str, Any] | None:
         from quincunx.launchers.study_cells import load_record
 
-        return load_record(cell)
+        return load_record(cell.record_file, cell.made_from)
 
     def _command(self, cell: Any, command: tuple, lock: IO[str], environment: Mapping[str, str]) -> None:
         from quincunx.launchers.study_cells import CommandFailed, command_line
@@ -149,7 +149,10 @@ class Study:
 
         A command holds its group's lock too: what a killed study has left running is waited for.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"{path.parent} cannot be written ({error.strerror}): give another --work") from None
         with open(path.with_name(f"{path.name}.lock"), "a") as lock:
             while True:
                 try:
@@ -165,15 +168,17 @@ class Study:
     def report(self) -> list[Path]:
         """Writes the report of the cells that are there; gives its files."""
         from quincunx.engine.retrieval.study_report import make_report
+        from quincunx.launchers.study_cells import bm25_made_from, load_record
 
         with self.reporting:
+            bm25 = {cell.collection.name: load_record(cell.bm25_file, bm25_made_from(cell)) for cell in self.cells}
             return make_report(
                 self.output,
                 self.recipe.name,
                 {name: (v.at_step, v.train_share) for name, v in self.recipe.variants.items()},
                 self.recipe.against,
                 [record for cell in self.cells if (record := self._record(cell)) is not None],
-                {c.collection.name: json.loads(c.bm25_file.read_text()) for c in self.cells if c.bm25_file.exists()},
+                {name: record for name, record in bm25.items() if record is not None},
                 len(self.cells),
             )
 

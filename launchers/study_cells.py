@@ -15,10 +15,11 @@ A cell is (collection, variant, seed). Its record says all that went in (`made_f
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,14 @@ class Cell:
         return self.work / self.collection.name / f"{name}-{digest}"
 
 
+SHAPES = {
+    "variants": dict, "shards": dict, "generate": dict, "pretrain": dict, "finetune": dict, "seeds": [int],
+    "split": str, "measures": [str], "against": [str], "base": str,
+}  # fmt: skip
+VARIANT_SHAPES = {"pretrain": dict, "finetune": dict, "train_share": (int, float), "at_step": int}
+IN_WORDS = {dict: "`key: value` lines", str: "a name", int: "a whole number", (int, float): "a number"}
+
+
 class CommandFailed(Exception):
     """A command of a cell ended with `code`."""
 
@@ -153,11 +162,13 @@ def read_recipe(name: str) -> Recipe:
         for key in ("pretrain", "finetune"):
             content[key] = {**base.get(key, {}), **content.get(key, {})}
         content = {**base, **content}
-    if not isinstance(content.get("variants"), dict) or not content["variants"]:
+    if not content.get("variants"):
         raise SettingsError(f"{path} has no variants: name at least one")
     variants = {}
     for variant, values in content["variants"].items():
-        _check_keys(path, f"variant {variant}", values or {}, {field.name for field in fields(Variant)})
+        if not re.fullmatch(r"\w[\w.+-]*", str(variant)):
+            raise SettingsError(f"{path}: a variant is named {variant!r}; give letters, digits, hyphens and dots")
+        _check_keys(f"{path}, variant {variant}", values or {}, VARIANT_SHAPES)
         variants[str(variant)] = Variant(**(values or {}))
     recipe = Recipe(name=path.stem, **{**content, "variants": variants})
     _check(path, recipe)
@@ -180,17 +191,27 @@ def read_content(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from None
-    _check_keys(path, "", content, {field.name for field in fields(Recipe)} - {"name"} | {"base"})
+    _check_keys(str(path), content, SHAPES)
     return content
 
 
-def _check_keys(path: Path, where: str, content: Any, known: set[str]) -> None:
+def _check_keys(where: str, content: Any, shapes: Mapping[str, Any]) -> None:
+    """Raises SettingsError for a key that is unknown or has a value of another kind."""
     if not isinstance(content, dict):
-        raise SettingsError(f"{path}{where and ', ' + where}: give `key: value` lines")
-    for key in content:
-        if key not in known:
-            hint = suggestion(str(key), known).replace("--help lists the settings", f"allowed: {', '.join(known)}")
-            raise SettingsError(f"{path}{where and ', ' + where}: unknown field {key}{hint}")
+        raise SettingsError(f"{where}: give `key: value` lines")
+    for key, value in content.items():
+        if key not in shapes:
+            hint = suggestion(str(key), set(shapes)).replace(
+                "--help lists the settings", f"allowed: {', '.join(shapes)}"
+            )
+            raise SettingsError(f"{where}: unknown field {key}{hint}")
+        shape = shapes[key]
+        each = shape[0] if isinstance(shape, list) else shape
+        values = value if isinstance(shape, list) and isinstance(value, list) else [value]
+        is_list = isinstance(shape, list) == isinstance(value, list)
+        if not is_list or any(not isinstance(one, each) or isinstance(one, bool) for one in values):
+            wanted = f"a list, each {IN_WORDS[each]}" if isinstance(shape, list) else IN_WORDS[each]
+            raise SettingsError(f"{where}: {key} is {value!r}; give {wanted}")
 
 
 def _check(path: Path, recipe: Recipe) -> None:
@@ -210,6 +231,8 @@ def _check(path: Path, recipe: Recipe) -> None:
         build_settings.check_settings(parse_settings(BuildSettings, "", as_words(given)))
         for task, settings in recipe.generate.items():
             where = f"generate {task}"
+            if not isinstance(settings, dict):
+                raise SettingsError(f"give settings of generate.py, not {settings!r}")
             given = {"task": task, "model": "x", "format": "beir", "path": "x", "tokenizer": "x", "output": "x"}
             parse_settings(GenerateSettings, "", as_words({**given, **settings}))
         for name, variant in recipe.variants.items():
@@ -262,7 +285,7 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
 
 def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: Path) -> list[Cell]:
     """All cells, a seed of every collection after the other. Raises SettingsError for collections that do not serve."""
-    folders = [Path(collection) for collection in collections]
+    folders = [Path(os.path.abspath(collection)) for collection in collections]
     if len({folder.name for folder in folders}) != len(folders):
         raise SettingsError(f"two collections have the same name: {', '.join(map(str, folders))}; rename a folder")
     digests = {folder: collection_digests(folder, recipe.split) for folder in folders}
@@ -334,10 +357,13 @@ def make_data(cell: Cell, run: Run) -> None:
         run("mine.py", kept, {**texts, "run": train / "bm25.trec", "output": candidates})
 
 
+def bm25_made_from(cell: Cell) -> dict[str, Any]:
+    return {name: cell.made_from[name] for name in ("collection", "split", "measures")}
+
+
 def bm25_record(cell: Cell) -> dict[str, Any]:
     """BM25's record of the cell's collection."""
-    names = ("collection", "split", "measures")
-    return {**read_results(cell.data), "made_from": {name: cell.made_from[name] for name in names}}
+    return {**read_results(cell.data), "made_from": bm25_made_from(cell)}
 
 
 def make_shards(cell: Cell, run: Run) -> None:
@@ -459,20 +485,20 @@ def command_line(
     return [*(launch or [sys.executable]), str(LAUNCHERS / script), *words]
 
 
-def load_record(cell: Cell) -> dict[str, Any] | None:
-    """The cell's record; None where it is not made yet. Raises SettingsError for one that was made otherwise."""
+def load_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A cell's record, or BM25's; None where it is not made yet. Raises SettingsError if it was made otherwise."""
     try:
-        record = json.loads(cell.record_file.read_text())
-        made_from = record["made_from"]
+        record = json.loads(path.read_text())
+        then = record["made_from"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{cell.record_file} is damaged: remove it, and the cell is made again") from None
-    now = json.loads(json.dumps(cell.made_from))
-    if made_from != now:
+        raise SettingsError(f"{path} is damaged: remove it, and it is made again") from None
+    now = json.loads(json.dumps(made_from))
+    if then != now:
         raise SettingsError(
-            f"{cell.record_file} was made otherwise ({difference(made_from, now)}): give another --output, or "
-            "the recipe and collection that it was made with"
+            f"{path} was made otherwise ({difference(then, now)}): give another --output, or the recipe and collection "
+            "that it was made with"
         )
     return record
 

@@ -120,6 +120,12 @@ def test_masters_and_retromaes_tables_have_their_rows():
         ({"seeds": [1, 1]}, "seeds are"),
         ({"measures": ["MRR@x"]}, "MRR@x"),
         ({"base": "nothing"}, "there is no study recipe nothing"),
+        ({"seeds": 3}, "seeds is 3; give a list, each a whole number"),
+        ({"against": "none"}, "against is 'none'; give a list, each a name"),
+        ({"pretrain": None}, "pretrain is None; give `key: value` lines"),
+        ({"variants": ["a"]}, "variants is ['a']; give `key: value` lines"),
+        ({"variants": {"a": {"at_step": "half"}}}, "variant a: at_step is 'half'; give a whole number"),
+        ({"variants": {"../a": {}}}, "a variant is named '../a'; give letters"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence_and_nothing_is_written(study, tmp_path, keys, sentence):
@@ -164,6 +170,14 @@ def test_cells_come_from_real_commands_and_are_not_made_again(study, tmp_path):
     assert main(study()) == 0
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob("*.json")}
     assert not (tmp_path / "out" / "work").exists()
+
+    bm25 = tmp_path / "out" / "cells" / "wiki" / "bm25.json"
+    whole = bm25.read_text()
+    bm25.write_text(whole[:100])
+    with pytest.raises(SettingsError, match=r"bm25.json is damaged: remove it"):
+        main([*study(), "--report_only"])
+    bm25.write_text(whole)
+    times[bm25] = bm25.stat().st_mtime_ns
 
     with pytest.raises(SettingsError, match=r"made otherwise \(finetune steps was 3 and is 4\): give another --output"):
         main(study(finetune={**RECIPE["finetune"], "steps": 4}))
