@@ -61,6 +61,8 @@ def test_the_report_shows_every_variant_and_leaves_diverged_cells_out(tmp_path):
     assert "| master | 2 | 0.050 ± 0.000 | 0.750 ± 0.000 | 100 |" in page
     assert "| BM25 |  |  | 0.625 |  |" in page and "| wild |" not in page
     assert "| master against none | +0.250 [" in page and "none against none" not in page
+    make_report(tmp_path, "small", variants, ["none", "master"], records, BM25, 6)
+    assert "none against master" not in (tmp_path / "report.md").read_text(), "a pair is tested once"
     assert "wiki | master | mlm | 7.00 | 6.00 | 6.50" in page
     assert {path.name for path in paths} >= {"report.html", "report.md", "wiki-bars.svg", "probe.svg"}
     assert (tmp_path / "report.html").read_text().count("<svg") == 2
