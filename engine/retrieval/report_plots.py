@@ -49,6 +49,7 @@ def plot_bars(bars: Mapping[str, tuple[float, float, float]], measure: str, line
     for number, (name, value) in enumerate(lines.items(), 1):
         panel.axvline(value, color=COLOURS[number], linestyle="--", linewidth=1.4, label=name)
     panel.invert_yaxis()
+    panel.set_axisbelow(True)
     panel.set_xlabel(measure, fontsize=9)
     panel.legend(fontsize=8, frameon=False)
     _tidy(panel)
