@@ -32,7 +32,7 @@ def test_the_defaults_are_in_range_once_a_length_is_given():
         ({"hidden_size": 64}, "hidden_size can only be set together with from_scratch"),
         ({"from_scratch": True, "hidden_size": 64}, "from_scratch needs num_layers, num_heads"),
         ({"from_scratch": True, "hidden_size": 64, "num_layers": 2, "num_heads": 5}, "not divisible by num_heads"),
-        ({"steps": -1}, "steps is -1; it must be above 0"),
+        ({"steps": -1}, "steps is -1; it must be at least 0"),
         ({"steps": None, "epochs": float("inf")}, "epochs is inf; it must be above 0 and below 1e9"),
         ({"task_weights": [float("inf")]}, "task_weights must be from 0 to below a million"),
         ({"seed": 2**32}, "it must be below 2**32"),
