@@ -45,7 +45,22 @@ LAUNCHERS = Path(os.path.relpath(Path(__file__).parent))
 STUDIES = Path(__file__).parent.parent / "recipes" / "study"
 PROBE_QUERIES, PROBE_PASSAGES = 300, 3000
 NEVER = 10**6
-DEPTH = 100
+OWN_SETTINGS = {
+    "pretrain": {"seed", "output", "shards", "probe", "fresh", "export"},
+    "finetune": {
+        "seed",
+        "output",
+        "encoder",
+        "candidates",
+        "corpus",
+        "queries",
+        "probe",
+        "probe_every",
+        "fresh",
+        "export",
+    },
+}
+"""Settings that the study gives itself."""
 TRAIN_NEGATIVES = 20
 """BM25's negatives that a training query keeps."""
 
@@ -156,8 +171,10 @@ def read_recipe(name: str) -> Recipe:
     path = find_recipe(name)
     content = read_content(path)
     if "base" in content:
-        base = read_content(find_recipe(str(content.pop("base")), path.parent))
-        for key in ("variants", "against", "base"):
+        base = read_content(find_recipe(content.pop("base"), path.parent))
+        if "base" in base:
+            raise SettingsError(f"{path}: its base has a base of its own: name that one, and repeat what differs")
+        for key in ("variants", "against"):
             base.pop(key, None)
         for key in ("pretrain", "finetune"):
             content[key] = {**base.get(key, {}), **content.get(key, {})}
@@ -176,7 +193,7 @@ def read_recipe(name: str) -> Recipe:
 
 
 def find_recipe(name: str, folder: Path = STUDIES) -> Path:
-    for path in (Path(name), folder / f"{name}.yaml", STUDIES / f"{name}.yaml"):
+    for path in (Path(name), folder / name, folder / f"{name}.yaml", STUDIES / f"{name}.yaml"):
         if path.is_file():
             return path
     known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
@@ -240,6 +257,12 @@ def _check(path: Path, recipe: Recipe) -> None:
             if not isinstance(variant.train_share, int | float) or not 0 < variant.train_share <= 1:
                 raise SettingsError(f"train_share is {variant.train_share}: give a number above 0, at most 1")
             settings = parse_pretrain({**recipe.pretrain, **variant.pretrain, "shards": ["x"]})
+            for command, own in OWN_SETTINGS.items():
+                given = own & {**getattr(recipe, command), **getattr(variant, command)}.keys()
+                if given:
+                    raise SettingsError(
+                        f"{command} sets {', '.join(sorted(given))}, which the study sets: leave it out"
+                    )
             require(find_problems(settings))
             if settings.steps is None:
                 raise SettingsError("pretrain gives no steps: a study compares by steps")
@@ -248,6 +271,12 @@ def _check(path: Path, recipe: Recipe) -> None:
                 raise SettingsError(
                     f"at_step is {step}, where no checkpoint is written: give a multiple of checkpoint_every "
                     f"({settings.checkpoint_every}) up to {settings.steps}"
+                )
+            needed = settings.steps // settings.checkpoint_every + 2
+            if variant.at_step is not None and settings.keep_checkpoints < needed:
+                raise SettingsError(
+                    f"at_step needs every checkpoint, and keep_checkpoints is {settings.keep_checkpoints}: give {needed} "
+                    "or more (a stop on request writes one besides)"
                 )
             given = {"candidates": "x", "corpus": "x", "queries": "x"}
             require(finetune_settings.find_problems(parse_finetune({**recipe.finetune, **variant.finetune, **given})))
@@ -339,14 +368,18 @@ def make_data(cell: Cell, run: Run) -> None:
         texts = {"corpus": collection, "queries": collection, **judged}
         probe = {"probe_queries": PROBE_QUERIES, "probe_passages": PROBE_PASSAGES}
         run("split.py", probe, {**texts, "output": folder / "judged"})
-        run("search.py", {"method": "bm25", "depth": DEPTH}, {**texts, "output": folder / "bm25.trec"})
+        run(
+            "search.py",
+            {"method": "bm25", "depth": depth_for(made_from["measures"])},
+            {**texts, "output": folder / "bm25.trec"},
+        )
         found = {"run": folder / "bm25.trec", **judged, **results(folder)}
         run("evaluate.py", {"measures": made_from["measures"]}, found)
     share = made_from["train_share"]
     candidates = candidates_file(folder, share)
     if not manifest_path(candidates).exists():
         candidates.unlink(missing_ok=True)
-        qrels, train = collection / "qrels" / "train.tsv", folder / f"train-{share:g}"
+        qrels, train = collection / "qrels" / "train.tsv", folder / f"train-{share!r}"
         lines = qrels.read_text(encoding="utf-8").splitlines()[1:]
         sample = max(1, round(share * len({line.split("\t")[0] for line in lines})))
         run("split.py", {"sample": sample}, {"queries": collection, "qrels": qrels, "output": train})
@@ -385,7 +418,13 @@ def make_shards(cell: Cell, run: Run) -> None:
 
 
 def candidates_file(data: Path, share: float) -> Path:
-    return data / f"candidates-{share:g}.jsonl"
+    return data / f"candidates-{share!r}.jsonl"
+
+
+def depth_for(measures: Sequence[str]) -> int:
+    """Passages of a run that the measures look at: the largest cutoff, 1,000 where one has none, at least 100."""
+    cutoffs = [int(found[1]) if (found := re.search(r"@(\d+)$", measure)) else 1000 for measure in measures]
+    return max([100, *cutoffs])
 
 
 def results(folder: Path) -> dict[str, Path]:
@@ -416,12 +455,12 @@ def run_cell(cell: Cell, run: Run) -> dict[str, Any]:
         return {**record, "diverged": True, "made_from": made_from}
     model, embeddings, found = cell.tuned / "export" / "retriever", cell.tuned / "embeddings", cell.tuned / "run.trec"
     judged = {"qrels": collection / "qrels" / f"{made_from['split']}.tsv"}
-    device = {"device": made_from["finetune"].get("device", "auto")}
+    device = {"device": made_from["finetune"].get("device", "auto"), "precision": "float32"}
     # float32: vectors of an encoder that has learned little are nearly alike, and float16 ranks them wrongly.
     vectors = {"dtype": "float32", **device}
     run("encode.py", vectors, {"model": model, "corpus": collection, "output": embeddings})
     asked = {"model": model, "embeddings": embeddings, "queries": collection, **judged, "output": found}
-    run("search.py", {"depth": DEPTH, **device}, asked)
+    run("search.py", {"depth": depth_for(made_from["measures"]), **device}, asked)
     run("evaluate.py", {"measures": made_from["measures"]}, {"run": found, **judged, **results(cell.tuned)})
     before = next(line for line in read_metrics(cell.tuned) if line["kind"] == "probe")
     return {

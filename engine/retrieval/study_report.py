@@ -47,27 +47,26 @@ class Test:
     difference: float
     low: float
     high: float
-    queries_p: float
+    queries_p: float | None
+    """None with fewer than two queries."""
     seeds_p: float | None
-    """None with fewer than two seeds in common."""
+    """None with fewer than two seeds."""
 
 
 def compare_rows(first: Row, second: Row) -> Test:
-    """Both tests of two variants on one collection."""
-    differences = first.per_query - second.per_query
+    """Both tests of two variants on one collection, over the seeds that both have (at least one)."""
     seeds = [seed for seed in first.records if seed in second.records]
-    measure = next(iter(next(iter(first.records.values()))["measures"]))
-    by_seed = [
-        first.records[seed]["measures"][measure]["mean"] - second.records[seed]["measures"][measure]["mean"]
-        for seed in seeds
-    ]
+    first, second = (Row({seed: row.records[seed] for seed in seeds}) for row in (first, second))
+    measure = next(iter(first.records[seeds[0]]["measures"]))
+    differences = first.per_query - second.per_query
+    by_seed = np.subtract(first.means(measure), second.means(measure))
     low, high = interval(differences)
     return Test(
         difference=float(differences.mean()),
         low=low,
         high=high,
-        queries_p=paired_t_test(differences) or 0.0,
-        seeds_p=paired_t_test(np.array(by_seed)) if len(seeds) > 1 else None,
+        queries_p=paired_t_test(differences),
+        seeds_p=paired_t_test(by_seed),
     )
 
 
@@ -114,9 +113,11 @@ def make_report(
     for collection, rows in table.items():
         for other in against:
             for variant in rows:
-                if other in rows and other != variant and (collection, other, variant) not in tests:
+                is_new = other != variant and (collection, other, variant) not in tests
+                if is_new and other in rows and rows[variant].records.keys() & rows[other].records.keys():
                     tests[collection, variant, other] = compare_rows(rows[variant], rows[other])
-    corrected = dict(zip(tests, holm([test.queries_p for test in tests.values()])))
+    tested = {key: test.queries_p for key, test in tests.items() if test.queries_p is not None}
+    corrected = dict(zip(tested, holm([*tested.values()])))
     for collection, rows in table.items():
         if not rows:
             continue
@@ -130,7 +131,7 @@ def make_report(
         )
         mine = [key for key in tests if key[0] == collection]
         if mine:
-            blocks.append(tests_table({key[1:]: (tests[key], corrected[key]) for key in mine}, measure))
+            blocks.append(tests_table({key[1:]: (tests[key], corrected.get(key)) for key in mine}, measure))
     blocks += curves(table, variants, measure)
     if any(table.values()):
         blocks += [Heading(2, "Held-out losses of the pre-trainings"), losses_table(table)]
@@ -151,7 +152,7 @@ def describe(records: Sequence[Record], num_cells: int) -> str:
 
 def means_table(rows: Mapping[str, Row], bm25: Record) -> Table:
     measures = list(bm25["measures"])
-    header = ["variant", "seeds", f"{measures[0]} before fine-tuning", *measures, "passages/s"]
+    header = ["variant", "seeds", "MRR@10 before fine-tuning", *measures, "passages/s"]
     body = []
     for variant, row in rows.items():
         before = [record["before"]["mrr@10"] for record in row.records.values()]
@@ -168,7 +169,7 @@ def with_spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}{spread}"
 
 
-def tests_table(tests: Mapping[tuple[str, str], tuple[Test, float]], measure: str) -> Table:
+def tests_table(tests: Mapping[tuple[str, str], tuple[Test, float | None]], measure: str) -> Table:
     rows = [
         [
             f"{variant} against {other}",
@@ -179,7 +180,9 @@ def tests_table(tests: Mapping[tuple[str, str], tuple[Test, float]], measure: st
         ]
         for (variant, other), (test, corrected) in tests.items()
     ]
-    note = "Paired t-tests: over queries (each averaged over the seeds), and over the seeds' means."
+    note = (
+        "Paired t-tests over the seeds that both have: over queries (each averaged over seeds), and over seeds' means."
+    )
     return Table(
         [measure, "difference, 95 % interval", "p over queries", "corrected by Holm", "p over seeds"], rows, note
     )
@@ -246,7 +249,7 @@ def prediction_table(table: Mapping[str, Mapping[str, Row]], variants: Variants)
             for variant, row in rows.items():
                 if seed in row.records:
                     record, step = row.records[seed], variants[variant][0] or last_step(row)
-                    probe = dict(zip(record["probe"]["step"], record["probe"]["mrr@10"]))
+                    probe = dict(zip(record["probe"]["step"], record["probe"].get("mrr@10", ())))
                     if step in probe:
                         pairs.append((probe[step], next(iter(record["measures"].values()))["mean"]))
             value = spearman(*zip(*pairs)) if pairs else None

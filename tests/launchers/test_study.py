@@ -23,7 +23,7 @@ RECIPE = {
     "pretrain": {
         "encoder": "bert", "from_scratch": True, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_tokens": 32,
         "global_batch": 8, "learning_rate": 1e-3, "steps": 4, "checkpoint_every": 2, "held_out_passages": 8,
-        "probe_every": 2, "log_every": 1, "device": "cpu",
+        "probe_every": 2, "log_every": 1, "keep_checkpoints": 5, "device": "cpu",
     },
     "finetune": {
         "global_batch": 8, "num_negatives": 1, "max_passage_tokens": 32, "max_query_tokens": 12, "steps": 3,
@@ -120,6 +120,9 @@ def test_masters_and_retromaes_tables_have_their_rows():
         ({"seeds": [1, 1]}, "seeds are"),
         ({"measures": ["MRR@x"]}, "MRR@x"),
         ({"base": "nothing"}, "there is no study recipe nothing"),
+        ({"variants": {"a": {"pretrain": {"fresh": True}}}}, "pretrain sets fresh, which the study sets: leave it out"),
+        ({"variants": {"a": {"at_step": 2, "pretrain": {"keep_checkpoints": 2}}}}, "keep_checkpoints is 2: give 4"),
+        ({"base": "master_figure2"}, "its base has a base of its own"),
         ({"seeds": 3}, "seeds is 3; give a list, each a whole number"),
         ({"against": "none"}, "against is 'none'; give a list, each a name"),
         ({"pretrain": None}, "pretrain is None; give `key: value` lines"),

@@ -38,7 +38,10 @@ def test_seeds_are_paired_by_number_and_one_seed_gives_no_p_value():
     other = {0: record("other", 0, 1.0, 1.0, 0.5, 0.5), 1: record("other", 1, 0.5, 1.0, 0.5, 0.5)}
     p = 1 - 2 / math.pi * math.atan(3)
     assert compare_rows(Row(other), Row(NONE)).seeds_p == pytest.approx(p, rel=1e-9)
-    assert compare_rows(Row({2: other[0]}), Row(NONE)).seeds_p is None, "no seed in common"
+    one = compare_rows(Row({0: other[0], 2: other[1]}), Row(NONE))
+    assert one.seeds_p is None and one.difference == 0.25, "the seed that both have, 0, alone counts"
+    single = compare_rows(Row({0: record("a", 0, 1.0)}), Row({0: record("b", 0, 0.5)}))
+    assert single.queries_p is None, "one query tells nothing"
 
 
 def test_holm_corrects_from_the_smallest_p_on():
