@@ -275,7 +275,7 @@ def _check(path: Path, recipe: Recipe) -> None:
             needed = settings.steps // settings.checkpoint_every + 2
             if variant.at_step is not None and settings.keep_checkpoints < needed:
                 raise SettingsError(
-                    f"at_step needs every checkpoint, and keep_checkpoints is {settings.keep_checkpoints}: give {needed} "
+                    f"at_step needs all checkpoints and keep_checkpoints is {settings.keep_checkpoints}: give {needed} "
                     "or more (a stop on request writes one besides)"
                 )
             given = {"candidates": "x", "corpus": "x", "queries": "x"}
