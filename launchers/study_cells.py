@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,14 @@ from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
 from quincunx.engine.generate import GenerateSettings
 from quincunx.engine.metrics_file import read_metrics
+from quincunx.engine.model_card import curves
 from quincunx.engine.retrieval import finetune_settings
 from quincunx.engine.retrieval.files import file_digest, manifest_path
 from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
+from quincunx.engine.retrieval.judgements import read_qrels
 from quincunx.engine.retrieval.measures import measure_name
 from quincunx.engine.retrieval.pipeline import versions
+from quincunx.engine.retrieval.report import load_result
 from quincunx.engine.run_settings import require
 from quincunx.engine.settings import PretrainSettings, find_problems
 from quincunx.launchers import finetune, pretrain
@@ -254,7 +257,7 @@ def _check(path: Path, recipe: Recipe) -> None:
             parse_settings(GenerateSettings, "", as_words({**given, **settings}))
         for name, variant in recipe.variants.items():
             where = f"variant {name}"
-            if not isinstance(variant.train_share, int | float) or not 0 < variant.train_share <= 1:
+            if not 0 < variant.train_share <= 1:
                 raise SettingsError(f"train_share is {variant.train_share}: give a number above 0, at most 1")
             settings = parse_pretrain({**recipe.pretrain, **variant.pretrain, "shards": ["x"]})
             for command, own in OWN_SETTINGS.items():
@@ -380,8 +383,7 @@ def make_data(cell: Cell, run: Run) -> None:
     if not manifest_path(candidates).exists():
         candidates.unlink(missing_ok=True)
         qrels, train = collection / "qrels" / "train.tsv", folder / f"train-{share!r}"
-        lines = qrels.read_text(encoding="utf-8").splitlines()[1:]
-        sample = max(1, round(share * len({line.split("\t")[0] for line in lines})))
+        sample = max(1, round(share * len(read_qrels(qrels))))
         run("split.py", {"sample": sample}, {"queries": collection, "qrels": qrels, "output": train})
         texts = {"corpus": collection, "queries": train / "queries.jsonl", "qrels": train / "qrels.tsv"}
         ranks = TRAIN_NEGATIVES + 10
@@ -475,32 +477,25 @@ def run_cell(cell: Cell, run: Run) -> dict[str, Any]:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """{"measures": {name: {mean, low, high}}, "per_query": the first measure's values in the order of query ids}."""
-    measures = json.loads((folder / "result.json").read_text())["measures"]
-    first = next(iter(measures))
-    lines = map(json.loads, (folder / "queries.jsonl").read_text().splitlines())
-    values = {line["query_id"]: line["values"][first] for line in lines}
-    return {"measures": measures, "per_query": [round(values[query], 6) for query in sorted(values)]}
+    found = load_result(folder)
+    values = next(iter(found.evaluation.per_query.values()))
+    return {"measures": found.record["measures"], "per_query": [round(values[query], 6) for query in sorted(values)]}
 
 
 def read_pretraining(run_folder: Path) -> dict[str, Any]:
     """The probe's curves, held-out losses [before, after, unigram] and the median rate, of a pre-training's metrics."""
-    kinds: dict[str, list[dict]] = {"probe": [], "held_out": [], "train": []}
-    for line in read_metrics(run_folder):
-        kinds.get(line["kind"], []).append(line)
-    probe: dict[str, list] = {"step": [line["step"] for line in kinds["probe"]]}
-    for name in kinds["probe"][0] if kinds["probe"] else ():
-        if name.startswith("probe/"):
-            probe[name.removeprefix("probe/")] = [round(line[name], 4) for line in kinds["probe"]]
-    losses = {}
-    if kinds["held_out"]:
-        first, last = kinds["held_out"][0], kinds["held_out"][-1]
-        for name in last:
-            if name.startswith("held_out/loss/"):
-                task = name.removeprefix("held_out/loss/")
-                losses[task] = [round(v, 4) for v in (first[name], last[name], last[f"held_out/unigram/{task}"])]
-    rates = sorted(line["passages_per_second"] for line in kinds["train"])
-    rate = round(rates[len(rates) // 2], 1) if rates else None
-    return {"probe": probe, "held_out": losses, "passages_per_second": rate}
+    curve = partial(curves, run_folder)
+    probe: dict[str, list] = {"step": []}
+    for name, (steps, values) in curve("probe", "probe/").items():
+        probe |= {"step": steps, name: [round(value, 4) for value in values]}
+    losses, unigrams = curve("held_out", "held_out/loss/"), curve("held_out", "held_out/unigram/")
+    held_out = {
+        task: [round(value, 4) for value in (values[0], values[-1], unigrams[task][1][-1])]
+        for task, (_, values) in losses.items()
+    }
+    _, rates = curve("train", "passages_per_second").get("", ([], []))
+    rate = round(sorted(rates)[len(rates) // 2], 1) if rates else None
+    return {"probe": probe, "held_out": held_out, "passages_per_second": rate}
 
 
 def describe_code() -> dict[str, Any]:
