@@ -17,6 +17,7 @@ import yaml
 
 from quincunx.engine.retrieval.judgements import read_qrels, read_run
 from quincunx.engine.retrieval.measures import compare, evaluate
+from quincunx.engine.retrieval.report_blocks import alone
 from quincunx.engine.retrieval.report_plots import plot_curves
 from quincunx.launchers.demo_results import LABELS, MEASURE, records
 from quincunx.launchers.study_cells import describe_code
@@ -55,8 +56,7 @@ def main() -> None:
         )
         for run, name in (("ours", "ours"), ("mlm", "MLM alone"))
     }
-    svg = plot_curves({"MRR@10 of [CLS] without fine-tuning": lines}).replace("currentColor", "#000000")
-    (ROOT / "docs" / "demo.svg").write_text(svg.replace("<svg ", '<svg style="background:#fff" ', 1))
+    (ROOT / "docs" / "demo.svg").write_text(alone(plot_curves({"MRR@10 of [CLS] without fine-tuning": lines})))
     for demo in demos:
         against = {
             name: f"{gain['difference']:+.3f} (p {gain['t_test_p']:.0e})" for name, gain in demo["ours_against"].items()

@@ -19,7 +19,7 @@ from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
 from quincunx.engine.retrieval.judgements import read_qrels
 from quincunx.engine.retrieval.study_report import spearman
-from quincunx.launchers.study_cells import Cell, load_record, make_cells, read_recipe
+from quincunx.launchers.study_cells import Cell, make_cells, read_recipe
 
 DEPTH = 10
 
@@ -75,7 +75,7 @@ def main() -> None:
     cells = make_cells(recipe, options.collections, options.output, options.work or options.output / "work")
     rows, by_seed = [], defaultdict(list)
     for cell in cells:
-        record = load_record(cell.record_file, cell.made_from)
+        record = cell.record()
         if record is None or "diverged" in record:
             continue
         tuned = next(iter(record["measures"].values()))["mean"]

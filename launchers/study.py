@@ -27,6 +27,18 @@ from quincunx.data_shards.errors import EXIT_PREEMPTED, SettingsError, exit_with
 from quincunx.engine.retrieval.commands import Stopping
 from quincunx.engine.retrieval.files import written_whole
 from quincunx.launchers.command_line import parse_settings
+from quincunx.launchers.study_cells import (
+    Cell,
+    CommandFailed,
+    bm25_made_from,
+    bm25_record,
+    command_line,
+    load_record,
+    make_cells,
+    make_data,
+    read_recipe,
+    run_cell,
+)
 
 POLL_SECONDS = 0.5
 
@@ -56,13 +68,11 @@ class Study:
     """The cells of a study and the threads that make them."""
 
     def __init__(self, settings: StudySettings):
-        from quincunx.launchers.study_cells import make_cells, read_recipe
-
         self.settings, self.recipe = settings, read_recipe(settings.recipe)
         self.output = Path(settings.output)
         work = Path(settings.work) if settings.work else self.output / "work"
         self.cells = make_cells(self.recipe, settings.collections, self.output, work)
-        self.groups: dict[Path, list] = {}
+        self.groups: dict[Path, list[Cell]] = {}
         """Cells by the pre-training that they share: a group is made by one worker, one cell after the other."""
         for cell in self.cells:
             self.groups.setdefault(cell.pretrained, []).append(cell)
@@ -87,7 +97,7 @@ class Study:
         try:
             for patient in (False, True):
                 for path, cells in self.groups.items():
-                    if not self.stopping.requested and any(self._record(cell) is None for cell in cells):
+                    if not self.stopping.requested and any(cell.record() is None for cell in cells):
                         with self._held(path, patient) as lock:
                             if lock is not None:
                                 self._make_group(cells, lock, environment)
@@ -95,11 +105,9 @@ class Study:
             self.failure = self.failure or error
             self.stopping.stop()
 
-    def _make_group(self, cells: Sequence, lock: IO[str], environment: Mapping[str, str]) -> None:
-        from quincunx.launchers.study_cells import CommandFailed, bm25_record, make_data, run_cell
-
+    def _make_group(self, cells: Sequence[Cell], lock: IO[str], environment: Mapping[str, str]) -> None:
         for cell in cells:
-            if self._record(cell) is not None:
+            if cell.record() is not None:
                 continue
 
             def run(script: str, settings: Mapping[str, Any], inputs: Mapping[str, Any], trains: bool = False) -> None:
@@ -117,19 +125,16 @@ class Study:
                     return
                 raise
             write_record(cell.record_file, record)
-            done = sum(self._record(other) is not None for other in self.cells)
+            done = sum(other.record() is not None for other in self.cells)
             outcome = "diverged" if "diverged" in record else describe(record)
             say(f"[{done}/{len(self.cells)}] {cell.label}: {outcome}")
             self.report()
 
     def _record(self, cell: Any) -> dict[str, Any] | None:
-        from quincunx.launchers.study_cells import load_record
 
         return load_record(cell.record_file, cell.made_from)
 
-    def _command(self, cell: Any, command: tuple, lock: IO[str], environment: Mapping[str, str]) -> None:
-        from quincunx.launchers.study_cells import CommandFailed, command_line
-
+    def _command(self, cell: Cell, command: tuple, lock: IO[str], environment: Mapping[str, str]) -> None:
         script, settings, inputs, trains = command
         launch = shlex.split(self.settings.launch or "") if trains else []
         words = command_line(script, settings, inputs, launch)
@@ -168,7 +173,6 @@ class Study:
     def report(self) -> list[Path]:
         """Writes the report of the cells that are there; gives its files."""
         from quincunx.engine.retrieval.study_report import make_report
-        from quincunx.launchers.study_cells import bm25_made_from, load_record
 
         with self.reporting:
             bm25 = {cell.collection.name: load_record(cell.bm25_file, bm25_made_from(cell)) for cell in self.cells}
@@ -177,7 +181,7 @@ class Study:
                 self.recipe.name,
                 {name: (v.at_step, v.train_share) for name, v in self.recipe.variants.items()},
                 self.recipe.against,
-                [record for cell in self.cells if (record := self._record(cell)) is not None],
+                [record for cell in self.cells if (record := cell.record()) is not None],
                 {name: record for name, record in bm25.items() if record is not None},
                 len(self.cells),
             )
@@ -221,9 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.launch and (settings.workers or 1) > 1:
         raise SettingsError("launch gives all GPUs to one training: leave workers out, or launch")
     study = Study(settings)
-    missing = sum(study._record(cell) is None for cell in study.cells)
+    missing = sum(cell.record() is None for cell in study.cells)
     say(f"study {study.recipe.name}: {len(study.cells)} cells, {len(study.cells) - missing} of them there")
-    from quincunx.launchers.study_cells import CommandFailed
 
     try:
         code = 0 if settings.report_only else study.run()

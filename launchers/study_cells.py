@@ -139,6 +139,10 @@ class Cell:
     def tuned(self) -> Path:
         return self._folder(self.variant, self.made_from)
 
+    def record(self) -> dict[str, Any] | None:
+        """The finished cell's record; None where it is not made yet. Raises SettingsError as load_record."""
+        return load_record(self.record_file, self.made_from)
+
     def _folder(self, name: str, decided_by: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:8]
         return self.work / self.collection.name / f"{name}-{digest}"

@@ -113,13 +113,16 @@ def write_report(folder: Path, blocks: Sequence[Block]) -> list[Path]:
         if isinstance(block, Figure):
             paths.append(folder / f"{block.name}.svg")
             with written_whole(paths[-1]) as file:
-                # Alone it has no page to take its colours from: black on white.
-                svg = block.svg.replace("currentColor", "#000000")
-                file.write(svg.replace("<svg ", '<svg style="background:#fff" ', 1))
+                file.write(alone(block.svg))
     paths.append(folder / "report.md")
     with written_whole(paths[-1]) as file:
         file.write(to_markdown(blocks))
     return paths
+
+
+def alone(svg: str) -> str:
+    """A plot as a file of its own, which has no page to take its colours from: black on white."""
+    return svg.replace("currentColor", "#000000").replace("<svg ", '<svg style="background:#fff" ', 1)
 
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:

@@ -22,6 +22,8 @@ from quincunx.engine.retrieval.report_plots import plot_bars, plot_curves
 Record = Mapping[str, Any]
 Variants = Mapping[str, tuple[int | None, float]]
 """Variant -> (step of the pre-training that is fine-tuned, None: the last; share of the training queries)"""
+Panels = dict[str, dict[str, list[tuple[float, float]]]]
+"""Collection -> line -> points (x, y)"""
 
 
 @dataclass(frozen=True)
@@ -223,10 +225,6 @@ def curves(table: Mapping[str, Mapping[str, Row]], variants: Variants, measure: 
         plot = plot_curves(lines(by_share), xlabel="per cent of the training queries", logarithmic=True)
         blocks += [Heading(2, "Fine-tuned quality by training queries"), Figure("queries", f"{measure}", plot)]
     return blocks
-
-
-Panels = dict[str, dict[str, list[tuple[float, float]]]]
-"""Collection -> line -> points (x, y)"""
 
 
 def lines(panels: Panels) -> dict[str, dict[str, tuple]]:
