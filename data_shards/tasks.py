@@ -78,19 +78,24 @@ def field_of(task_name: str, neighbour: str) -> str:
     return "passage" if field == "next" and neighbour == "halves" else field
 
 
-def check_tasks_against(field_counts: Sequence[Mapping[str, int]], task_names: Sequence[str], neighbour: str) -> None:
-    """Checks that every task can be served by at least one of the shard sets.
+def shares_served(
+    counts: Sequence[Mapping[str, int]], weights: Sequence[int], task_names: Sequence[str], neighbour: str
+) -> list[float]:
+    """Each task's share of the passages that a step reads: those that have the text it decodes.
 
-    `field_counts`: for each shard set, how many samples have each field (passage, next, queries, continuation), as its
-    manifest says. Raises SettingsError naming every task that none can serve, its field, and the command that makes it.
+    `counts`: for each shard set, how many samples have each field (passage, next, queries, continuation), as its
+    manifest says; `weights`: the sets' shares of a step. Raises SettingsError naming every task that no set serves.
     """
-    problems = []
+    shares, problems = [], []
     for name in task_names:
         field = field_of(name, neighbour)
-        if not sum(counts.get(field, 0) for counts in field_counts):
+        of_set = [found.get(field, 0) / max(1, found["passage"]) for found in counts]
+        shares.append(sum(weight * share for weight, share in zip(weights, of_set, strict=True)) / sum(weights))
+        if not shares[-1]:
             remedy = FIELD_REMEDIES.get(field, "build the shards from a corpus that has passages")
             problems.append(f"{name} ({TASKS[name].title}), which needs the field {field!r}: {remedy}")
     if problems:
         raise SettingsError(
             "no shard set given serves the task " + "; nor ".join(problems) + "; or leave the task out of --tasks"
         )
+    return shares

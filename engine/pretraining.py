@@ -19,7 +19,7 @@ from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shards import ShardSet, open_shards
 from quincunx.data_shards.stream import Stream
-from quincunx.data_shards.tasks import check_tasks_against
+from quincunx.data_shards.tasks import TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.bundle import is_bundle, load_bundle
 from quincunx.engine.deepspeed_config import check_settings, fill_config
@@ -87,8 +87,8 @@ class PretrainJob:
         return find_idle_settings(self.settings)
 
     def describe(self) -> str:
-        tasks = " ".join(["mlm", *self.settings.tasks])
-        return f"tasks {tasks} ({self.settings.decoder}); {self.stream.order.describe(self.settings.global_batch)}"
+        loss = " + ".join(["mlm", *(f"{task.weight:.2g} {task.name}" for task in self.model.tasks)])
+        return f"loss {loss} ({self.settings.decoder}); {self.stream.order.describe(self.settings.global_batch)}"
 
     def write_model_files(self, folder: Path) -> None:
         save_model_files(folder, self.model, self.shard_sets[0].tokenizer_folder)
@@ -129,16 +129,26 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
     cuda = choose_device(settings.device, environment)
     config = fill_config(config, settings, micro_batch, environment.world_size, cuda)
     report = print if environment.is_main else lambda line: None
-    kernels = choose_kernels(settings, cuda)
-
-    pairs = settings.shard_weights()
-    shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path, _ in pairs]
+    paths, weights = zip(*settings.shard_weights(), strict=True)
+    shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path in paths]
     fields = [shard_set.manifest.fields["train"] for shard_set in shard_sets]
-    check_tasks_against(fields, settings.tasks, settings.neighbour)
+    tasks = settings.task_specs(shares_served(fields, weights, settings.tasks, settings.neighbour))
     check_tokenizer(settings, shard_sets)
-    packers = {split: make_packer(settings, shard_sets, split) for split in ("train", "heldout")}
-    blocks = [shard_set.block_samples("train") for shard_set in shard_sets]
-    order = Order(settings.seed, blocks, [weight for _, weight in pairs])
+    packers = {
+        split: Packer(
+            shard_sets,
+            tasks,
+            encoder_mask_rate=settings.encoder_mask_rate,
+            decoder_mask_rate=settings.decoder_mask_rate,
+            corruption=settings.corruption,
+            neighbour=settings.neighbour,
+            max_tokens=settings.max_tokens,
+            seed=settings.seed,
+            split=split,
+        )
+        for split in ("train", "heldout")
+    }
+    order = Order(settings.seed, [shard_set.block_samples("train") for shard_set in shard_sets], weights)
     stream = Stream(
         packers["train"],
         order,
@@ -148,8 +158,8 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
         world_size=environment.world_size,
         num_workers=settings.num_workers,
     )
-    model = make_model(settings, shard_sets[0], report)
-    report(f"kernels: {describe_kernels(settings, kernels, model)}")
+    model = make_model(settings, tasks, shard_sets[0], report)
+    report(f"kernels: {describe_kernels(settings, cuda, model)}")
     if not cuda:
         return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
     held_out = None
@@ -169,16 +179,12 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
     )
 
 
-def choose_kernels(settings: PretrainSettings, cuda: bool) -> str:
-    """Which kernels run, triton or torch. Raises SettingsError where Triton is demanded and cannot run."""
+def describe_kernels(settings: PretrainSettings, cuda: bool, model: PretrainModel) -> str:
+    """What computes the LM-head loss and the decoders' attention. Raises SettingsError for a Triton that cannot run."""
     try:
-        return choose(settings.kernels, "cuda" if cuda else "cpu")
+        kernels = choose(settings.kernels, "cuda" if cuda else "cpu")
     except ValueError as error:
         raise SettingsError(str(error)) from error
-
-
-def describe_kernels(settings: PretrainSettings, kernels: str, model: PretrainModel) -> str:
-    """What computes the LM-head loss and the decoders' attention. Raises SettingsError for heads Triton cannot take."""
     if kernels == "torch" or settings.decoder == "masked":  # masked decoders' attention is torch's own
         return kernels
     config = model.encoder.config
@@ -208,21 +214,9 @@ def check_tokenizer(settings: PretrainSettings, shard_sets: list[ShardSet]) -> N
             )
 
 
-def make_packer(settings: PretrainSettings, shard_sets: list[ShardSet], split: str) -> Packer:
-    return Packer(
-        shard_sets,
-        settings.task_specs(),
-        encoder_mask_rate=settings.encoder_mask_rate,
-        decoder_mask_rate=settings.decoder_mask_rate,
-        corruption=settings.corruption,
-        neighbour=settings.neighbour,
-        max_tokens=settings.max_tokens,
-        seed=settings.seed,
-        split=split,
-    )
-
-
-def make_model(settings: PretrainSettings, shard_set: ShardSet, report: Callable[[str], None]) -> PretrainModel:
+def make_model(
+    settings: PretrainSettings, tasks: list[TaskSpec], shard_set: ShardSet, report: Callable[[str], None]
+) -> PretrainModel:
     """The run's model, its random weights drawn from the seed, so that they are the same on every rank."""
     from quincunx.engine.encoder import ScratchShape
 
@@ -238,7 +232,7 @@ def make_model(settings: PretrainSettings, shard_set: ShardSet, report: Callable
     torch.manual_seed(settings.seed)
     model = build_model(
         settings.encoder,
-        settings.task_specs(),
+        tasks,
         max_tokens=settings.max_tokens,
         decoder_layers=settings.decoder_layers,
         decoder_init=settings.decoder_init,

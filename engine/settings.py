@@ -4,6 +4,7 @@ How it is run (ZeRO stage, offload, precision) stands in the DeepSpeed JSON inst
 Defaults are the papers': RetroMAE's where both speak, MASTER's where only MASTER does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -67,7 +68,7 @@ class PretrainSettings(RunSettings):
     shared_decoder: bool = False
     """All tasks decode through one decoder instead of one each (MASTER's ablation, Table 6)."""
     task_weights: list[float] | None = None
-    """Weight lambda of each task's loss, in the order of tasks (default: 1 each); the encoder's own loss has 1."""
+    """Weight lambda of each task's loss; the encoder's own has 1 (default: the share of passages with its text)."""
     encoder_mask_rate: float = 0.30
     """Share of the encoder's tokens that are masked, alpha (RetroMAE, MASTER: 0.30)."""
     decoder_mask_rate: float = 0.50
@@ -91,9 +92,9 @@ class PretrainSettings(RunSettings):
     cache_gb: float = 50.0
     """Size of that cache in gigabytes."""
 
-    def task_specs(self) -> list[TaskSpec]:
-        """The recipe's tasks in their order, with kind of decoder and weight."""
-        weights = self.task_weights or [1.0] * len(self.tasks)
+    def task_specs(self, shares: Sequence[float]) -> list[TaskSpec]:
+        """The recipe's tasks in their order, with kind of decoder and weight; `shares` of the passages serve them."""
+        weights = self.task_weights or shares
         return [TaskSpec(name=name, decoder=self.decoder, weight=weight) for name, weight in zip(self.tasks, weights)]
 
     def shard_weights(self) -> list[tuple[str, int]]:

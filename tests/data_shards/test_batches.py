@@ -16,7 +16,7 @@ from quincunx.data_shards.hashing import ALWAYS
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import write_shard_set
 from quincunx.data_shards.shards import open_shards
-from quincunx.data_shards.tasks import TASKS, TaskSpec, check_tasks_against
+from quincunx.data_shards.tasks import TASKS, TaskSpec, shares_served
 from quincunx.kernels.hashing import visibility
 
 CLS, SEP, MASK, VOCAB_SIZE = 101, 102, 103, 30522
@@ -325,15 +325,18 @@ def test_shard_sets_of_two_tokenizers_are_refused(shard_set, other_shard_set, mo
         make_packer([shard_set, other_shard_set])
 
 
-def test_a_task_that_no_shard_set_serves_names_its_field_and_the_command(shard_set):
+def test_a_tasks_share_is_that_of_the_passages_with_its_text_and_none_is_refused(shard_set):
     counts = shard_set.manifest.fields["train"]
-    check_tasks_against([counts], list(TASKS), "next")
+    shares = shares_served([counts], [1], list(TASKS), "next")
+    assert shares == [counts[kind.field] / counts["passage"] for kind in TASKS.values()] and 0 < shares[2] < 1
     bare = counts | {"queries": 0, "next": 0}
     with pytest.raises(SettingsError, match=r"'queries'.*generate.py --task queries") as raised:
-        check_tasks_against([bare], ["mkp", "npr", "dor"], "next")
+        shares_served([bare], [1], ["mkp", "npr", "dor"], "next")
     assert "'next'" in str(raised.value)
-    check_tasks_against([bare], ["mkp", "npr"], "halves")
-    check_tasks_against([bare, counts], ["npr", "dor"], "next")
+    assert shares_served([bare], [1], ["mkp", "npr"], "halves") == [1, 1]
+    assert shares_served([bare, counts], [1, 3], ["npr"], "next") == [pytest.approx(shares[2] * 3 / 4)]
+    twice = {field: 2 * count for field, count in bare.items()}
+    assert shares_served([twice, counts], [1, 1], ["npr"], "next") == [pytest.approx(shares[2] / 2)]
 
 
 @pytest.mark.parametrize("fields", [{"name": "mlp"}, {"decoder": "causal"}, {"weight": -1.0}, {"weight": float("nan")}])

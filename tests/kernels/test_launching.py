@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.pretraining import choose_kernels, describe_kernels
+from quincunx.engine.pretraining import describe_kernels
 from quincunx.engine.settings import PretrainSettings
 from quincunx.kernels import launching
 
@@ -27,7 +27,7 @@ def test_auto_takes_torch_where_there_is_no_card_and_torch_is_always_to_be_had()
 
 def test_triton_on_a_cpu_is_a_settings_error_that_says_what_to_do():
     with pytest.raises(SettingsError, match=r"triton cannot run: tensors are on cpu.*set kernels to torch or auto"):
-        choose_kernels(PretrainSettings(kernels="triton"), cuda=False)
+        describe_kernels(PretrainSettings(kernels="triton"), False, model_with(64))
 
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "torch"), ((8, 0), "triton"), ((9, 0), "triton")])
@@ -53,18 +53,20 @@ def model_with(head_size: int):
     return types.SimpleNamespace(encoder=types.SimpleNamespace(config=config))
 
 
-def test_the_line_at_the_start_says_what_really_runs():
+def test_the_line_at_the_start_says_what_really_runs(monkeypatch):
     """Attention is torch's where heads or the query stream are not the kernel's; demanded Triton is then an error."""
+    card = types.SimpleNamespace(major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     for settings, head_size, line in (
         (PretrainSettings(), 64, "triton"),
         (PretrainSettings(), 48, "triton for the LM-head loss, torch for attention (heads of 48 channels)"),
         (PretrainSettings(decoder="masked"), 48, "triton"),
         (PretrainSettings(query_stream="embedded"), 64, "torch for attention (query_stream is embedded)"),
     ):
-        assert describe_kernels(settings, "triton", model_with(head_size)).endswith(line)
-    assert describe_kernels(PretrainSettings(), "torch", model_with(48)) == "torch"
+        assert describe_kernels(settings, True, model_with(head_size)).endswith(line)
+    assert describe_kernels(PretrainSettings(), False, model_with(48)) == "torch"
     with pytest.raises(SettingsError, match=r"heads have 48 channels; the attention kernel takes 32, 64, 128, set"):
-        describe_kernels(PretrainSettings(kernels="triton"), "triton", model_with(48))
+        describe_kernels(PretrainSettings(kernels="triton"), True, model_with(48))
 
 
 def test_an_unknown_implementation_is_refused():
