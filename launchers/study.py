@@ -70,6 +70,7 @@ class Study:
     def __init__(self, settings: StudySettings):
         self.settings, self.recipe = settings, read_recipe(settings.recipe)
         self.output = Path(settings.output)
+        refuse_other_study(self.output / "report.md", self.recipe.name)
         work = Path(settings.work) if settings.work else self.output / "work"
         self.cells = make_cells(self.recipe, settings.collections, self.output, work)
         self.groups: dict[Path, list[Cell]] = {}
@@ -130,10 +131,6 @@ class Study:
             say(f"[{done}/{len(self.cells)}] {cell.label}: {outcome}")
             self.report()
 
-    def _record(self, cell: Any) -> dict[str, Any] | None:
-
-        return load_record(cell.record_file, cell.made_from)
-
     def _command(self, cell: Cell, command: tuple, lock: IO[str], environment: Mapping[str, str]) -> None:
         script, settings, inputs, trains = command
         launch = shlex.split(self.settings.launch or "") if trains else []
@@ -185,6 +182,13 @@ class Study:
                 {name: record for name, record in bm25.items() if record is not None},
                 len(self.cells),
             )
+
+
+def refuse_other_study(report: Path, name: str) -> None:
+    """Raises SettingsError where an output's report is that of a study by another name."""
+    title = report.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") if report.exists() else None
+    if title not in (None, f"Study {name}"):
+        raise SettingsError(f"{report} is the report of {title}, this one is {name}: give another --output")
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ import yaml
 from quincunx.data_shards import build_settings
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
+from quincunx.data_shards.tasks import TASKS
 from quincunx.engine.generate import GenerateSettings
 from quincunx.engine.metrics_file import read_metrics
 from quincunx.engine.model_card import curves
@@ -271,6 +272,12 @@ def _check(path: Path, recipe: Recipe) -> None:
                         f"{command} sets {', '.join(sorted(given))}, which the study sets: leave it out"
                     )
             require(find_problems(settings))
+            missing = {TASKS[task].field for task in settings.tasks} - {"passage", "next"} - recipe.generate.keys()
+            if missing:
+                raise SettingsError(
+                    f"its tasks need generated texts, {' and '.join(sorted(missing))}: name their models under "
+                    "`generate`, or leave the tasks out"
+                )
             if settings.steps is None:
                 raise SettingsError("pretrain gives no steps: a study compares by steps")
             step = settings.steps if variant.at_step is None else variant.at_step

@@ -154,16 +154,14 @@ def describe(records: Sequence[Record], num_cells: int) -> str:
 
 def means_table(rows: Mapping[str, Row], bm25: Record) -> Table:
     measures = list(bm25["measures"])
-    header = ["variant", "seeds", "MRR@10 before fine-tuning", *measures, "passages/s"]
+    header = ["variant", "steps", "seeds", "MRR@10 before fine-tuning", *measures]
     body = []
     for variant, row in rows.items():
         before = [record["before"]["mrr@10"] for record in row.records.values()]
-        rates = [rate for record in row.records.values() if (rate := record["passages_per_second"])]
         cells = [with_spread(before), *(with_spread(row.means(measure)) for measure in measures)]
-        body.append([variant, str(len(row.records)), *cells, f"{statistics.fmean(rates):.0f}" if rates else ""])
-    body.append(["BM25", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures), ""])
-    note = "Mean over seeds ± their standard deviation. passages/s: of the pre-training, with what else ran beside it."
-    return Table(header, body, note)
+        body.append([variant, f"{step_of(row):,}", str(len(row.records)), *cells])
+    body.append(["BM25", "", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures)])
+    return Table(header, body, "Steps of the pre-training. Measures: mean over seeds ± their standard deviation.")
 
 
 def with_spread(values: Sequence[float]) -> str:
@@ -202,16 +200,15 @@ def curves(table: Mapping[str, Mapping[str, Row]], variants: Variants, measure: 
     by_share: Panels = {}
     for collection, rows in table.items():
         for variant, row in rows.items():
-            step, share = variants[variant]
-            steps = last_step(row)
+            step, share = step_of(row), variants[variant][1]
             found = [record["probe"] for record in row.records.values()]
-            if len(found[0].get("step", ())) > 1 and step in (None, steps):
+            if len(found[0]["step"]) > 1 and step == found[0]["step"][-1]:
                 values = np.mean([probe["mrr@10"] for probe in found], axis=0)
                 probes.setdefault(collection, {})[variant] = list(zip(found[0]["step"], values))
             value = row.per_query.mean()
             family = variant.rpartition("-")[0] or variant
             if any(at is not None for at, _ in variants.values()):
-                by_step.setdefault(collection, {}).setdefault(family, []).append((step or steps, value))
+                by_step.setdefault(collection, {}).setdefault(family, []).append((step, value))
             if any(other < 1 for _, other in variants.values()):
                 name = family if share < 1 else variant
                 by_share.setdefault(collection, {}).setdefault(name, []).append((100 * share, value))
@@ -220,7 +217,7 @@ def curves(table: Mapping[str, Mapping[str, Row]], variants: Variants, measure: 
         blocks += [Heading(2, "The probe along the pre-training"), Figure("probe", caption, plot_curves(lines(probes)))]
     if by_step:
         figure = Figure("steps", f"{measure} after fine-tuning", plot_curves(lines(by_step)))
-        blocks += [Heading(2, "Fine-tuned quality by steps of pre-training"), figure, prediction_table(table, variants)]
+        blocks += [Heading(2, "Fine-tuned quality by steps of pre-training"), figure, prediction_table(table)]
     if by_share:
         plot = plot_curves(lines(by_share), xlabel="per cent of the training queries", logarithmic=True)
         blocks += [Heading(2, "Fine-tuned quality by training queries"), Figure("queries", f"{measure}", plot)]
@@ -233,20 +230,21 @@ def lines(panels: Panels) -> dict[str, dict[str, tuple]]:
     }
 
 
-def last_step(row: Row) -> int:
-    """Steps of a variant's pre-training."""
-    return next(iter(row.records.values()))["made_from"]["pretrain"]["steps"]
+def step_of(row: Row) -> int:
+    """Step of the pre-training that a variant fine-tunes."""
+    made_from = next(iter(row.records.values()))["made_from"]
+    return made_from["at_step"] or made_from["pretrain"]["steps"]
 
 
-def prediction_table(table: Mapping[str, Mapping[str, Row]], variants: Variants) -> Table:
+def prediction_table(table: Mapping[str, Mapping[str, Row]]) -> Table:
     """How well the probe at a checkpoint predicts the fine-tuned quality: rank correlation over the checkpoints."""
     body = []
     for collection, rows in table.items():
         for seed in sorted({seed for row in rows.values() for seed in row.records}):
             pairs = []
-            for variant, row in rows.items():
+            for row in rows.values():
                 if seed in row.records:
-                    record, step = row.records[seed], variants[variant][0] or last_step(row)
+                    record, step = row.records[seed], step_of(row)
                     probe = dict(zip(record["probe"]["step"], record["probe"].get("mrr@10", ())))
                     if step in probe:
                         pairs.append((probe[step], next(iter(record["measures"].values()))["mean"]))

@@ -128,6 +128,7 @@ def test_masters_and_retromaes_tables_have_their_rows():
         ({"pretrain": None}, "pretrain is None; give `key: value` lines"),
         ({"variants": ["a"]}, "variants is ['a']; give `key: value` lines"),
         ({"variants": {"a": {"at_step": "half"}}}, "variant a: at_step is 'half'; give a whole number"),
+        ({"variants": {"a": {"pretrain": {"tasks": ["dor"]}}}}, "its tasks need generated texts, queries: name"),
         ({"variants": {"../a": {}}}, "a variant is named '../a'; give letters"),
     ],
 )
@@ -181,6 +182,11 @@ def test_cells_come_from_real_commands_and_are_not_made_again(study, tmp_path):
         main([*study(), "--report_only"])
     bm25.write_text(whole)
     times[bm25] = bm25.stat().st_mtime_ns
+
+    words = study()
+    other = Path(words[1]).rename(tmp_path / "other.yaml")
+    with pytest.raises(SettingsError, match=r"report.md is the report of Study tiny, this one is other: give another"):
+        main(["--recipe", str(other), *words[2:]])
 
     with pytest.raises(SettingsError, match=r"made otherwise \(finetune steps was 3 and is 4\): give another --output"):
         main(study(finetune={**RECIPE["finetune"], "steps": 4}))

@@ -13,8 +13,8 @@ def record(variant: str, seed: int, *values: float, collection: str = "wiki", pr
         "collection": collection, "variant": variant, "seed": seed,
         "measures": {"RR@10": {"mean": mean, "low": 0.0, "high": 1.0}}, "per_query": [*values],
         "before": {"mrr@10": 0.05, "ndcg@10": 0.06}, "probe": {"step": [0, 10], "mrr@10": [*probe]},
-        "held_out": {"mlm": [7.0, 6.0, 6.5]}, "passages_per_second": 100.0, "code": {"commit": "c" * 40, "torch": "2"},
-        "made_from": {"pretrain": {"steps": 10}}, **more,
+        "held_out": {"mlm": [7.0, 6.0, 6.5]}, "code": {"commit": "c" * 40, "torch": "2"},
+        "made_from": {"pretrain": {"steps": 10}, "at_step": None}, **more,
     }  # fmt: skip
 
 
@@ -61,8 +61,8 @@ def test_the_report_shows_every_variant_and_leaves_diverged_cells_out(tmp_path):
     paths = make_report(tmp_path, "small", variants, ["none"], records, BM25, 6)
     page = (tmp_path / "report.md").read_text()
     assert "5 of 6 cells. Diverged, and left out of every table: wiki wild seed 0." in page
-    assert "| master | 2 | 0.050 ± 0.000 | 0.750 ± 0.000 | 100 |" in page
-    assert "| BM25 |  |  | 0.625 |  |" in page and "| wild |" not in page
+    assert "| master | 10 | 2 | 0.050 ± 0.000 | 0.750 ± 0.000 |" in page
+    assert "| BM25 |  |  |  | 0.625 |" in page and "| wild |" not in page
     assert "| master against none | +0.250 [" in page and "none against none" not in page
     make_report(tmp_path, "small", variants, ["none", "master"], records, BM25, 6)
     assert "none against master" not in (tmp_path / "report.md").read_text(), "a pair is tested once"
@@ -74,7 +74,10 @@ def test_the_report_shows_every_variant_and_leaves_diverged_cells_out(tmp_path):
 def test_checkpoints_are_compared_with_the_probe_at_their_own_step(tmp_path):
     values = {4: 0.25, 8: 0.75, None: 0.5}
     probe = {"step": [0, 4, 8, 10], "mrr@10": [0.0, 0.1, 0.3, 0.2]}
-    records = [record(f"run-{at}", 0, value, value) | {"probe": probe} for at, value in values.items()]
+    records = [
+        record(f"run-{at}", 0, value, value, made_from={"pretrain": {"steps": 10}, "at_step": at}) | {"probe": probe}
+        for at, value in values.items()
+    ]
     make_report(tmp_path, "steps", {f"run-{at}": (at, 1.0) for at in values}, [], records, BM25, 3)
     page = (tmp_path / "report.md").read_text()
     assert "| wiki | 0 | 1.00 | 3 |" in page and (tmp_path / "steps.svg").exists()
