@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,16 +111,12 @@ class Study:
         for cell in cells:
             if cell.record() is not None:
                 continue
-
-            def run(script: str, settings: Mapping[str, Any], inputs: Mapping[str, Any], trains: bool = False) -> None:
-                self._command(cell, (script, settings, inputs, trains), lock, environment)  # noqa: B023 - called here
-
             try:
                 with self._held(cell.data, True) as data_lock:
                     if data_lock is not None:
-                        make_data(cell, run)
+                        make_data(cell, partial(self._command, cell, data_lock, environment))
                         write_record(cell.bm25_file, bm25_record(cell))
-                record = run_cell(cell, run)
+                record = run_cell(cell, partial(self._command, cell, lock, environment))
             except CommandFailed as failed:
                 if failed.code == EXIT_PREEMPTED:
                     self.stopping.stop()
@@ -131,8 +128,17 @@ class Study:
             say(f"[{done}/{len(self.cells)}] {cell.label}: {outcome}")
             self.report()
 
-    def _command(self, cell: Cell, command: tuple, lock: IO[str], environment: Mapping[str, str]) -> None:
-        script, settings, inputs, trains = command
+    def _command(
+        self,
+        cell: Cell,
+        lock: IO[str],
+        environment: Mapping[str, str],
+        script: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        trains: bool = False,
+    ) -> None:
+        """Runs one command, which holds the lock too. Raises CommandFailed."""
         launch = shlex.split(self.settings.launch or "") if trains else []
         words = command_line(script, settings, inputs, launch)
         cell.log.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +155,7 @@ class Study:
     def _held(self, path: Path, wait: bool) -> Iterator[IO[str] | None]:
         """The lock of a folder; None where another process holds it, or, with `wait`, when this one is to stop.
 
-        A command holds its group's lock too: what a killed study has left running is waited for.
+        What a killed study has left running still holds its lock, and is waited for.
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
