@@ -182,7 +182,7 @@ class Study:
             return make_report(
                 self.output,
                 self.recipe.name,
-                {name: (v.at_step, v.train_share) for name, v in self.recipe.variants.items()},
+                list(self.recipe.variants),
                 self.recipe.against,
                 [record for cell in self.cells if (record := cell.record()) is not None],
                 {name: record for name, record in bm25.items() if record is not None},

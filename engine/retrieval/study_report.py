@@ -6,7 +6,9 @@ Rejective Multiple Test Procedure", 1979) covers all comparisons of the report. 
 means, which few seeds make weak.
 """
 
+import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +22,6 @@ from quincunx.engine.retrieval.report_blocks import Block, Figure, Heading, Tabl
 from quincunx.engine.retrieval.report_plots import plot_bars, plot_curves
 
 Record = Mapping[str, Any]
-Variants = Mapping[str, tuple[int | None, float]]
-"""Variant -> (step of the pre-training that is fine-tuned, None: the last; share of the training queries)"""
 Panels = dict[str, dict[str, list[tuple[float, float]]]]
 """Collection -> line -> points (x, y)"""
 
@@ -32,6 +32,20 @@ class Row:
 
     records: Mapping[int, Record]
     """Seed -> record, of cells that did not diverge; at least one."""
+
+    @property
+    def first(self) -> Record:
+        return next(iter(self.records.values()))
+
+    @property
+    def step(self) -> int:
+        """Step of the pre-training that is fine-tuned."""
+        return self.first["made_from"]["at_step"] or self.first["made_from"]["pretrain"]["steps"]
+
+    @property
+    def pretraining(self) -> str:
+        """What the pre-training was, but for its seed."""
+        return json.dumps({**self.first["made_from"]["pretrain"], "seed": None}, sort_keys=True)
 
     @property
     def per_query(self) -> np.ndarray:
@@ -92,7 +106,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 def make_report(
     output: Path,
     name: str,
-    variants: Variants,
+    variants: Sequence[str],
     against: Sequence[str],
     records: Sequence[Record],
     bm25: Mapping[str, Record],
@@ -134,7 +148,7 @@ def make_report(
         mine = [key for key in tests if key[0] == collection]
         if mine:
             blocks.append(tests_table({key[1:]: (tests[key], corrected.get(key)) for key in mine}, measure))
-    blocks += curves(table, variants, measure)
+    blocks += curves(table, measure)
     if any(table.values()):
         blocks += [Heading(2, "Held-out losses of the pre-trainings"), losses_table(table)]
     return write_report(Path(output), blocks)
@@ -159,7 +173,7 @@ def means_table(rows: Mapping[str, Row], bm25: Record) -> Table:
     for variant, row in rows.items():
         before = [record["before"]["mrr@10"] for record in row.records.values()]
         cells = [with_spread(before), *(with_spread(row.means(measure)) for measure in measures)]
-        body.append([variant, f"{step_of(row):,}", str(len(row.records)), *cells])
+        body.append([variant, f"{row.step:,}", str(len(row.records)), *cells])
     body.append(["BM25", "", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures)])
     return Table(header, body, "Steps of the pre-training. Measures: mean over seeds ± their standard deviation.")
 
@@ -192,7 +206,7 @@ def as_p(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
-def curves(table: Mapping[str, Mapping[str, Row]], variants: Variants, measure: str) -> list[Block]:
+def curves(table: Mapping[str, Mapping[str, Row]], measure: str) -> list[Block]:
     """The probe along the pre-training; fine-tuned quality by its steps and by training queries, where they vary."""
     blocks: list[Block] = []
     probes: Panels = {}
@@ -200,25 +214,21 @@ def curves(table: Mapping[str, Mapping[str, Row]], variants: Variants, measure: 
     by_share: Panels = {}
     for collection, rows in table.items():
         for variant, row in rows.items():
-            step, share = step_of(row), variants[variant][1]
             found = [record["probe"] for record in row.records.values()]
-            if len(found[0]["step"]) > 1 and step == found[0]["step"][-1]:
+            if len(found[0]["step"]) > 1 and row.step == found[0]["step"][-1]:
                 values = np.mean([probe["mrr@10"] for probe in found], axis=0)
                 probes.setdefault(collection, {})[variant] = list(zip(found[0]["step"], values))
-            value = row.per_query.mean()
-            family = variant.rpartition("-")[0] or variant
-            if any(at is not None for at, _ in variants.values()):
-                by_step.setdefault(collection, {}).setdefault(family, []).append((step, value))
-            if any(other < 1 for _, other in variants.values()):
-                name = family if share < 1 else variant
-                by_share.setdefault(collection, {}).setdefault(name, []).append((100 * share, value))
+            family = [name for name, other in rows.items() if other.pretraining == row.pretraining]
+            line = os.path.commonprefix(family).rstrip("-_.") or family[0]  # noqa: RUF071 - names, not paths
+            for panels, place in ((by_step, row.step), (by_share, 100 * row.first["made_from"]["train_share"])):
+                panels.setdefault(collection, {}).setdefault(line, []).append((place, row.per_query.mean()))
     if probes:
         caption = "MRR@10 of the probe, [CLS] without fine-tuning, mean over seeds"
         blocks += [Heading(2, "The probe along the pre-training"), Figure("probe", caption, plot_curves(lines(probes)))]
-    if by_step:
+    if varies(by_step):
         figure = Figure("steps", f"{measure} after fine-tuning", plot_curves(lines(by_step)))
         blocks += [Heading(2, "Fine-tuned quality by steps of pre-training"), figure, prediction_table(table)]
-    if by_share:
+    if varies(by_share):
         plot = plot_curves(lines(by_share), xlabel="per cent of the training queries", logarithmic=True)
         blocks += [Heading(2, "Fine-tuned quality by training queries"), Figure("queries", f"{measure}", plot)]
     return blocks
@@ -230,10 +240,9 @@ def lines(panels: Panels) -> dict[str, dict[str, tuple]]:
     }
 
 
-def step_of(row: Row) -> int:
-    """Step of the pre-training that a variant fine-tunes."""
-    made_from = next(iter(row.records.values()))["made_from"]
-    return made_from["at_step"] or made_from["pretrain"]["steps"]
+def varies(panels: Panels) -> bool:
+    """Whether a line has points at several places."""
+    return any(len({x for x, _ in points}) > 1 for found in panels.values() for points in found.values())
 
 
 def prediction_table(table: Mapping[str, Mapping[str, Row]]) -> Table:
@@ -244,7 +253,7 @@ def prediction_table(table: Mapping[str, Mapping[str, Row]]) -> Table:
             pairs = []
             for row in rows.values():
                 if seed in row.records:
-                    record, step = row.records[seed], step_of(row)
+                    record, step = row.records[seed], row.step
                     probe = dict(zip(record["probe"]["step"], record["probe"].get("mrr@10", ())))
                     if step in probe:
                         pairs.append((probe[step], next(iter(record["measures"].values()))["mean"]))
@@ -257,8 +266,7 @@ def losses_table(table: Mapping[str, Mapping[str, Row]]) -> Table:
     rows = []
     for collection, found in table.items():
         for variant, row in found.items():
-            record = next(iter(row.records.values()))
-            for task, (before, after, unigram) in record["held_out"].items():
+            for task, (before, after, unigram) in row.first["held_out"].items():
                 rows.append([collection, variant, task, f"{before:.2f}", f"{after:.2f}", f"{unigram:.2f}"])
     header = ["collection", "variant", "task", "before", "after", "unigram"]
     return Table(header, rows, "First seed, nats per labelled token.", folded="Held-out losses beside their unigrams")

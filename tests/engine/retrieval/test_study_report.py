@@ -7,6 +7,10 @@ import pytest
 from quincunx.engine.retrieval.study_report import Row, compare_rows, holm, make_report, spearman
 
 
+def made_from(steps: int = 10, at_step: int | None = None, train_share: float = 1.0) -> dict:
+    return {"made_from": {"pretrain": {"steps": steps}, "at_step": at_step, "train_share": train_share}}
+
+
 def record(variant: str, seed: int, *values: float, collection: str = "wiki", probe=(0.1, 0.2), **more) -> dict:
     mean = sum(values) / len(values)
     return {
@@ -14,7 +18,7 @@ def record(variant: str, seed: int, *values: float, collection: str = "wiki", pr
         "measures": {"RR@10": {"mean": mean, "low": 0.0, "high": 1.0}}, "per_query": [*values],
         "before": {"mrr@10": 0.05, "ndcg@10": 0.06}, "probe": {"step": [0, 10], "mrr@10": [*probe]},
         "held_out": {"mlm": [7.0, 6.0, 6.5]}, "code": {"commit": "c" * 40, "torch": "2"},
-        "made_from": {"pretrain": {"steps": 10}, "at_step": None}, **more,
+        **made_from(), **more,
     }  # fmt: skip
 
 
@@ -57,7 +61,7 @@ def test_ranks_correlate_and_a_constant_gives_none():
 
 def test_the_report_shows_every_variant_and_leaves_diverged_cells_out(tmp_path):
     records = [*NONE.values(), *MASTER.values(), {"collection": "wiki", "variant": "wild", "seed": 0, "diverged": True}]
-    variants = {"none": (None, 1.0), "master": (None, 1.0), "wild": (None, 1.0)}
+    variants = ["none", "master", "wild"]
     paths = make_report(tmp_path, "small", variants, ["none"], records, BM25, 6)
     page = (tmp_path / "report.md").read_text()
     assert "5 of 6 cells. Diverged, and left out of every table: wiki wild seed 0." in page
@@ -75,21 +79,21 @@ def test_checkpoints_are_compared_with_the_probe_at_their_own_step(tmp_path):
     values = {4: 0.25, 8: 0.75, None: 0.5}
     probe = {"step": [0, 4, 8, 10], "mrr@10": [0.0, 0.1, 0.3, 0.2]}
     records = [
-        record(f"run-{at}", 0, value, value, made_from={"pretrain": {"steps": 10}, "at_step": at}) | {"probe": probe}
-        for at, value in values.items()
+        record(f"run-{at}", 0, value, value, **made_from(at_step=at)) | {"probe": probe} for at, value in values.items()
     ]
-    make_report(tmp_path, "steps", {f"run-{at}": (at, 1.0) for at in values}, [], records, BM25, 3)
+    make_report(tmp_path, "steps", [f"run-{at}" for at in values], [], records, BM25, 3)
     page = (tmp_path / "report.md").read_text()
     assert "| wiki | 0 | 1.00 | 3 |" in page and (tmp_path / "steps.svg").exists()
 
 
 def test_few_labels_make_a_curve_of_each_pre_training(tmp_path):
     shares = {"mlm": 1.0, "mlm-1": 0.01, "mlm-10": 0.1}
-    records = [record(name, 0, share, share) for name, share in shares.items()]
-    make_report(tmp_path, "few", {name: (None, share) for name, share in shares.items()}, [], records, BM25, 3)
+    records = [record(name, 0, share, share, **made_from(train_share=share)) for name, share in shares.items()]
+    make_report(tmp_path, "few", [*shares], [], records, BM25, 3)
     assert "per cent of the training queries" in (tmp_path / "queries.svg").read_text()
+    assert not (tmp_path / "steps.svg").exists(), "all are fine-tuned after the same step"
 
 
 def test_a_study_without_cells_reports_that(tmp_path):
-    make_report(tmp_path, "empty", {"none": (None, 1.0)}, [], [], {}, 3)
+    make_report(tmp_path, "empty", ["none"], [], [], {}, 3)
     assert (tmp_path / "report.md").read_text() == "# Study empty\n\n0 of 3 cells.\n"
