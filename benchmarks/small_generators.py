@@ -1,10 +1,10 @@
-"""Trains the two small generators of the five-task experiment, for machines without a model hub.
+"""Trains two small generators, a doc2query model and a causal one, for machines without a model hub.
 
-    python benchmarks/small_generators.py --documents DOCS.jsonl --pairs BEIR_FOLDER --output generators --minutes 4
+    python benchmarks/small_generators.py --pairs BEIR_FOLDER [--documents DOCS.jsonl] --output generators --minutes 4
 
 Writes two Hugging Face folders that launchers/generate.py runs like any other model:
   generators/doc2query   a T5 (4 + 4 layers x 256) trained on (passage, query) pairs: BEIR's qrels of the train split
-  generators/gpt2        a GPT-2 (4 layers x 256) trained on the documents in reading order
+  generators/gpt2        a GPT-2 (4 layers x 256) trained on the documents in reading order, or on the folder's passages
 Each trains for `--minutes` of wall time. They are small on purpose: the experiment shows that the chain works
 and that each task's loss falls, not that these generations are good. With a hub at hand, use published models instead
 (docs/generations.md). Both tokenizers are trained on the documents.
@@ -103,13 +103,18 @@ def text_batches(documents: list[str], tokenizer, size: int, length: int) -> Ite
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=Path, required=True, help="JSONL with `paragraphs` in reading order")
+    parser.add_argument(
+        "--documents", type=Path, help="JSONL with `paragraphs` in reading order (default: the passages of --pairs)"
+    )
     parser.add_argument("--pairs", type=Path, required=True, help="BEIR folder with judged queries")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=4.0, help="training time of each model")
     settings = parser.parse_args()
     torch.manual_seed(0)
-    documents = ["\n".join(record["paragraphs"]) for record in read_jsonl(settings.documents)]
+    if settings.documents:
+        documents = ["\n".join(record["paragraphs"]) for record in read_jsonl(settings.documents)]
+    else:
+        documents = ["\n".join(record["text"] for record in read_jsonl(settings.pairs / "corpus.jsonl"))]
     pairs = read_pairs(settings.pairs)
 
     tokenizer = byte_level_tokenizer(documents + [query for _, query in pairs], add_eos=True)
