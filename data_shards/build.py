@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from quincunx.data_shards.block import VERSION as BLOCK_VERSION
 from quincunx.data_shards.build_merge import PUBLISHING_NAME, merge_tasks
-from quincunx.data_shards.build_settings import TRAIN_PREFIX, BuildSettings, check_settings
+from quincunx.data_shards.build_settings import TRAIN_PREFIX, BuildSettings
 from quincunx.data_shards.build_task import TaskPlan
 from quincunx.data_shards.documents import Input
 from quincunx.data_shards.errors import DataError, SettingsError
@@ -42,14 +42,13 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
     command: what the user ran, recorded in build.json. Returns the manifest, or None where Slurm has the tasks now.
 
     Raises:
-        SettingsError: see check_settings; an output folder that holds something else, is in use, or cannot be written.
+        SettingsError: an output folder that holds something else, is in use, or cannot be written.
         DataError: an empty or damaged corpus, duplicate passage ids, a full disk; without overwrite also a finished
             set in the output folder that is damaged.
     """
     from quincunx.data_shards.readers import list_inputs
 
     started = time.time()
-    check_settings(settings)
     inputs = list_inputs(settings.format, settings.path)
     say(f"{len(inputs)} inputs, {sum(source.bytes for source in inputs) / 1e6:,.1f} MB")
     identity = build_identity(settings, inputs)

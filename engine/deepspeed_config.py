@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.run_settings import RunSettings, require
+from quincunx.engine.settings import RunSettings
 
 BUNDLED = Path(__file__).parent.parent / "ds_configs"
 LARGEST_DEFAULT_MICRO_BATCH = 32
@@ -45,17 +45,24 @@ KNOWN_KEYS = frozenset({
 """DeepSpeed ignores a key it does not know; here a typing error is an error."""
 
 
-def check_settings(settings: RunSettings, problems: list[str], world_size: int) -> tuple[dict[str, Any], int]:
-    """(the DeepSpeed JSON as given, examples of one forward pass of one rank), once nothing contradicts anything.
+def find_config_problems(settings: RunSettings, world_size: int) -> list[str]:
+    """What is wrong with the DeepSpeed JSON, alone and beside the settings, as clauses.
 
-    problems: what the stage found wrong with its settings.
-    Raises one SettingsError that names everything that is wrong with the settings, the JSON and the two together.
+    Raises SettingsError for a file that cannot be read.
     """
     config = load_deepspeed_json(settings.deepspeed)
-    micro_batch, batch_problems = choose_micro_batch(config, settings, world_size)
-    require(problems + find_conflicts(config, settings) + batch_problems)
-    fill_config(config, settings, micro_batch, world_size, cuda=False)  # raises where nothing fills an "auto"
-    return config, micro_batch
+    micro_batch, problems = choose_micro_batch(config, settings, world_size)
+    filled = fill_config(config, settings, micro_batch, world_size, cuda=False)
+    if left := sorted(auto_keys(filled)):
+        problems.append(f'the DeepSpeed JSON has "auto" where nothing fills it: {", ".join(left)}')
+    return find_conflicts(config, settings) + problems
+
+
+def load_config(settings: RunSettings, world_size: int, cuda: bool) -> tuple[dict[str, Any], int]:
+    """(the filled DeepSpeed JSON, examples of one forward pass of one rank) of checked settings."""
+    config = load_deepspeed_json(settings.deepspeed)
+    micro_batch, _ = choose_micro_batch(config, settings, world_size)
+    return fill_config(config, settings, micro_batch, world_size, cuda), micro_batch
 
 
 def load_deepspeed_json(name: str) -> dict[str, Any]:
@@ -177,9 +184,6 @@ def fill_config(
     for section in ("offload_optimizer", "offload_param"):
         if lookup(filled, f"zero_optimization.{section}.pin_memory") == "auto":
             filled["zero_optimization"][section]["pin_memory"] = cuda
-    left = sorted(auto_keys(filled))
-    if left:
-        raise SettingsError(f'the DeepSpeed JSON has "auto" where nothing fills it: {", ".join(left)}')
     return filled
 
 

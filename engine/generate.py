@@ -18,6 +18,7 @@ from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.generations import MANIFEST_NAME, PART_NAME
 from quincunx.data_shards.passages import Passage, read_passages
 from quincunx.data_shards.readers import list_inputs
+from quincunx.data_shards.setting import setting
 from quincunx.data_shards.shard_writer import full_disk_is_named
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.environment import Environment, choose_device
@@ -54,46 +55,31 @@ class GenerateSettings:
     """Titles are part of the text: the same as for build_shards.py."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """What a record that cannot be read does."""
-    num_queries: int = 10
+    num_queries: int = setting(10, low=1)
     """Queries per passage."""
     prompt: str = "{passage}"
     """The model's input; {passage} stands for the passage."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, above=0)
     """Divides the logits; above 0."""
-    top_k: int = 50
+    top_k: int = setting(50, low=0)
     """Draw among the likeliest k tokens; 0: all."""
-    top_p: float = 0.95
+    top_p: float = setting(0.95, above=0, high=1)
     """Draw among the likeliest tokens that together have this probability; above 0, at most 1."""
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = setting(None, low=1)
     """Most tokens of one generated text; not given: 64 for queries, 128 for a continuation."""
     seed: int = 0
     """Of all draws."""
-    batch_size: int = 64
+    batch_size: int = setting(64, low=1)
     """Texts generated at a time (passages times queries)."""
-    part_megabytes: float = 1.0
+    part_megabytes: float = setting(1.0, above=0)
     """Corpus bytes of a part, in 10^6: what a killed process has to repeat."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the model; auto: bfloat16 on a GPU, float32 on a CPU."""
 
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}: {allowed}"
-            for name, allowed, good in (
-                ("num_queries", "give 1 or more", self.num_queries >= 1),
-                ("prompt", "it must hold {passage}", "{passage}" in self.prompt),
-                ("temperature", "give more than 0", self.temperature > 0),
-                ("top_k", "give 0 (all) or more", self.top_k >= 0),
-                ("top_p", "give more than 0 and at most 1", 0 < self.top_p <= 1),
-                ("max_new_tokens", "give 1 or more", self.max_new_tokens is None or self.max_new_tokens >= 1),
-                ("batch_size", "give 1 or more", self.batch_size >= 1),
-                ("part_megabytes", "give more than 0", self.part_megabytes > 0),
-            )
-            if not good
-        ]
-        if problems:
-            raise SettingsError("; ".join(problems))
+    def contradictions(self) -> list[str]:
+        return [] if "{passage}" in self.prompt else [f"prompt is {self.prompt}; it must hold {{passage}}"]
 
     @property
     def new_tokens(self) -> int:

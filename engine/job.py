@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from quincunx.engine.run_folder import RunFolder
-from quincunx.engine.run_settings import RunSettings
+from quincunx.engine.settings import RunSettings
 
 
 class Evaluation(NamedTuple):

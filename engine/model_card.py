@@ -4,6 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from quincunx.data_shards.setting import names_of
 from quincunx.engine.metrics_file import numbers, read_metrics
 from quincunx.engine.settings import PretrainSettings
 
@@ -67,7 +68,8 @@ def probe_table(run_folder: Path) -> str:
 
 def learned_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what was learned; folders and other facts of the machine stay private."""
-    return {name: value for name, value in settings.items() if name not in {*PretrainSettings.MACHINE_FIELDS, "shards"}}
+    private = names_of(PretrainSettings, "machine", "data")
+    return {name: value for name, value in settings.items() if name not in private}
 
 
 def model_card(

@@ -22,7 +22,7 @@ from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.bundle import is_bundle, load_bundle
-from quincunx.engine.deepspeed_config import check_settings, fill_config
+from quincunx.engine.deepspeed_config import load_config
 from quincunx.engine.environment import Environment, choose_device
 from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
 from quincunx.engine.held_out import HeldOut, load_held_out, run_held_out
@@ -31,8 +31,7 @@ from quincunx.engine.job import Evaluation
 from quincunx.engine.model import PretrainModel, StepOutput, build_model
 from quincunx.engine.probe import Probe, load_probe, run_probe
 from quincunx.engine.run_folder import RunFolder
-from quincunx.engine.run_settings import total_steps
-from quincunx.engine.settings import PretrainSettings, find_idle_settings, find_problems
+from quincunx.engine.settings import PretrainSettings, find_idle_settings
 from quincunx.engine.tensors import to_tensors
 from quincunx.engine.throughput import training_flops
 from quincunx.engine.training import run_training
@@ -124,10 +123,9 @@ def pretrain(settings: PretrainSettings, environment: Environment) -> int:
 
 
 def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob:
-    """Checks settings, JSON, shards and model, and opens them. Raises SettingsError or DataError."""
-    config, micro_batch = check_settings(settings, find_problems(settings), environment.world_size)
+    """Checks shards and model, and opens them. Raises SettingsError or DataError."""
     cuda = choose_device(settings.device, environment)
-    config = fill_config(config, settings, micro_batch, environment.world_size, cuda)
+    config, micro_batch = load_config(settings, environment.world_size, cuda)
     report = print if environment.is_main else lambda line: None
     paths, weights = zip(*settings.shard_weights(), strict=True)
     shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path in paths]
@@ -169,7 +167,7 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
         settings=settings,
         config=config,
         micro_batch=micro_batch,
-        total_steps=total_steps(settings, sum(order.num_samples)),
+        total_steps=settings.total_steps(sum(order.num_samples)),
         cuda=cuda,
         model=model,
         stream=stream,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.errors import CheckpointError
+from quincunx.data_shards.setting import as_plain, local_names, names_of
 from quincunx.engine.checkpoint import Checkpoint, committed, convert, find_newest, needs_conversion
 from quincunx.engine.checkpoint_save import remove_leftovers
 from quincunx.engine.deepspeed_config import precision_of
 from quincunx.engine.job import Job
 from quincunx.engine.run_folder import RunFolder
-from quincunx.engine.run_settings import as_plain, settings_digest
 
 DAMAGED = "damaged-"
 """Prefix of checkpoints that did not verify when the run was continued from an older one."""
@@ -65,7 +65,8 @@ def choose_checkpoint(job: Job, model_digest: str, folder: RunFolder, world_size
 
 def fingerprint(job: Job, model_digest: str) -> str:
     """What every rank must have alike: data, model, and every setting but the paths and sizes of a machine's own."""
-    common = {name: value for name, value in as_plain(job.settings).items() if name not in job.settings.LOCAL_FIELDS}
+    local = local_names(job.settings)
+    common = {name: value for name, value in as_plain(job.settings).items() if name not in local}
     common |= {"config": job.config, "micro_batch": job.micro_batch}
     common["evaluations"] = [evaluation.kind for evaluation in job.evaluations]
     digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
@@ -85,7 +86,7 @@ def run_state(job: Job, model_digest: str, counters: dict[str, Any], run_id: str
         "dataset_weights": job.dataset_weights,
         "model_digest": model_digest,
         "settings": as_plain(job.settings),
-        "settings_digest": settings_digest(job.settings),
+        "settings_digest": job.settings.digest(),
     }
 
 
@@ -113,10 +114,10 @@ def check_fits(checkpoint: Checkpoint, job: Job, model_digest: str) -> list[str]
         )
     now, then = as_plain(settings), settings_of(state, type(settings))
     changed = {name: f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value}
-    foreign = [changed[name] for name in (*settings.MODEL_FIELDS, *settings.STREAM_FIELDS) if name in changed]
+    foreign = [changed[name] for name in names_of(settings, "model", "stream") if name in changed]
     if foreign:
         raise CheckpointError(f"{checkpoint.folder} belongs to another run: {'; '.join(foreign)}; {remedy}")
     if state["model_digest"] != model_digest:
         raise CheckpointError(f"{checkpoint.folder} holds a model of other shapes than this run's; {remedy}")
-    quiet = {*settings.MACHINE_FIELDS, *settings.DATA_FIELDS}
+    quiet = names_of(settings, "machine", "data")
     return [sentence for name, sentence in changed.items() if name not in quiet]

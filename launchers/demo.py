@@ -105,12 +105,12 @@ def refusal(output: Path, keep: bool, seed: int) -> str | None:
 def stages(out: str, seed: int, launcher: str) -> dict[str, dict[str, str]]:
     """Every command of the demo, by title and by what it makes in the folder `out`."""
     shards, pairs, held_out = f"{out}/shards", f"{out}/shards/pairs", f"{out}/shards/probe"
-    corpus = "--format python_docs --path stdlib --held_out_share 0.1 --probe_queries 1000 --pairs true"
+    corpus = "--format python_docs --path stdlib --held_out_share 0.1 --probe_queries 1000 --pairs"
     build = f"python launchers/build_shards.py {corpus} --tokenizer train:2048 --max_tokens 64 --output {shards}"
 
     pretrain = f"launchers/pretrain.py --recipe demo --shards {shards} --seed {seed}"
     train = f"{launcher} {pretrain} --deepspeed ds_configs/zero2.json --probe {held_out} --output {out}"
-    nothing = "--tasks [] --steps 0 --held_out_every 0 --probe null --tracking none"
+    nothing = "--tasks --steps 0 --held_out_every 0 --probe None --tracking none"
 
     texts, bm25 = f"--corpus {pairs} --queries {pairs}", "python launchers/search.py --method bm25"
     mine = f"python launchers/mine.py --run {out}/bm25.train.trec --qrels {pairs}/qrels/train.tsv {texts}"

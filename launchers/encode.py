@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.data_shards.setting import setting
 from quincunx.engine.environment import Environment, discover_environment
-from quincunx.engine.retrieval.limits import check_lowest
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.ranks import one_voice, without_local_rank
 
@@ -23,7 +23,7 @@ class EncodeSettings:
 
     model: str
     """Retriever: a sentence-transformers folder, a plain encoder, a Hugging Face name, or package:NAME/FOLDER."""
-    corpus: str
+    corpus: str = setting(role="data")
     """Passages: BEIR folder, tsv, JSONL or Parquet. With --kind query: queries in any format of search.py."""
     output: str
     """Folder to write the embeddings into."""
@@ -35,38 +35,34 @@ class EncodeSettings:
     """Titles belong to the passages' text."""
     pooling: Literal["cls", "mean"] | None = None
     """None: as the model says; a plain encoder has cls."""
-    normalise: bool | None = None
-    """Vectors of length 1 (None: as the model says; a plain encoder's are)."""
-    max_tokens: int | None = None
+    normalise: Literal["model", "yes", "no"] = "model"
+    """Vectors of length 1 (model: as the model says; a plain encoder's are)."""
+    max_tokens: int | None = setting(None, low=1)
     """Longest text; longer ones are cut (None: the model's own limit)."""
     dtype: Literal["float16", "float32"] = "float16"
     """Of the vectors on disk."""
-    part_rows: int = 10_000
+    part_rows: int = setting(10_000, low=1)
     """Texts of one part: what a kill loses at most."""
-    batch_tokens: int | None = None
+    batch_tokens: int | None = setting(None, low=1)
     """Most tokens of one forward (None: 8192, on a CPU 4096)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the process's GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward; auto is bfloat16 (autocast) on a GPU and float32 elsewhere."""
-    patience: int = 3600
+    patience: int = setting(3600, low=1)
     """Seconds that rank 0 waits for other ranks' parts while none comes."""
 
 
 def main() -> None:
     environment = discover_environment()
     with one_voice(environment):
-        encode(parse_settings(EncodeSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:])), environment)
-
-
-def check_settings(settings: EncodeSettings) -> None:
-    """Raises SettingsError where a number is out of its range."""
-    check_lowest(settings, {"part_rows": 1, "batch_tokens": 1, "patience": 1, "max_tokens": 1})
+        arguments = without_local_rank(sys.argv[1:])
+        settings = parse_settings(EncodeSettings, __doc__.split("\n")[0], arguments, speaks=environment.is_main)
+        encode(settings, environment)
 
 
 def encode(settings: EncodeSettings, environment: Environment) -> None:
     """This rank's share, and on rank 0 the rest."""
-    check_settings(settings)
     from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.dual_encoder import load_retriever
@@ -76,7 +72,7 @@ def encode(settings: EncodeSettings, environment: Environment) -> None:
     retriever = load_retriever(
         settings.model,
         pooling=settings.pooling,
-        normalise=settings.normalise,
+        normalise={"model": None, "yes": True, "no": False}[settings.normalise],
         **{f"max_{settings.kind}_tokens": settings.max_tokens},
     )
     if settings.kind == "passage":

@@ -11,7 +11,8 @@ Values are ir-measures' own. See docs/evaluation.md.
 from dataclasses import dataclass
 from typing import Literal
 
-from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.data_shards.setting import setting
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -19,23 +20,23 @@ from quincunx.launchers.command_line import parse_settings
 class EvaluateSettings:
     """Settings of an evaluation."""
 
-    run: str
+    run: str = setting(role="data")
     """Run in TREC's format (qid Q0 pid rank score tag), also .gz."""
-    qrels: str | None = None
+    qrels: str | None = setting(None, role="data")
     """Judgements: BEIR tsv, TREC or MS MARCO qrels."""
-    compare: str | None = None
+    compare: str | None = setting(None, role="data")
     """A second run; differences are run minus this one."""
     measures: tuple[str, ...] = ("MRR@10", "nDCG@10", "MAP", "R@50", "R@100", "R@1000")
     """Names of ir-measures, or MRR, MAP, Recall for RR, AP, R."""
-    relevant_from: int = 1
+    relevant_from: int = setting(1, low=1)
     """Lowest grade that counts as relevant for MRR, MAP, recall, precision (TREC DL: 2); nDCG uses the grades."""
     output: str | None = None
     """File (.json) for everything that is printed, with digests of the files."""
     per_query: str | None = None
     """File (.jsonl or .tsv) for the values of every query."""
-    queries: str | None = None
+    queries: str | None = setting(None, role="data")
     """Queries, to check that qrels and runs name no others: BEIR folder, jsonl, tsv."""
-    corpus: str | None = None
+    corpus: str | None = setting(None, role="data")
     """Passages, to check that qrels and runs name no others, and for answer match: BEIR folder, tsv, jsonl, parquet."""
     unknown_ids: Literal["stop", "drop"] = "stop"
     """What to do with lines of qrels and runs that name unknown queries or passages."""
@@ -43,37 +44,32 @@ class EvaluateSettings:
     """What to do with judged queries without a relevant passage: keep counts them as 0, as ir-measures does."""
     ignore_identical_ids: bool = False
     """Leave out of the runs a passage that has its query's id, as BEIR's evaluation does (ArguAna, Quora)."""
-    answers: str | None = None
+    answers: str | None = setting(None, role="data")
     """Answers for answer match: DPR's .json or .csv, or JSONL with query_id and answers; needs --corpus."""
-    answer_depths: tuple[int, ...] = (20, 100)
+    answer_depths: tuple[int, ...] = setting((20, 100), low=1)
     """Depths of answer match."""
     answer_regex: bool = False
     """Answers are regular expressions (CuratedTREC)."""
 
-
-def checked_measures(settings: EvaluateSettings) -> tuple[str, ...]:
-    """The measures' full names. Raises SettingsError for values out of range."""
-    from quincunx.engine.retrieval.measures import measure_name
-
-    for name, values in (("relevant_from", (settings.relevant_from,)), ("answer_depths", settings.answer_depths)):
-        if min(values, default=1) < 1:
-            raise SettingsError(f"{name} is {getattr(settings, name)}: give 1 or more")
-    return tuple(measure_name(name, settings.relevant_from) for name in settings.measures)
+    def contradictions(self) -> list[str]:
+        """What is wrong with values that are each in range, as clauses."""
+        problems = []
+        if self.qrels is None and self.answers is None:
+            problems.append("nothing to judge by: give --qrels, or --answers with --corpus, or all of them")
+        if self.answers is not None and self.corpus is None:
+            problems.append("answer match reads the passages: give --corpus beside --answers")
+        return problems
 
 
 def main() -> None:
     settings = parse_settings(EvaluateSettings, __doc__.split("\n")[0])
     inputs = {name: getattr(settings, name) for name in ("run", "qrels", "compare", "answers")}
     inputs = {name: path for name, path in inputs.items() if path is not None}
-    if settings.qrels is None and settings.answers is None:
-        raise SettingsError("nothing to judge by: give --qrels, or --answers with --corpus, or all of them")
-    if settings.answers is not None and settings.corpus is None:
-        raise SettingsError("answer match reads the passages: give --corpus beside --answers")
-    measures = checked_measures(settings)
-
     from quincunx.engine.retrieval import evaluation
     from quincunx.engine.retrieval.collection import read_passages, read_queries
+    from quincunx.engine.retrieval.measures import measure_name
 
+    measures = tuple(measure_name(name, settings.relevant_from) for name in settings.measures)
     read = inputs | {name: path for name in ("queries", "corpus") if (path := getattr(settings, name)) is not None}
     evaluation.check_outputs(settings.output, settings.per_query, read)
     queries = read_queries(settings.queries) if settings.queries is not None else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.data_shards.setting import setting
 from quincunx.engine.run_folder import SETTINGS_FILE
 from quincunx.launchers.command_line import parse_settings
 
@@ -15,12 +16,12 @@ from quincunx.launchers.command_line import parse_settings
 class ExportSettings:
     """Settings of an export."""
 
-    run: str
+    run: str = setting(role="data")
     """Run folder, the --output of pretrain.py or finetune.py."""
     output: str | None = None
     """Folder to write encoder/, sentence-transformers/ and bundle/, or retriever/, or reranker/ into (default:
     RUN/export)."""
-    step: int | None = None
+    step: int | None = setting(None, low=0)
     """Checkpoint of this optimizer step of a pre-training (default: the newest)."""
     normalise: bool = False
     """The sentence-transformers model of a pre-trained encoder gives vectors of length 1."""

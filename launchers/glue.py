@@ -12,11 +12,12 @@ Exit codes: 0 done, 2 settings, 3 data, 4 checkpoint, 75 stopped on request afte
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from quincunx.data_shards.errors import exit_with_one_sentence
-from quincunx.engine.deepspeed_config import check_settings
+from quincunx.engine.deepspeed_config import find_config_problems
 from quincunx.engine.environment import discover_environment
-from quincunx.engine.retrieval.glue_settings import GlueSettings, find_problems
+from quincunx.engine.retrieval.glue_settings import GlueSettings
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.ranks import one_voice, without_local_rank
 
@@ -26,8 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
     environment = discover_environment()
     with one_voice(environment):
-        settings = parse_settings(GlueSettings, __doc__, arguments, config_flag="--recipe")
-        check_settings(settings, find_problems(settings), environment.world_size)  # at once: imports take seconds
+        settings = parse_settings(
+            GlueSettings,
+            __doc__,
+            arguments,
+            config_flag="--recipe",
+            speaks=environment.is_main,
+            find_more=partial(find_config_problems, world_size=environment.world_size),
+        )
         from quincunx.engine.retrieval.glue import run_glue
 
         return run_glue(settings, environment)

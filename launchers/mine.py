@@ -9,9 +9,10 @@ See docs/mining.md.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quincunx.data_shards.errors import DataError, SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import DataError, exit_with_one_sentence
+from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.files import refuse_input
-from quincunx.engine.retrieval.mining import MiningRules, check_rules
+from quincunx.engine.retrieval.mining import MiningRules
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -19,35 +20,33 @@ from quincunx.launchers.command_line import parse_settings
 class MineSettings(MiningRules):
     """Settings of mining."""
 
-    run: str
+    run: str = setting(role="data")
     """TREC run, lines of one query together: of BM25 or of a retriever."""
-    qrels: str
+    qrels: str = setting(role="data")
     """Judgements: TREC, BEIR or MS MARCO form."""
-    corpus: str
+    corpus: str = setting(role="data")
     """Passages of the run: BEIR folder, tsv, JSONL or Parquet."""
-    queries: str
+    queries: str = setting(role="data")
     """Queries of the run: BEIR folder, tsv, JSONL or DPR json."""
     output: str
     """File of candidates to write, .jsonl or .parquet; a manifest with all counts goes beside it."""
     titles: bool = False
     """Answers are looked for in titles too (DPR's rule: in the text only)."""
-    answers: str | None = None
+    answers: str | None = setting(None, role="data")
     """Answers of the queries: a passage that contains one is no negative. DPR json, or JSONL with query_id, answers."""
-    teacher_scores: str | None = None
+    teacher_scores: str | None = setting(None, role="data")
     """Candidates of this run with scores, of score.py: switches the teacher's margin on."""
 
-
-def check_settings(settings: MineSettings) -> None:
-    """Raises SettingsError where a number is out of its range, or a rule lacks what it needs."""
-    check_rules(settings)
-    for name, without in (("margin", 0.0), ("margin_from", "best")):
-        if settings.teacher_scores is None and getattr(settings, name) != without:
-            raise SettingsError(f"{name} counts from a teacher's scores: give --teacher_scores, or leave it out")
+    def contradictions(self) -> list[str]:
+        problems = super().contradictions()
+        for name, without in (("margin", 0.0), ("margin_from", "best")):
+            if self.teacher_scores is None and getattr(self, name) != without:
+                problems.append(f"{name} counts from a teacher's scores: give --teacher_scores, or leave it out")
+        return problems
 
 
 def main() -> None:
     settings = parse_settings(MineSettings, __doc__.split("\n")[0])
-    check_settings(settings)
     read = ("run", "qrels", "corpus", "queries", "answers", "teacher_scores")
     refuse_input(settings.output, {name: getattr(settings, name) for name in read})
     from quincunx.engine.retrieval.candidates import KIND, iterate_candidates, write_candidates

@@ -10,12 +10,13 @@ Exit codes: 0 done, 2 settings, 3 data, 4 checkpoint, 75 stopped on request afte
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from quincunx.data_shards.errors import exit_with_one_sentence
-from quincunx.engine.deepspeed_config import check_settings
+from quincunx.engine.deepspeed_config import find_config_problems
 from quincunx.engine.environment import discover_environment
-from quincunx.engine.settings import PretrainSettings, find_problems
+from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.ranks import one_voice, without_local_rank
 
@@ -28,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
     environment = discover_environment()
     with one_voice(environment):
+        if environment.is_main and not any(word.split("=")[0] == "--recipe" for word in arguments):
+            print(
+                f"no --recipe given: running the {DEFAULT_RECIPE} recipe ({RECIPES / DEFAULT_RECIPE}.yaml)", flush=True
+            )
         settings = parse_settings(
             PretrainSettings,
             __doc__,
@@ -35,13 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             config_flag="--recipe",
             config_folder=RECIPES,
             default_config=DEFAULT_RECIPE,
+            speaks=environment.is_main,
+            find_more=partial(find_config_problems, world_size=environment.world_size),
         )
-        if environment.is_main and not any(word.split("=")[0] == "--recipe" for word in arguments):
-            print(
-                f"no --recipe given: running the {DEFAULT_RECIPE} recipe ({RECIPES / DEFAULT_RECIPE}.yaml)", flush=True
-            )
-
-        check_settings(settings, find_problems(settings), environment.world_size)  # at once: imports take seconds
         from quincunx.engine.pretraining import pretrain
 
         return pretrain(settings, environment)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.data_shards.setting import setting
 from quincunx.engine.environment import Environment, discover_environment
-from quincunx.engine.retrieval.limits import check_lowest
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.ranks import one_voice, without_local_rank
 
@@ -26,54 +26,55 @@ class ScoreSettings:
 
     model: str
     """Reranker: a sequence-classification folder with one label, a Hugging Face name, or package:NAME/FOLDER."""
-    corpus: str
+    corpus: str = setting(role="data")
     """Passages: BEIR folder, tsv, JSONL or Parquet."""
-    queries: str
+    queries: str = setting(role="data")
     """Queries: BEIR folder, tsv, JSONL or DPR json."""
     output: str
     """File to write: candidates (.jsonl or .parquet), or a TREC run; a manifest goes beside it."""
-    candidates: str | None = None
+    candidates: str | None = setting(None, role="data")
     """Candidates whose positives and negatives are scored (or give --run)."""
-    run: str | None = None
+    run: str | None = setting(None, role="data")
     """TREC run that is reranked (or give --candidates)."""
-    depth: int | None = None
+    depth: int | None = setting(None, low=1)
     """Ranks of the run that are scored; deeper ones are left out (None: all)."""
     titles: bool = True
     """Titles belong to the passages' text."""
-    max_tokens: int | None = None
+    max_tokens: int | None = setting(None, low=1)
     """Longest pair; longer ones are cut (None: the model's own limit)."""
-    batch_tokens: int = 8192
+    batch_tokens: int = setting(8192, low=1)
     """Most tokens of one forward."""
-    pairs_a_part: int = 8192
+    pairs_a_part: int = setting(8192, low=1)
     """Pairs of one part: what a kill loses at most."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the process's GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward; auto is bfloat16 (autocast) on a GPU and float32 elsewhere."""
-    patience: int = 3600
+    patience: int = setting(3600, low=1)
     """Seconds that rank 0 waits for other ranks' parts while none comes."""
 
-
-def check_settings(settings: ScoreSettings) -> None:
-    """Raises SettingsError where settings contradict each other or are out of range."""
-    if (settings.candidates is None) == (settings.run is None):
-        raise SettingsError("give either --candidates or --run, the pairs to score")
-    if settings.depth is not None and settings.run is None:
-        raise SettingsError("depth is of a --run; --candidates are scored whole: leave --depth out")
-    check_lowest(settings, {"depth": 1, "batch_tokens": 1, "pairs_a_part": 1, "patience": 1})
-    if settings.candidates is not None and Path(settings.output).suffix not in (".jsonl", ".parquet"):
-        raise SettingsError(f"candidates cannot be written to {settings.output}: give a name in .jsonl or .parquet")
+    def contradictions(self) -> list[str]:
+        """What is wrong with values that are each in range, as clauses."""
+        problems = []
+        if (self.candidates is None) == (self.run is None):
+            problems.append("give either --candidates or --run, the pairs to score")
+        if self.depth is not None and self.run is None:
+            problems.append("depth is of a --run; --candidates are scored whole: leave --depth out")
+        if self.candidates is not None and Path(self.output).suffix not in (".jsonl", ".parquet"):
+            problems.append(f"candidates cannot be written to {self.output}: give a name in .jsonl or .parquet")
+        return problems
 
 
 def main() -> None:
     environment = discover_environment()
     with one_voice(environment):
-        score(parse_settings(ScoreSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:])), environment)
+        arguments = without_local_rank(sys.argv[1:])
+        settings = parse_settings(ScoreSettings, __doc__.split("\n")[0], arguments, speaks=environment.is_main)
+        score(settings, environment)
 
 
 def score(settings: ScoreSettings, environment: Environment) -> None:
     """This rank's share, and on rank 0 the merged file."""
-    check_settings(settings)
     from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.cross_encoder import load_reranker

@@ -12,8 +12,8 @@ import signal
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
-from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
-from quincunx.engine.retrieval.limits import check_lowest
+from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.data_shards.setting import setting
 from quincunx.launchers.command_line import parse_settings
 
 if TYPE_CHECKING:
@@ -37,43 +37,43 @@ class SearchSettings:
     """By the vectors of a model, or by words."""
     model: str | None = None
     """Dense: the retriever that made the embeddings."""
-    embeddings: str | None = None
+    embeddings: str | None = setting(None, role="data")
     """Dense: folder of encode.py."""
-    corpus: str | None = None
+    corpus: str | None = setting(None, role="data")
     """Passages; needed by bm25, --interactive and --page, else only compared with the embeddings."""
     titles: bool = True
     """Titles belong to the passages' text, as they did in encode.py."""
-    queries: str | None = None
+    queries: str | None = setting(None, role="data")
     """Queries of the run: BEIR folder, tsv, JSONL or DPR json."""
-    qrels: str | None = None
+    qrels: str | None = setting(None, role="data")
     """Search only for queries that these judgements name."""
     output: str | None = None
     """TREC run to write; a manifest goes beside it."""
-    depth: int | None = None
+    depth: int | None = setting(None, low=1)
     """Passages a query (None: 1000 in a run, 10 for a person)."""
     index: Literal["exact", "flat", "ivfpq", "hnsw"] = "exact"
     """Dense: exact (torch), or faiss's flat, ivfpq, hnsw; the last two are kept in the embeddings' folder."""
-    num_lists: int | None = None
+    num_lists: int | None = setting(None, low=1)
     """ivfpq: lists (None: by the number of passages)."""
-    num_probes: int = 32
+    num_probes: int = setting(32, low=1)
     """ivfpq: lists that a query looks through."""
     code_bytes: int | None = None
     """ivfpq: bytes a vector (None: a quarter of its channels)."""
-    links: int = 32
+    links: int = setting(32, low=1)
     """hnsw: links a vector."""
-    ef_construction: int = 200
+    ef_construction: int = setting(200, low=1)
     """hnsw: candidates while building."""
-    ef_search: int = 256
+    ef_search: int = setting(256, low=1)
     """hnsw: candidates while searching."""
-    shard_rows: int | None = None
+    shard_rows: int | None = setting(None, low=1)
     """ivfpq, hnsw: vectors of one index, searched one after the other (None: one for all)."""
     measure_recall: bool = True
     """ivfpq, hnsw: print the recall against exact search on the first 100 queries of a run."""
     pooling: Literal["cls", "mean"] | None = None
     """Dense: as in encode.py; None: as the model says."""
-    normalise: bool | None = None
-    """Dense: as in encode.py; None: as the model says."""
-    max_tokens: int | None = None
+    normalise: Literal["model", "yes", "no"] = "model"
+    """Dense: as in encode.py."""
+    max_tokens: int | None = setting(None, low=1)
     """Dense: longest query; longer ones are cut (None: the model's own limit)."""
     k1: float = 1.5
     """bm25: how soon a repeated word stops counting."""
@@ -88,37 +88,31 @@ class SearchSettings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the encoder; auto is bfloat16 (autocast) on a GPU and float32 elsewhere."""
 
+    def contradictions(self) -> list[str]:
+        """What is wrong with values that are each in range, as clauses."""
+        problems = []
+        person = self.interactive + (self.page is not None)
+        if person + (self.output is not None) != 1:
+            problems.append("give one of --output (results), --interactive and --page")
+        for name in {"dense": ("model", "embeddings"), "bm25": ("corpus",)}[self.method]:
+            if getattr(self, name) is None:
+                problems.append(f"--method {self.method} needs --{name}")
+        if person and self.corpus is None:
+            problems.append("--interactive and --page print passages and need --corpus (the one that was encoded)")
+        if not person and self.queries is None:
+            problems.append("--output needs --queries")
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in self.unused():
+            if getattr(self, name) != defaults[name]:
+                problems.append(f"{name} has no effect with --method {self.method} --index {self.index}: leave it out")
+        return problems
 
-def check_settings(settings: SearchSettings) -> None:
-    """Raises SettingsError where settings contradict each other or are out of range."""
-    person = settings.interactive + (settings.page is not None)
-    if person + (settings.output is not None) != 1:
-        raise SettingsError("give one of --output (a run), --interactive and --page")
-    for name in {"dense": ("model", "embeddings"), "bm25": ("corpus",)}[settings.method]:
-        if getattr(settings, name) is None:
-            raise SettingsError(f"--method {settings.method} needs --{name}")
-    if person and settings.corpus is None:
-        raise SettingsError("a person wants to read the passages: give --corpus, the one that was encoded")
-    if not person and settings.queries is None:
-        raise SettingsError("a run needs --queries")
-    for name in without_effect(settings):
-        raise SettingsError(
-            f"{name} has no effect with --method {settings.method} --index {settings.index}: leave it out"
-        )
-    sizes = ("depth", "num_lists", "num_probes", "links", "ef_construction", "ef_search", "shard_rows")
-    check_lowest(settings, dict.fromkeys(sizes, 1))
-
-
-def without_effect(settings: SearchSettings) -> list[str]:
-    """Settings that were changed and that this method and index do not have."""
-    names = {"bm25": ("k1", "b")} | OF_INDEXES
-    names["dense"] = ("model", "embeddings", "index", "measure_recall", "pooling", "normalise", "max_tokens")
-    used = (settings.method, settings.index)
-    idle = [name for kind, own in names.items() if kind not in used for name in own]
-    if settings.index not in OF_INDEXES:
-        idle.append("shard_rows")
-    defaults = {field.name: field.default for field in fields(settings)}
-    return [name for name in idle if getattr(settings, name) != defaults[name]]
+    def unused(self) -> list[str]:
+        """Settings that this method and index do not have."""
+        names = {"bm25": ("k1", "b")} | OF_INDEXES
+        names["dense"] = ("model", "embeddings", "index", "measure_recall", "pooling", "normalise", "max_tokens")
+        idle = [name for kind, own in names.items() if kind not in (self.method, self.index) for name in own]
+        return idle if self.index in OF_INDEXES else [*idle, "shard_rows"]
 
 
 def open_finder(settings: SearchSettings) -> "Finder":
@@ -139,7 +133,7 @@ def open_finder(settings: SearchSettings) -> "Finder":
     retriever = load_retriever(
         settings.model,
         pooling=settings.pooling,
-        normalise=settings.normalise,
+        normalise={"model": None, "yes": True, "no": False}[settings.normalise],
         max_query_tokens=settings.max_tokens,
     )
     embeddings = open_embeddings(
@@ -163,7 +157,6 @@ def open_finder(settings: SearchSettings) -> "Finder":
 
 def main() -> None:
     settings = parse_settings(SearchSettings, __doc__.split("\n")[0])
-    check_settings(settings)
     from quincunx.engine.retrieval.collection import read_queries
     from quincunx.engine.retrieval.files import refuse_input
     from quincunx.engine.retrieval.finding import judged_queries, search_to_run

@@ -3,7 +3,7 @@
     python launchers/split.py --queries queries.jsonl --qrels qrels/train.tsv --output train --sample 2000
     python launchers/split.py --queries nq-train.json --output train      # DPR: judgements and answers are its own
 
-See docs/pipeline.md.
+See docs/chains.md.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
-from quincunx.engine.retrieval.limits import check_lowest
+from quincunx.data_shards.setting import setting
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -20,43 +20,36 @@ from quincunx.launchers.command_line import parse_settings
 class SplitSettings:
     """Settings of a split."""
 
-    queries: str
+    queries: str = setting(role="data")
     """Queries: BEIR folder, tsv, JSONL, or DPR's json or csv."""
     output: str
     """Folder to write: queries.jsonl, qrels.tsv, answers.jsonl, probe/."""
-    qrels: str | None = None
+    qrels: str | None = setting(None, role="data")
     """Judgements: BEIR tsv, TREC or MS MARCO qrels (default: the positives of a DPR json)."""
-    answers: str | None = None
+    answers: str | None = setting(None, role="data")
     """Answers: DPR json or csv, or JSONL with query_id, answers (default: those in a DPR file)."""
-    corpus: str | None = None
+    corpus: str | None = setting(None, role="data")
     """Passages; only a probe needs them."""
     titles: bool = True
     """Titles belong to the passages' text."""
-    sample: int | None = None
+    sample: int | None = setting(None, low=1)
     """Queries that are kept, chosen by a hash of their ids (default: all that are judged)."""
-    probe_queries: int = 0
+    probe_queries: int = setting(0, low=0)
     """Queries of the probe, of those that are kept."""
-    probe_passages: int = 500
+    probe_passages: int = setting(500, low=1)
     """Passages of the probe: its queries' positives, and others up to this number."""
     unknown_ids: Literal["stop", "drop"] = "stop"
     """What to do with judgements of unknown queries and with queries without a relevant passage."""
-    seed: int = 0
+    seed: int = setting(0, low=0)
     """Of the sample."""
-
-
-def check_settings(settings: SplitSettings) -> None:
-    """Raises SettingsError where a number is out of its range."""
-    check_lowest(settings, {"sample": 1, "probe_queries": 0, "probe_passages": 1, "seed": 0})
 
 
 def main() -> None:
     settings = parse_settings(SplitSettings, __doc__.split("\n")[0])
-    check_settings(settings)
     import xxhash
 
     from quincunx.engine.retrieval.collection import read_passages
-    from quincunx.engine.retrieval.pipeline import read_json
-    from quincunx.engine.retrieval.splits import MANIFEST, read_split, write_split
+    from quincunx.engine.retrieval.splits import read_made_by, read_split, write_split
 
     queries, qrels, answers, left_out = read_split(
         settings.queries, settings.qrels, settings.answers, settings.unknown_ids == "drop"
@@ -72,7 +65,7 @@ def main() -> None:
     }
     output = Path(settings.output)
     if output.exists():
-        if (read_json(output / MANIFEST) or {}).get("made_by") == made_by:
+        if read_made_by(output) == made_by:
             print(f"{output} is there, made from these files by these settings: nothing to do")
             return
         raise SettingsError(f"{output} is there already and was made otherwise: remove it, or give another --output")

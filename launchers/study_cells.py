@@ -12,6 +12,7 @@ base                         a recipe whose keys hold where this one has none (p
 A cell is (collection, variant, seed). Its record says all that went in (`made_from`) and all that came out.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,32 +22,30 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quincunx.data_shards import build_settings
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
 from quincunx.data_shards.tasks import TASKS
 from quincunx.engine.generate import GenerateSettings
 from quincunx.engine.metrics_file import read_metrics
 from quincunx.engine.model_card import curves
-from quincunx.engine.retrieval import finetune_settings
+from quincunx.engine.retrieval.evaluation import read_results
 from quincunx.engine.retrieval.files import file_digest, manifest_path
 from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
 from quincunx.engine.retrieval.judgements import read_qrels
 from quincunx.engine.retrieval.measures import measure_name
-from quincunx.engine.retrieval.pipeline import versions
-from quincunx.engine.retrieval.report import load_result
-from quincunx.engine.run_settings import require
-from quincunx.engine.settings import PretrainSettings, find_problems
+from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers import finetune, pretrain
-from quincunx.launchers.command_line import parse_settings, suggestion
+from quincunx.launchers.command_line import as_flags, parse_settings, suggestion
 
 LAUNCHERS = Path(os.path.relpath(Path(__file__).parent))
 STUDIES = Path(__file__).parent.parent / "recipes" / "study"
+PACKAGES = ("quincunx", "torch", "transformers", "deepspeed", "bm25s", "ir-measures")
 PROBE_QUERIES, PROBE_PASSAGES = 300, 3000
 NEVER = 10**6
 OWN_SETTINGS = {
@@ -253,13 +252,13 @@ def _check(path: Path, recipe: Recipe) -> None:
     where = "shards"
     try:
         given = {"format": "beir", "path": "x", "output": "x", "tokenizer": "x", **recipe.shards}
-        build_settings.check_settings(parse_settings(BuildSettings, "", as_words(given)))
+        parse_settings(BuildSettings, "", as_flags(given))
         for task, settings in recipe.generate.items():
             where = f"generate {task}"
             if not isinstance(settings, dict):
                 raise SettingsError(f"give settings of generate.py, not {settings!r}")
             given = {"task": task, "model": "x", "format": "beir", "path": "x", "tokenizer": "x", "output": "x"}
-            parse_settings(GenerateSettings, "", as_words({**given, **settings}))
+            parse_settings(GenerateSettings, "", as_flags({**given, **settings}))
         for name, variant in recipe.variants.items():
             where = f"variant {name}"
             if not 0 < variant.train_share <= 1:
@@ -271,7 +270,6 @@ def _check(path: Path, recipe: Recipe) -> None:
                     raise SettingsError(
                         f"{command} sets {', '.join(sorted(given))}, which the study sets: leave it out"
                     )
-            require(find_problems(settings))
             missing = {TASKS[task].field for task in settings.tasks} - {"passage", "next"} - recipe.generate.keys()
             if missing:
                 raise SettingsError(
@@ -293,7 +291,7 @@ def _check(path: Path, recipe: Recipe) -> None:
                     "or more (a stop on request writes one besides)"
                 )
             given = {"candidates": "x", "corpus": "x", "queries": "x"}
-            require(finetune_settings.find_problems(parse_finetune({**recipe.finetune, **variant.finetune, **given})))
+            parse_finetune({**recipe.finetune, **variant.finetune, **given})
     except SettingsError as error:
         raise SettingsError(f"{path}, {where}: {error}") from None
 
@@ -304,26 +302,23 @@ def parse_pretrain(settings: Mapping[str, Any]) -> PretrainSettings:
 
 
 def parse_finetune(settings: Mapping[str, Any]) -> FinetuneSettings:
-    words = as_words(with_length(settings))
-    base = finetune.stage_named_in(words)
-    return parse_settings(
-        FinetuneSettings, "", words, config_flag="--recipe", config_folder=finetune.RECIPES, base_config=base
-    )
+    words = finetune_words(settings)
+    return parse_settings(FinetuneSettings, "", words, config_flag="--recipe", config_folder=finetune.RECIPES)
 
 
 def pretrain_words(settings: Mapping[str, Any]) -> list[str]:
     """pretrain.py's command line; `recipe` names the pre-training recipe that the others change (default retromae)."""
-    return as_words(with_length({"recipe": "retromae", **settings}))
+    return as_flags(with_length({"recipe": "retromae", **settings}))
+
+
+def finetune_words(settings: Mapping[str, Any]) -> list[str]:
+    """finetune.py's command line; `recipe` names the recipe that the others change (default retriever1)."""
+    return as_flags(with_length({"recipe": finetune.DEFAULT_RECIPE, **settings}))
 
 
 def with_length(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A length in steps takes the place of the recipe's epochs."""
     return {"epochs": None, **settings} if settings.get("steps") is not None else dict(settings)
-
-
-def as_words(settings: Mapping[str, Any]) -> list[str]:
-    """{"steps": 3, "tasks": ["mkp"]} as --steps=3 --tasks=["mkp"]."""
-    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
 
 
 def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: Path) -> list[Cell]:
@@ -409,7 +404,7 @@ def bm25_made_from(cell: Cell) -> dict[str, Any]:
 
 def bm25_record(cell: Cell) -> dict[str, Any]:
     """BM25's record of the cell's collection."""
-    return {**read_results(cell.data), "made_from": bm25_made_from(cell)}
+    return {**results_of(cell.data), "made_from": bm25_made_from(cell)}
 
 
 def make_shards(cell: Cell, run: Run) -> None:
@@ -478,7 +473,7 @@ def run_cell(cell: Cell, run: Run) -> dict[str, Any]:
     before = next(line for line in read_metrics(cell.tuned) if line["kind"] == "probe")
     return {
         **record,
-        **read_results(cell.tuned),
+        **results_of(cell.tuned),
         "before": {name.removeprefix("probe/"): before[name] for name in before if name.startswith("probe/")},
         **read_pretraining(cell.pretrained),
         "code": describe_code(),
@@ -486,11 +481,11 @@ def run_cell(cell: Cell, run: Run) -> dict[str, Any]:
     }
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def results_of(folder: Path) -> dict[str, Any]:
     """{"measures": {name: {mean, low, high}}, "per_query": the first measure's values in the order of query ids}."""
-    found = load_result(folder)
-    values = next(iter(found.evaluation.per_query.values()))
-    return {"measures": found.record["measures"], "per_query": [round(values[query], 6) for query in sorted(values)]}
+    record, evaluation = read_results(*results(folder).values())
+    values = next(iter(evaluation.per_query.values()))
+    return {"measures": record["measures"], "per_query": [round(values[query], 6) for query in sorted(values)]}
 
 
 def read_pretraining(run_folder: Path) -> dict[str, Any]:
@@ -513,7 +508,11 @@ def describe_code() -> dict[str, Any]:
     """Commit and versions that a result was made with."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return {"commit": commit or None, **versions()}
+    found = {"commit": commit or None, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def command_line(
@@ -523,10 +522,11 @@ def command_line(
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in inputs.items()}
     together = {**settings, **plain}
     if script == "pretrain.py":
-        together["shards"] = [together["shards"]]
-        words = pretrain_words(together)
+        words = pretrain_words({**together, "shards": [together["shards"]]})
+    elif script == "finetune.py":
+        words = finetune_words(together)
     else:
-        words = as_words(with_length(together))
+        words = as_flags(together)
     return [*(launch or [sys.executable]), str(LAUNCHERS / script), *words]
 
 

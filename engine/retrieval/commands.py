@@ -1,20 +1,17 @@
-"""Commands that a pipeline or a study runs, stopped together with everything they have started."""
+"""Commands that a study runs, stopped together with everything they have started."""
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import IO, Any
 
-from quincunx.data_shards.errors import EXIT_PREEMPTED, SettingsError
+from quincunx.data_shards.errors import EXIT_PREEMPTED
 
-LOCK_PATIENCE_SECONDS = 120.0
 SAVING_PATIENCE_SECONDS = 600.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
@@ -73,7 +70,7 @@ class Stopping:
 
 
 def _follow_parent() -> None:
-    """SIGTERM to this process when its parent dies (Linux; elsewhere the command outlives a killed pipeline)."""
+    """SIGTERM to this process when its parent dies (Linux; elsewhere the command outlives a killed study)."""
     if sys.platform == "linux":
         LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
@@ -87,28 +84,3 @@ def wait_for_group(group: int) -> None:
         except ProcessLookupError:
             return
         time.sleep(0.2)
-
-
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[IO[str]]:
-    """The lock file, held; the command of a pipeline that was killed holds it until it has saved and gone.
-
-    Raises SettingsError where another pipeline holds it for longer than two minutes.
-    """
-    with open(path, "a") as lock:
-        deadline, told = time.monotonic() + LOCK_PATIENCE_SECONDS, False
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise SettingsError(
-                        f"{path.parent} is in use by another pipeline, or by a stage that it started; wait for it, "
-                        "stop it, or give another --output"
-                    ) from None
-                if not told:
-                    print(f"waiting for what still runs in {path.parent}", flush=True)
-                told = True
-                time.sleep(0.2)
-        yield lock

@@ -165,7 +165,7 @@ def _check_weights(name: str, model: nn.Module, missing: list[str], has_head: bo
     if fresh and not allow_fresh_head:
         raise SettingsError(
             f"{name!r} is an encoder without a classification head, so its scores would be random: give a reranker, "
-            "such as the output of finetune.py --stage reranker"
+            "such as the output of finetune.py --recipe reranker"
         )
 
 

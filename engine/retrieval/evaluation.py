@@ -12,7 +12,7 @@ from typing import Any
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.retrieval.answers import answer_hits
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.files import file_digest, refuse_input, written_whole
+from quincunx.engine.retrieval.files import file_digest, read_lines, refuse_input, written_whole
 from quincunx.engine.retrieval.judgements import (
     Qrels,
     Run,
@@ -287,3 +287,17 @@ def write_per_query(path: str | Path, result: Result, other: Result | None = Non
             else:
                 line = {"query_id": query_id, "values": values} | ({"other": beside} if other is not None else {})
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def read_results(record_file: str | Path, per_query_file: str | Path) -> tuple[dict[str, Any], Evaluation]:
+    """(record, values of every query) as evaluate.py wrote them. Raises DataError if it did not."""
+    try:
+        record = json.loads(Path(record_file).read_text(encoding="utf-8"))
+        values: dict[str, dict[str, float]] = {name: {} for name in record["measures"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{record_file} is not a record of evaluate.py: evaluate again") from None
+    for line in read_lines(per_query_file):
+        query = json.loads(line)
+        for name, value in query["values"].items():
+            values[name][query["query_id"]] = value
+    return record, Evaluation({name: found["mean"] for name, found in record["measures"].items()}, values)

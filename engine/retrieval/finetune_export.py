@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.errors import CheckpointError
+from quincunx.data_shards.setting import names_of
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
 from quincunx.engine.export import MODEL_FOLDER
 from quincunx.engine.model_card import PLOT_FILE, plot_losses, probe_table
@@ -84,7 +85,7 @@ def finetuned_card(run_folder: Path, checkpoint: Checkpoint, usage: str, plot: b
         "pipeline_tag": "text-ranking" if reranker else "sentence-similarity",
         "tags": ["dense-retrieval", "quincunx", settings["stage"]],
     }
-    private = {*FinetuneSettings.MACHINE_FIELDS, *FinetuneSettings.DATA_FIELDS}
+    private = names_of(FinetuneSettings, "machine", "data")
     learned = {key: value for key, value in settings.items() if key not in private}
     names = ("candidates", "corpus", "queries", "starting model")
     parts = [

@@ -1,12 +1,13 @@
 """What a fine-tuning run learns and from what: the settings of every stage, with defaults, units and ranges.
 
-recipes/finetune/ holds the stages' published values (SimLM's recipe, which MASTER follows); `--stage` chooses one.
+recipes/finetune/ holds the stages' published values (SimLM's recipe, which MASTER follows); `--recipe` chooses one.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from quincunx.engine.run_settings import RunSettings, find_run_problems
+from quincunx.data_shards.setting import setting
+from quincunx.engine.settings import RunSettings
 
 STAGES = ("retriever1", "retriever2", "reranker", "distil")
 OF_RETRIEVERS = (
@@ -21,52 +22,46 @@ OF_RERANKERS = ("max_pair_tokens", "gradient_candidates", "r_drop")
 class FinetuneSettings(RunSettings):
     """Settings of a fine-tuning run."""
 
-    STREAM_FIELDS: ClassVar = ("seed", "global_batch", "num_negatives")
-    MODEL_FIELDS: ClassVar = ("stage", "towers", "pooling", "normalise")
-    MACHINE_FIELDS: ClassVar = (*RunSettings.MACHINE_FIELDS, "probe_split")
-    DATA_FIELDS: ClassVar = ("encoder", "candidates", "corpus", "queries")
-    LOCAL_FIELDS: ClassVar = (*RunSettings.LOCAL_FIELDS, *DATA_FIELDS)
-
-    stage: Literal["retriever1", "retriever2", "reranker", "distil"] = "retriever1"
+    stage: Literal["retriever1", "retriever2", "reranker", "distil"] = setting("retriever1", role="model")
     """What is trained: a dual encoder (retriever1 on BM25's negatives, retriever2 on mined ones, distil on a teacher's
     scores too) or a reranker, a cross-encoder."""
-    output: str = "runs/finetune"
+    output: str = setting("runs/finetune", role="machine", local=True)
     """Run folder: checkpoints, metrics.jsonl, settings.yaml, export/. The same command on the same folder resumes."""
-    encoder: str = "bert-base-uncased"
+    encoder: str = setting("bert-base-uncased", role="data", local=True)
     """Model to start from: a pre-training run's export/encoder, a Hugging Face name or folder, package:NAME/FOLDER."""
-    candidates: str = ""
+    candidates: str = setting("", role="data", local=True)
     """Training queries with positives and negatives: a file of mine.py or of SimLM's; for distil one of score.py."""
-    corpus: str = ""
+    corpus: str = setting("", role="data", local=True)
     """Passages: a BEIR folder or corpus.jsonl, an MS MARCO tsv, a DPR tsv, JSONL or Parquet."""
-    queries: str = ""
+    queries: str = setting("", role="data", local=True)
     """Queries: a BEIR folder or queries.jsonl, a tsv (query id, text), DPR json."""
     titles: bool = True
     """Put a passage's title before its text."""
 
-    global_batch: int = 64
+    global_batch: int = setting(64, low=1, high=2**24, role="stream")
     """Queries of one optimizer step, over ranks and accumulation; all passages of the step are negatives of each."""
-    micro_batch: int | None = None
+    micro_batch: int | None = setting(None, low=1, role="machine")
     """Queries (each with its passages) of one forward pass of one rank (default: the DeepSpeed JSON's number, else as
     many as divide the rank's share, at most 32). Changes memory and speed, not the gradient: a step that takes several
     encodes everything twice (gradient cache)."""
-    num_negatives: int = 15
+    num_negatives: int = setting(15, low=0, role="stream")
     """Negatives of each query in a step, drawn anew every epoch from its candidates."""
-    max_query_tokens: int = 32
+    max_query_tokens: int = setting(32, low=8)
     """Longest query in tokens, [CLS] and [SEP] included."""
-    max_passage_tokens: int = 144
+    max_passage_tokens: int = setting(144, low=8)
     """Longest passage in tokens, [CLS] and [SEP] included."""
-    max_pair_tokens: int = 192
+    max_pair_tokens: int = setting(192, low=8)
     """Longest (query, passage) pair of a reranker in tokens, special tokens included."""
-    learning_rate: float = 2e-5
+    learning_rate: float = setting(2e-5, above=0, below=10**6)
     """Peak learning rate."""
 
-    towers: Literal["shared", "separate"] = "shared"
+    towers: Literal["shared", "separate"] = setting("shared", role="model")
     """One encoder for queries and passages, or two that start alike."""
-    pooling: Literal["cls", "mean"] | None = None
+    pooling: Literal["cls", "mean"] | None = setting(None, role="model")
     """A text's vector: its [CLS] state or the mean over its tokens (default: what its folder says, else cls)."""
-    normalise: bool = True
+    normalise: bool = setting(True, role="model")
     """Vectors of length 1 (cosine); false is the plain dot product."""
-    temperature: float = 0.02
+    temperature: float = setting(0.02, above=0, high=100)
     """A retriever's scores are divided by it in every loss (SimLM: 0.02 with length 1; 1 for plain dot products)."""
     all_pairs: bool = False
     """Also contrast positive with queries, query with queries and positive with positives (SimLM's k-q, q-q, k-k)."""
@@ -74,50 +69,38 @@ class FinetuneSettings(RunSettings):
     """Passages of other queries that are known positives of this one are no negatives of it."""
     distil_loss: Literal["kl", "margin_mse"] = "kl"
     """How a student follows its teacher's scores: KL divergence or margin-MSE."""
-    contrastive_weight: float = 0.2
+    contrastive_weight: float = setting(0.2, low=0, high=100)
     """Weight of the contrastive loss beside the teacher's in distil (SimLM: 0.2)."""
 
     gradient_candidates: int | None = None
     """Candidates of a query that a reranker's gradient goes through: the positive and the negatives that it scores
     highest now; the others only take part in that choice (SimLM: 16 of 64; default: all)."""
-    r_drop: float = 1.0
+    r_drop: float = setting(1.0, low=0, high=100)
     """Weight of a reranker's R-Drop, which makes two dropout passes agree; 0 leaves it out and saves half the time."""
 
-    probe_split: str = "dev"
+    probe_split: str = setting("dev", role="machine")
     """The probe judges by qrels/SPLIT.tsv of its folder."""
 
     @property
     def is_reranker(self) -> bool:
         return self.stage == "reranker"
 
-
-def find_problems(settings: FinetuneSettings) -> list[str]:
-    """Every value out of its range and every contradiction, each as one clause; empty where there is none."""
-    problems = find_run_problems(settings)
-
-    def need(condition: bool, clause: str) -> None:
-        if not condition:
-            problems.append(clause)
-
-    s = settings
-    for name in ("candidates", "corpus", "queries"):
-        need(bool(getattr(s, name)), f"{name} is not given; name a file (or, for corpus and queries, a BEIR folder)")
-    need(s.num_negatives >= 0, f"num_negatives is {s.num_negatives}; it must be at least 0")
-    need(
-        s.num_negatives >= 1 or s.stage in ("retriever1", "retriever2"),
-        f"num_negatives is {s.num_negatives}; {s.stage} compares candidates of one query and needs at least 1",
-    )
-    for name in ("max_query_tokens", "max_passage_tokens", "max_pair_tokens"):
-        need(getattr(s, name) >= 8, f"{name} is {getattr(s, name)}; it must be at least 8")
-    need(0 < s.temperature <= 100, f"temperature is {s.temperature}; it must be above 0 and at most 100")
-    for name in ("contrastive_weight", "r_drop"):
-        need(0 <= getattr(s, name) <= 100, f"{name} is {getattr(s, name)}; it must lie between 0 and 100")
-    need(
-        s.gradient_candidates is None or 2 <= s.gradient_candidates <= s.num_negatives + 1,
-        f"gradient_candidates is {s.gradient_candidates}; it must lie between 2 and num_negatives + 1, which is "
-        f"{s.num_negatives + 1}",
-    )
-    return problems
+    def contradictions(self) -> list[str]:
+        problems = super().contradictions()
+        for name in ("candidates", "corpus", "queries"):
+            if not getattr(self, name):
+                problems.append(f"{name} is not given; name a file (or, for corpus and queries, a BEIR folder)")
+        if self.num_negatives < 1 and self.stage not in ("retriever1", "retriever2"):
+            problems.append(
+                f"num_negatives is {self.num_negatives}; {self.stage} compares candidates of one query and needs at "
+                "least 1"
+            )
+        if self.gradient_candidates is not None and not 2 <= self.gradient_candidates <= self.num_negatives + 1:
+            problems.append(
+                f"gradient_candidates is {self.gradient_candidates}; it must lie between 2 and num_negatives + 1, "
+                f"which is {self.num_negatives + 1}"
+            )
+        return problems
 
 
 def find_idle_settings(settings: FinetuneSettings) -> list[str]:

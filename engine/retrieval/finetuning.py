@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.deepspeed_config import check_settings, fill_config
+from quincunx.engine.deepspeed_config import load_config
 from quincunx.engine.environment import Environment, choose_device
 from quincunx.engine.host_memory import return_freed_memory
 from quincunx.engine.probe import load_probe
@@ -18,11 +18,10 @@ from quincunx.engine.retrieval.dual_encoder import DualEncoder, Retriever, load_
 from quincunx.engine.retrieval.examples import RerankerPacker, RetrieverPacker, stream_examples
 from quincunx.engine.retrieval.files import file_digest
 from quincunx.engine.retrieval.finetune_job import FinetuneJob
-from quincunx.engine.retrieval.finetune_settings import FinetuneSettings, find_problems
+from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
 from quincunx.engine.retrieval.groups import Groups
 from quincunx.engine.retrieval.reranker_job import RerankerJob
 from quincunx.engine.retrieval.retriever_job import RetrieverJob
-from quincunx.engine.run_settings import total_steps
 from quincunx.engine.training import run_training
 
 
@@ -32,9 +31,9 @@ def finetune(settings: FinetuneSettings, environment: Environment) -> int:
 
 
 def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob:
-    """Checks settings, JSON, data and model, and opens them. Raises SettingsError or DataError."""
-    config, micro_batch = check_settings(settings, find_problems(settings), environment.world_size)
+    """Checks data and model, and opens them. Raises SettingsError or DataError."""
     cuda = choose_device(settings.device, environment)
+    config, micro_batch = load_config(settings, environment.world_size, cuda)
     groups = read_groups(settings)
     torch.manual_seed(settings.seed)
     loaded = load_reranker_to_train(settings) if settings.is_reranker else load_retriever_to_train(settings)
@@ -63,9 +62,9 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
         )
     return (RerankerJob if settings.is_reranker else RetrieverJob)(
         settings=settings,
-        config=fill_config(config, settings, micro_batch, environment.world_size, cuda),
+        config=config,
         micro_batch=micro_batch,
-        total_steps=total_steps(settings, len(groups)),
+        total_steps=settings.total_steps(len(groups)),
         cuda=cuda,
         loaded=loaded,
         stream=stream,

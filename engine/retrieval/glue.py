@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.stream import Stream
-from quincunx.engine.deepspeed_config import check_settings, fill_config
+from quincunx.engine.deepspeed_config import load_config
 from quincunx.engine.environment import Environment, choose_device, gather_rows, rank_and_world
 from quincunx.engine.export import MODEL_FOLDER
 from quincunx.engine.host_memory import return_freed_memory
@@ -33,9 +33,8 @@ from quincunx.engine.retrieval.glue_batches import GlueBatch, GluePacker, tokeni
 from quincunx.engine.retrieval.glue_data import TASKS, GlueExamples, find_files, read_examples, unlike_published
 from quincunx.engine.retrieval.glue_export import export_glue
 from quincunx.engine.retrieval.glue_metrics import measure
-from quincunx.engine.retrieval.glue_settings import GlueSettings, find_idle_settings, find_problems
+from quincunx.engine.retrieval.glue_settings import GlueSettings, find_idle_settings
 from quincunx.engine.run_folder import RunFolder
-from quincunx.engine.run_settings import total_steps
 from quincunx.engine.tensors import text_to_tensors
 from quincunx.engine.throughput import encoder_multiply_adds
 from quincunx.engine.training import run_training
@@ -198,9 +197,9 @@ def run_glue(settings: GlueSettings, environment: Environment) -> int:
 
 
 def prepare(settings: GlueSettings, environment: Environment) -> GlueJob:
-    """Checks settings, JSON, files and model, and opens them. Raises SettingsError or DataError."""
-    config, micro_batch = check_settings(settings, find_problems(settings), environment.world_size)
+    """Checks files and model, and opens them. Raises SettingsError or DataError."""
     cuda = choose_device(settings.device, environment)
+    config, micro_batch = load_config(settings, environment.world_size, cuda)
     task = TASKS[settings.task]
     files = find_files(settings.data, {"train": settings.train, "dev": settings.dev, "test": settings.test})
     train, dev = (
@@ -236,9 +235,9 @@ def prepare(settings: GlueSettings, environment: Environment) -> GlueJob:
     )
     return GlueJob(
         settings=settings,
-        config=fill_config(config, settings, micro_batch, environment.world_size, cuda),
+        config=config,
         micro_batch=micro_batch,
-        total_steps=total_steps(settings, len(train)),
+        total_steps=settings.total_steps(len(train)),
         cuda=cuda,
         loaded=loaded,
         stream=stream,

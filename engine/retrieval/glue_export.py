@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from quincunx.data_shards.setting import names_of
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict
 from quincunx.engine.model_card import PLOT_FILE, first_and_last, plot_losses
 from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker, score_tokenised
@@ -81,7 +82,7 @@ def glue_card(run_folder: Path, checkpoint: Checkpoint, plot: bool) -> str:
         "pipeline_tag": "text-classification",
         "tags": ["glue", settings["task"], "quincunx"],
     }
-    private = {*GlueSettings.MACHINE_FIELDS, *GlueSettings.DATA_FIELDS}
+    private = names_of(GlueSettings, "machine", "data")
     learned = {key: value for key, value in settings.items() if key not in private}
     sentences = ", ".join(['["a sentence"]', '["another"]'][: len(task.sentences)])
     answers = " and ".join(f"{label} ({name})" for label, name in enumerate(task.classes)) or "a score from 0 to 5"

@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.answers import has_answer
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.judgements import iterate_run
-from quincunx.engine.retrieval.limits import check_lowest
 
 RANDOM_CODE = 0x6D696E65  # "mine": apart from the task codes of pre-training
 MAX_NAMED = 3
@@ -29,23 +29,23 @@ MAX_DRAWS = 100
 class MiningRules:
     """What makes a passage of a run a negative."""
 
-    depth: int = 200
+    depth: int = setting(200, low=1)
     """Ranks of the run that are looked at, positives counted."""
-    skip_top: int = 0
+    skip_top: int = setting(0, low=0)
     """Ranks at the top that are left out, positives counted."""
-    num_negatives: int | None = None
+    num_negatives: int | None = setting(None, low=1)
     """Most passages of the run that a query keeps, best first (None: all that are left)."""
-    relevant_from: int = 1
+    relevant_from: int = setting(1, low=1)
     """Lowest grade of a positive; passages judged relevant below it are neither positives nor negatives."""
     margin: float = 0.0
     """With teacher scores: a negative must score below the positive's score minus this."""
     margin_from: Literal["best", "worst"] = "best"
     """Which of a query's positives the margin counts from, by teacher score."""
-    random_fill: int = 0
+    random_fill: int = setting(0, low=0)
     """A query with fewer negatives than this gets random passages up to it."""
-    random_extra: int = 0
+    random_extra: int = setting(0, low=0)
     """Random passages that every query gets besides."""
-    seed: int = 0
+    seed: int = setting(0, low=0, below=2**32)
     """Of the random passages."""
     drop_queries_without_positives: bool = False
     """Leaves out queries of the run that no positive is judged for (counted), instead of refusing the run."""
@@ -54,16 +54,11 @@ class MiningRules:
     unknown_ids: Literal["error", "drop"] = "error"
     """What is done about ids of the run and qrels that queries and corpus do not have; dropped ones are counted."""
 
-
-def check_rules(rules: MiningRules) -> None:
-    """Raises SettingsError where a number is out of its range."""
-    check_lowest(
-        rules, {"depth": 1, "skip_top": 0, "relevant_from": 1, "random_fill": 0, "random_extra": 0, "num_negatives": 1}
-    )
-    if rules.skip_top >= rules.depth:
-        raise SettingsError(f"skip_top is {rules.skip_top} and depth {rules.depth}: give a depth beyond skip_top")
-    if not 0 <= rules.seed < 1 << 32:
-        raise SettingsError(f"seed is {rules.seed}: give a number from 0 to {(1 << 32) - 1}")
+    def contradictions(self) -> list[str]:
+        """What is wrong with values that are each in range, as clauses."""
+        if self.skip_top < self.depth:
+            return []
+        return [f"skip_top is {self.skip_top} and depth {self.depth}: give a depth beyond skip_top"]
 
 
 def stream_run(path: str | Path, depth: int | None = None) -> Iterator[tuple[str, list[str]]]:

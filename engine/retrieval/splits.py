@@ -30,6 +30,14 @@ from quincunx.engine.retrieval.judgements import (
 MANIFEST = "manifest.json"
 
 
+def read_made_by(folder: Path) -> dict[str, Any] | None:
+    """What a finished split was made from; None if the folder holds none."""
+    try:
+        return json.loads((folder / MANIFEST).read_bytes())["made_by"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def sample_ids(ids: Iterable[str], number: int | None, seed: int) -> list[str]:
     """`number` of the ids (None: all), in their order: those with the smallest hashes, so that a larger sample holds a
     smaller one."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from quincunx.launchers.command_line import as_flags
+
 ROOT = Path(__file__).parents[2]
 WORDS_DRAWN = random.Random(7)
 WORDS = ["".join(WORDS_DRAWN.choice("aeioubdgkmnprst") for _ in range(WORDS_DRAWN.randint(3, 7))) for _ in range(150)]
@@ -70,14 +72,14 @@ def finished_run(tmp_path_factory, small_shards, beir_folder) -> Path:
     """The run folder of six real optimizer steps in one process, with probe, held-out losses, MLflow and export."""
     folder = tmp_path_factory.mktemp("run")
     flags = {
-        "shards": small_shards, "output": folder / "six-steps", "encoder": "bert", "from_scratch": True,
+        "shards": [small_shards], "output": folder / "six-steps", "encoder": "bert", "from_scratch": True,
         "hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 64, "max_positions": 48,
-        "tasks": "mkp,cmp,npr,dor", "decoder": "enhanced", "max_tokens": 40, "global_batch": 8, "micro_batch": 4,
-        "learning_rate": 1e-2, "steps": 6, "log_every": 1, "checkpoint_every": 3, "held_out_every": 3,
+        "tasks": ["mkp", "cmp", "npr", "dor"], "decoder": "enhanced", "max_tokens": 40, "global_batch": 8,
+        "micro_batch": 4, "learning_rate": 1e-2, "steps": 6, "log_every": 1, "checkpoint_every": 3, "held_out_every": 3,
         "held_out_passages": 21, "probe": beir_folder, "probe_every": 3, "tracking": "sqlite", "export": True,
         "device": "cpu", "num_workers": 1, "deepspeed": ROOT / "ds_configs" / "zero1.json",
     }  # fmt: skip
-    command = [sys.executable, "launchers/pretrain.py", *(f"--{name}={value}" for name, value in flags.items())]
+    command = [sys.executable, "launchers/pretrain.py", *as_flags(flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

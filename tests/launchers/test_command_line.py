@@ -1,30 +1,34 @@
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.launchers.command_line import parse_settings
+from quincunx.data_shards.setting import setting
+from quincunx.launchers.command_line import as_flags, parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiny:
     """Settings of a test."""
 
-    paths: list[str] = field(default_factory=lambda: ["here"])
+    paths: list[str] = setting(["here"], role="data")
     """Where to look."""
     kind: Literal["masked", "enhanced"] = "masked"
     """Which kind."""
-    rate: float = 0.5
+    rate: float = setting(0.5, above=0, high=1)
     """Peak rate."""
-    steps: int | None = None
+    steps: int | None = setting(None, low=0)
     """Length in steps."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = setting((0.9, 0.999), below=1)
     """Decay rates."""
     weights: list[float] | None = None
     """One weight each."""
     fresh: bool = False
     """Start anew."""
+
+    def contradictions(self) -> list[str]:
+        return ["fresh needs steps"] if self.fresh and self.steps is None and self.rate == 0.5 else []
 
 
 def parse(*arguments: str, **options) -> Tiny:
@@ -33,10 +37,9 @@ def parse(*arguments: str, **options) -> Tiny:
 
 def test_lists_booleans_and_numbers_are_written_as_people_write_them():
     assert parse() == Tiny()
-    assert parse("--paths", "a:3", "b,c", "--fresh", "--rate", "1e-4").paths == ["a:3", "b", "c"]
-    assert parse("--paths=[x, y]", "--fresh=false") == Tiny(paths=["x", "y"])
-    assert parse("--weights", "1,2.5", "--betas", "0.9", "0.98") == Tiny(weights=[1.0, 2.5], betas=(0.9, 0.98))
-    assert parse("--steps", "-3").steps == -3
+    assert parse("--paths", "a:3", "b", "--fresh", "--rate", "1e-4") == Tiny(paths=["a:3", "b"], fresh=True, rate=1e-4)
+    assert parse("--paths", "--no_fresh", "--steps", "None") == Tiny(paths=[])
+    assert parse("--weights", "1", "2.5", "--betas", "0.9", "0.98") == Tiny(weights=[1.0, 2.5], betas=(0.9, 0.98))
 
 
 def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
@@ -49,21 +52,43 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "words"),
     [
-        (["--rat", "1"], "unknown setting --rat, did you mean rate?"),
-        (["--zzz"], "unknown setting --zzz; --help lists the settings"),
-        (["--kind", "other"], "kind must be masked or enhanced, given other"),
-        (["--steps", "many"], "steps must be a whole number, or null, given many"),
-        (["--steps", ""], "steps must be a whole number, or null, given nothing"),
-        (["--rate"], "--rate takes one value, 0 given: none"),
-        (["--rate", "1", "2"], "--rate takes one value, 2 given: 1 2"),
-        (["rate=1"], "unexpected argument 'rate=1'; every setting is given as --name value"),
-        (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
-        (["--config", "a", "--config", "b"], "--config is given 2 times: a, b; give it once"),
+        (["--rat", "1"], "Unrecognized options: --rat"),
+        (["--rat", "1"], "--rate FLOAT"),
+        (["--kind", "other"], "invalid choice 'other' for argument '--kind'. Expected one of ('masked', 'enhanced')"),
+        (["--steps", "many"], "invalid literal for int() with base 10: 'many'"),
+        (["--rate"], "Missing value for argument '--rate'"),
+        (["--rate", "1", "2"], "Unrecognized options: 2"),
+        (["rate=1"], "Unrecognized options: rate=1"),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(arguments, sentence):
+def test_the_parser_says_what_a_wrong_command_line_holds(arguments, words, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(*arguments)
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert left.value.code == 2 and words in said
+    with pytest.raises(SystemExit):
+        parse(*arguments, speaks=False)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rate", "nan"], "rate is nan; it must be finite"),
+        (
+            ["--rate", "2", "--steps", "-3"],
+            "rate is 2.0; it must be above 0 and at most 1; steps is -3; it must be at least 0",
+        ),
+        (["--betas", "0.9", "1"], "betas is (0.9, 1.0); it must be below 1"),
+        (["--fresh"], "fresh needs steps"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
+        (["--config", "a", "--config", "b"], "--config is given 2 times: a, b; give it once"),
+        (["--config"], "--config is given without a file: name one"),
+    ],
+)
+def test_values_out_of_range_or_in_conflict_are_one_sentence(arguments, sentence):
     with pytest.raises(SettingsError) as caught:
         parse(*arguments)
     assert str(caught.value) == sentence
@@ -90,3 +115,36 @@ def test_help_shows_every_field_with_its_docstring(capsys):
     shown = capsys.readouterr().out
     assert left.value.code == 0
     assert all(text in shown for text in ("--paths", "Where to look.", "--fresh", "Start anew.", "default: 0.5"))
+
+
+def test_the_settings_are_printed_as_a_file_that_gives_them_again(capsys, tmp_path):
+    with pytest.raises(SystemExit) as left:
+        parse("--rate", "1e-4", "--print_config", "--paths", "a", "b")
+    assert left.value.code == 0
+    (tmp_path / "a.yaml").write_text(capsys.readouterr().out)
+    assert parse("--config", str(tmp_path / "a.yaml")) == Tiny(rate=1e-4, paths=["a", "b"])
+
+
+def test_flags_of_settings_are_those_that_give_them():
+    values = {
+        "paths": [],
+        "kind": "enhanced",
+        "rate": 1e-5,
+        "steps": 7,
+        "betas": (0.5, 0.6),
+        "weights": [1, 2.0],
+        "fresh": True,
+    }
+    assert parse(*as_flags(values)) == Tiny(**{**values, "weights": [1.0, 2.0]})
+    assert parse(*as_flags({"steps": None, "fresh": False})) == Tiny()
+
+
+def test_a_check_ends_before_anything_runs_and_names_inputs_that_are_not_there(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("QUINCUNX_CHECK", "1")
+    with pytest.raises(SystemExit) as left:
+        parse("--paths", str(tmp_path), "nowhere")
+    assert left.value.code == 0 and capsys.readouterr().out == "settings are sound; not there yet: nowhere\n"
+    with pytest.raises(SettingsError):
+        parse("--rate", "7")
+    with pytest.raises(SettingsError, match="rate is odd"):
+        parse("--rate", "0.7", find_more=lambda settings: ["rate is odd"])

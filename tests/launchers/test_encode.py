@@ -95,7 +95,7 @@ def here(words):
 
 
 def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(data, encoded, tmp_path):
-    here(command(data, tmp_path / "bare", "--titles=false", "--max_tokens=9"))
+    here(command(data, tmp_path / "bare", "--no_titles", "--max_tokens=9"))
     bare = open_embeddings(tmp_path / "bare")
     with_titles = open_embeddings(data / "alone")
     assert bare.manifest["max_tokens"] == 9 and with_titles.manifest["max_tokens"] == 40
@@ -110,7 +110,7 @@ def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(d
 @pytest.mark.parametrize(
     ("flags", "code", "sentence"),
     [
-        (["--part_rows=0"], 2, "part_rows is 0: give 1 or more"),
+        (["--part_rows=0"], 2, "part_rows is 0; it must be at least 1"),
         (["--model=/no/such/folder"], 2, "is no folder"),
         (["--corpus=/no/such/corpus.jsonl"], 3, "/no/such/corpus.jsonl"),
         (["--dtype=float16"], 3, "parts of other work (differs in dtype"),

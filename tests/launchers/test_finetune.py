@@ -12,6 +12,7 @@ import torch
 
 from quincunx.engine.checkpoint import consolidated_state_dict
 from quincunx.engine.retrieval.candidates import Candidates, write_candidates
+from quincunx.launchers.command_line import as_flags
 
 TINY = {
     "global_batch": 8, "num_negatives": 3, "steps": 6, "learning_rate": 1e-3, "max_query_tokens": 16,
@@ -252,8 +253,9 @@ def test_separate_towers_part_and_export_as_two(train, tiny, tmp_path):
     [
         ({"num_negatives": -1}, 2, "num_negatives is -1; it must be at least 0"),
         ({"candidates": ""}, 2, "candidates is not given"),
+        ({"stage": "distil"}, 2, "a recipe chooses the stage: give --recipe"),
         (
-            {"candidates": "unscored.jsonl", "stage": "distil"},
+            {"candidates": "unscored.jsonl", "recipe": "distil"},
             3,
             "lack the teacher's score of 7 candidates|lacks the teacher's score of 7 candidates",
         ),
@@ -280,8 +282,7 @@ def test_bad_input_is_one_sentence_and_an_exit_code(settings, code, words, tiny,
     (tmp_path / "empty.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
     given = {**TINY, **tiny.files, "output": str(tmp_path / "run"), **settings}
-    arguments = [f"--{name}={'null' if value is None else value}" for name, value in given.items()]
     with pytest.raises((SettingsError, DataError), match=words) as refused:
-        main([*arguments, "--deepspeed=zero2"])
+        main([*as_flags(given), "--deepspeed=zero2"])
     assert refused.value.exit_code == code and "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()

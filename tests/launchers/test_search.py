@@ -165,7 +165,7 @@ def test_a_run_whose_manifest_a_kill_cut_off_is_made_again_a_foreign_file_is_kep
         (["--output=X", "--num_probes=3", "--index=hnsw"], 2, "num_probes has no effect .* --index hnsw"),
         (["--output=X", "--shard_rows=3"], 2, "shard_rows has no effect"),
         (["--output=X", "--interactive"], 2, "give one of --output"),
-        (["--page=80"], 2, "--corpus, the one that was encoded"),
+        (["--page=80"], 2, "print passages and need --corpus"),
     ],
 )
 def test_what_does_not_belong_together_is_one_sentence_and_no_run(flags, code, sentence, data, tmp_path, capsys):

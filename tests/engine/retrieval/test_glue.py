@@ -43,7 +43,8 @@ def job_of(task, encoder, folder, **settings):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     defaults = {"max_tokens": 12, "global_batch": 4, "micro_batch": 2, "device": "cpu", "dropout": 0.0}
     settings = {**defaults, "task": task, "data": str(folder), "encoder": str(encoder), **settings}
-    return prepare(GlueSettings(**settings), discover_environment({}))
+    settings = GlueSettings(**settings)
+    return prepare(settings, discover_environment({}))
 
 
 @pytest.mark.parametrize("task", ["cola", "mrpc", "stsb"])

@@ -5,9 +5,10 @@ from collections import Counter
 import pytest
 
 from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.setting import find_problems, require
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import make_collection
-from quincunx.engine.retrieval.mining import MiningRules, TeacherScores, check_rules, mine, stream_run
+from quincunx.engine.retrieval.mining import MiningRules, TeacherScores, mine, stream_run
 
 PASSAGES = make_collection([f"p{n}" for n in range(40)], [f"text {n} of passage" for n in range(40)], "corpus")
 QUERIES = make_collection(["q0", "q1", "q2"], ["first", "second", "third"], "queries")
@@ -22,7 +23,7 @@ def mined(run, qrels=None, answers=None, teacher=None, passages=PASSAGES, **rule
     """({query id: Candidates}, counts)."""
     counts = {}
     rules = MiningRules(**rules)
-    check_rules(rules)
+    require(find_problems(rules))
     rows = mine(
         run, QRELS if qrels is None else qrels, QUERIES, passages, rules, counts, answers=answers, teacher=teacher
     )
@@ -180,7 +181,7 @@ def test_unknown_ids_of_the_run_are_refused_or_dropped():
 )
 def test_rules_out_of_range_are_refused(rules, message):
     with pytest.raises(SettingsError, match=message):
-        check_rules(MiningRules(**rules))
+        require(find_problems(MiningRules(**rules)))
 
 
 def test_a_run_is_read_query_by_query_in_the_order_of_scores(tmp_path):
