@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 BEGUN = "begun.json"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-POLL_SECONDS, REPORT_SECONDS = 0.2, 60.0
+LOCK_PATIENCE_SECONDS, POLL_SECONDS, REPORT_SECONDS = 5.0, 0.2, 60.0
 
 
 class Work:
@@ -188,12 +188,7 @@ def artefact(
         except OSError as error:
             raise cannot_write(path, error) from None
         with full_disk_is_named(path.parent), held(folder, path) if rank == 0 else contextlib.nullcontext():
-            found = read_begun(folder)
-            if found is not None and found != begun:
-                raise SettingsError(
-                    f"{path} was begun otherwise ({differences(found['made_from'], made_from)}): give those settings "
-                    "again to finish it, give another --output, or --remake to begin anew"
-                )
+            found = take_up(path, folder, begun, rank)
             if not is_made(path, kind, made_from, single, begun=found == begun):  # by another process meanwhile
                 if found is None:
                     own = folder / f"begun-by-{rank}.json"  # all ranks write the same, and none waits for another
@@ -201,13 +196,41 @@ def artefact(
                         json.dump(begun, file)
                     os.replace(own, folder / BEGUN)
                 work = Work(path, folder, single, rank, world_size)
-                yield work
+                try:
+                    yield work
+                except BaseException:
+                    if rank == 0 and not has_parts(folder):
+                        shutil.rmtree(folder, ignore_errors=True)
+                    raise
                 if work.leads:
                     work.finish(kind, made_from)
                 return
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     yield None
+
+
+def take_up(path: Path, folder: Path, begun: dict[str, Any], rank: int) -> dict[str, Any] | None:
+    """What begun.json says, once it says nothing else than `begun`. Raises SettingsError for parts of other work."""
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    while (found := read_begun(folder)) not in (None, begun):
+        if has_parts(folder) or time.monotonic() > deadline:
+            raise SettingsError(
+                f"{path} was begun otherwise ({differences(found['made_from'], begun['made_from'])}): give those "
+                "settings again to finish it, give another --output, or --remake to begin anew"
+            )
+        if rank == 0:  # nothing of it was finished
+            for name in ("made", "scratch"):
+                shutil.rmtree(folder / name)
+                (folder / name).mkdir()
+            (folder / BEGUN).unlink()
+        else:
+            time.sleep(POLL_SECONDS)
+    return found
+
+
+def has_parts(folder: Path) -> bool:
+    return any((folder / "scratch").glob("part-*.json"))
 
 
 def open_artefact(path: str | Path, kind: str, *, single: bool = False, verify: bool = False) -> dict[str, Any]:
@@ -278,7 +301,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
         if isinstance(before, dict) and isinstance(after, dict):
             clauses += [differences(before, after, f"{prefix}{key}.")] if before != after else []
         elif before != after:
-            clauses.append(f"{prefix}{key} was {before} and is {after}")
+            short = all(not isinstance(value, list) and len(str(value)) < 80 for value in (before, after))
+            clauses.append(f"{prefix}{key} was {before} and is {after}" if short else f"{prefix}{key} differs")
     return "; ".join(clauses)
 
 
@@ -308,13 +332,21 @@ def move_aside(path: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def held(folder: Path, path: Path) -> Iterator[None]:
-    """The lock of an artefact in the making. Raises SettingsError if another process has it."""
+    """The lock of an artefact in the making. Raises SettingsError if another process keeps it."""
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     with open(folder / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in CANNOT_LOCK:
-                raise SettingsError(f"{path} is being made by another process: wait for it, or stop it first") from None
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in CANNOT_LOCK:
+                    if time.monotonic() < deadline:  # a process that was killed may still be dying
+                        time.sleep(POLL_SECONDS)
+                        continue
+                    raise SettingsError(
+                        f"{path} is being made by another process: wait for it, or stop it first"
+                    ) from None
+            break
         yield
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from quincunx.data_shards.artefact import MANIFEST, open_artefact
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.records import BadRecordError, check_id, check_text, load_json
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
-MANIFEST_NAME = "manifest.json"
-PART_NAME = "part-{:05d}.jsonl"
+KIND = "generations"
 CACHE_KIB = 65536
 FIELDS = ("queries", "continuation")
 
@@ -39,22 +39,14 @@ def list_generation_files(paths: Sequence[str]) -> list[Path]:
     """The generation files named by files or folders, in order.
 
     Raises:
-        DataError: a path without generation files, or the folder of a generation run that has not finished.
+        DataError: a path without generation files, or a folder of generate.py that is damaged.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(file for file in path.iterdir() if file.name.endswith(ENDINGS))
-            manifest = path / MANIFEST_NAME
-            if manifest.is_file():
-                num_parts = json.loads(manifest.read_text())["num_parts"]
-                missing = num_parts - len(
-                    {PART_NAME.format(k) for k in range(num_parts)} & {file.name for file in found}
-                )
-                if missing:
-                    raise DataError(
-                        f"{path} misses {missing} of its {num_parts} parts: run its generate.py command again"
-                    )
+            if (path / MANIFEST).is_file():  # of generate.py
+                open_artefact(path, KIND)
         else:
             found = [path] if path.is_file() and path.name.endswith(ENDINGS) else []
         if not found:
@@ -99,7 +91,7 @@ def _insert_file(connection: sqlite3.Connection, file: Path) -> None:
         try:
             passage_id, queries, continuation = parse_generation(record)
         except BadRecordError as error:
-            raise DataError(f"{file.name}:{where}: {error}; mend or remove the record") from None
+            raise DataError(f"{file.name}:{where}: {error}; fix or remove the record") from None
         # A second file may bring the other field; the same field twice is a mix-up that must not be settled by order.
         old = connection.execute(
             "SELECT queries, continuation FROM generations WHERE passage_id = ?", (passage_id,)
@@ -139,7 +131,7 @@ def _records(file: Path) -> Iterator[tuple[int, dict]]:
                 try:
                     record = load_json(line.decode())
                 except (BadRecordError, UnicodeDecodeError) as error:
-                    raise DataError(f"{file.name}:{number}: {error}; mend or remove the line") from None
+                    raise DataError(f"{file.name}:{number}: {error}; fix or remove the line") from None
                 if record is not None:
                     yield number, record
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -1,36 +1,31 @@
 """Queries or continuations for every passage of a corpus, part by part, resumable, by any number of processes.
 
-The corpus is cut into parts as `build_shards.py` reads it, so that passage ids agree. Rank r of w takes the parts
-r, r + w, r + 2w...; a part is written under a temporary name and renamed when it is whole, and a rerun does what is
-missing. The output folder holds part-00000.jsonl... and a manifest.json with everything that decides their content.
+The corpus is cut into parts as `build_shards.py` reads it, so that passage ids agree. The output folder holds
+part-00000.jsonl... and a manifest.json with everything that decides their content (data_shards/artefact.py).
 """
 
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.documents import Input, ReadReport
-from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.generations import MANIFEST_NAME, PART_NAME
+from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.generations import KIND
 from quincunx.data_shards.passages import Passage, read_passages
 from quincunx.data_shards.readers import list_inputs
-from quincunx.data_shards.setting import setting
-from quincunx.data_shards.shard_writer import full_disk_is_named
+from quincunx.data_shards.setting import as_plain, setting
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.environment import Environment, choose_device
 
 if TYPE_CHECKING:
     from quincunx.engine.generator import Generator, Sampling
 
-FORMAT = "quincunx-generations"
-SCHEMA_VERSION = 1
 DEFAULT_NEW_TOKENS = {"queries": 64, "continuation": 128}
 # Where and on what it ran; everything else in the settings decides the output.
-NOT_CONTENT = ("output", "path", "device", "on_bad_record")
+NOT_CONTENT = ("output", "path", "device", "on_bad_record", "model", "tokenizer", "remake")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +44,8 @@ class GenerateSettings:
     """The shards' tokenizer, which decides where passages end: id, folder (SHARDS/tokenizer) or package:NAME/folder."""
     output: str
     """Folder for the parts and their manifest.json."""
+    remake: bool = False
+    """Make the output anew if it is there; what was there is moved aside."""
     max_tokens: int = 144
     """Most tokens of a passage, [CLS] and [SEP] counted: the same as for build_shards.py."""
     with_titles: bool = True
@@ -89,8 +86,8 @@ class GenerateSettings:
 def generate_corpus(settings: GenerateSettings, environment: Environment) -> dict[str, int]:
     """Writes this rank's missing parts; all ranks together finish the folder.
 
-    Returns the counts of what this process did: parts, skipped_parts (already there), passages, texts, empty_texts,
-    cut_prompts, and the reader's counts.
+    Returns the counts of what this process did: parts, passages, texts, empty_texts, cut_prompts, and the reader's
+    counts.
 
     Raises:
         SettingsError: a model or tokenizer that cannot be used, or a folder made with other settings.
@@ -114,38 +111,40 @@ def generate_corpus(settings: GenerateSettings, environment: Environment) -> dic
         max_new_tokens=settings.new_tokens,
     )
     generator.prompt_limit(sampling.max_new_tokens)
-    manifest = describe(settings, inputs, num_parts, tokenizer_digest(tokenizer), generator.digest, precision)
-    output = Path(settings.output)
-    open_output(output, manifest)
-
+    made_from = describe(settings, inputs, num_parts, tokenizer_digest(tokenizer), generator.digest, precision)
     report = ReadReport()
-    counts = {"parts": 0, "skipped_parts": 0, "passages": 0, "texts": 0, "empty_texts": 0, "cut_prompts": 0}
-    for part in range(environment.rank, num_parts, environment.world_size):
-        target = output / PART_NAME.format(part)
-        if target.exists():
-            counts["skipped_parts"] += 1
-            continue
-        documents = read_passages(
-            settings.format,
-            settings.path,
-            tokenizer,
-            settings.max_tokens,
-            part,
-            num_parts,
-            settings.on_bad_record,
-            settings.with_titles,
-            report,
-        )
-        passages = [passage for _, of_document in documents for passage in of_document]
-        label = f"part {part + 1} of {num_parts}" if environment.is_main else None
-        texts = generate_part(generator, passages, settings, sampling, label)
-        write_part(target, settings.task, passages, texts)
-        counts["parts"] += 1
-        counts["passages"] += len(passages)
-        counts["texts"] += sum(map(len, texts))
-        counts["empty_texts"] += sum(not text for of_passage in texts for text in of_passage)
-    if num_parts == counts["parts"] and not counts["passages"]:
-        raise DataError(f"the corpus {settings.path} holds no passage: give one with text")
+    counts = {"parts": 0, "passages": 0, "texts": 0, "empty_texts": 0, "cut_prompts": 0}
+    place = {"rank": environment.rank, "world_size": environment.world_size}
+    with artefact(settings.output, KIND, made_from, remake=settings.remake, **place) as work:
+        if work is None:
+            return counts
+        for part in work.missing(num_parts):
+            documents = read_passages(
+                settings.format,
+                settings.path,
+                tokenizer,
+                settings.max_tokens,
+                part,
+                num_parts,
+                settings.on_bad_record,
+                settings.with_titles,
+                report,
+            )
+            passages = [passage for _, of_document in documents for passage in of_document]
+            label = f"part {part + 1} of {num_parts}" if environment.is_main else None
+            texts = generate_part(generator, passages, settings, sampling, label)
+            with work.part(part, ".jsonl", mode="w") as file:
+                file.writelines(lines_of(settings.task, passages, texts))
+            counts["parts"] += 1
+            counts["passages"] += len(passages)
+            counts["texts"] += sum(map(len, texts))
+            counts["empty_texts"] += sum(not text for of_passage in texts for text in of_passage)
+        if num_parts == counts["parts"] and not counts["passages"]:
+            raise DataError(f"the corpus {settings.path} holds no passage: give one with text")
+        if work.leads:
+            work.wait()
+            names = ("quincunx", "torch", "transformers", "tokenizers")
+            work.details = {"versions": {name: version(name) for name in names}}
     counts["cut_prompts"] = generator.num_cut_prompts
     if torch.cuda.is_available() and device.startswith("cuda"):
         counts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -192,16 +191,11 @@ def tidy(text: str, task: str, is_seq2seq: bool) -> str:
     return " ".join(text.split())
 
 
-def write_part(target: Path, task: str, passages: list[Passage], texts: list[list[str]]) -> None:
-    """One JSON line per passage, in order, all or nothing."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    with full_disk_is_named(target.parent), open(temporary, "w", encoding="utf-8") as file:
-        for passage, of_passage in zip(passages, texts, strict=True):
-            value = [text for text in of_passage if text] if task == "queries" else of_passage[0]
-            file.write(json.dumps({"passage_id": passage.passage_id, task: value}, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+def lines_of(task: str, passages: list[Passage], texts: list[list[str]]) -> Iterator[str]:
+    """One JSON line per passage, in order."""
+    for passage, of_passage in zip(passages, texts, strict=True):
+        value = [text for text in of_passage if text] if task == "queries" else of_passage[0]
+        yield json.dumps({"passage_id": passage.passage_id, task: value}, ensure_ascii=False) + "\n"
 
 
 def describe(
@@ -212,52 +206,12 @@ def describe(
     model_digest: str,
     precision: str,
 ) -> dict[str, Any]:
-    """The manifest: what decides the output, and the versions that made it."""
-    content = {name: value for name, value in asdict(settings).items() if name not in NOT_CONTENT}
+    """What decides the texts. Names and places of model and tokenizer do not: their digests do."""
+    content = {name: value for name, value in as_plain(settings).items() if name not in NOT_CONTENT}
     return {
-        "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
         "num_parts": num_parts,
         "settings": content | {"max_new_tokens": settings.new_tokens, "precision": precision},
         "model_digest": model_digest,
         "tokenizer_digest": tokenizer_digest,
         "sources": [{"name": source.name, "bytes": source.bytes, "digest": source.digest} for source in inputs],
-        "versions": {name: version(name) for name in ("quincunx", "torch", "transformers", "tokenizers")},
     }
-
-
-def open_output(output: Path, manifest: dict[str, Any]) -> None:
-    """Makes the folder and its manifest, or checks that the manifest there is the same but for versions.
-
-    Raises:
-        SettingsError: the folder is of another run, or holds something else.
-    """
-    path = output / MANIFEST_NAME
-    if not path.exists():
-        if output.exists() and any(not name.startswith(".") for name in os.listdir(output)) and not path.exists():
-            raise SettingsError(
-                f"{output} holds files but no {MANIFEST_NAME} of a generation run: give an empty folder"
-            )
-        output.mkdir(parents=True, exist_ok=True)
-        temporary = output / f".{MANIFEST_NAME}.{os.getpid()}"
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-        os.replace(temporary, path)
-        return
-    before = json.loads(path.read_text())
-    changed = list(differences(before, manifest))
-    if changed:
-        raise SettingsError(
-            f"{output} was begun with other settings ({'; '.join(changed)}): give them again, or another output folder"
-        )
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """What decides the output and is not the same in two manifests."""
-    for name in ("num_parts", "model_digest", "tokenizer_digest", "sources"):
-        if before.get(name) != now[name]:
-            yield name if name == "sources" else f"{name} {before.get(name)}, now {now[name]}"
-    for name, value in now["settings"].items():
-        if name in ("model", "tokenizer"):
-            continue  # names and places; their digests are compared
-        if before.get("settings", {}).get(name) != value:
-            yield f"{name} {before.get('settings', {}).get(name)!r}, now {value!r}"

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ def parse_settings(
     config_flag: str = "--config",
     config_folder: Path | None = None,
     default_config: str | None = None,
-    speaks: bool = True,
     find_more: Callable[[Settings], list[str]] = lambda settings: [],
 ) -> Settings:
     """Reads and checks a launcher's settings from `argv` (default: the process's own).
@@ -37,10 +37,10 @@ def parse_settings(
     `config_folder/NAME.yaml`; `default_config` is read if the flag is absent. A flag wins over the file wherever it
     stands. `--print_config` prints the settings as YAML. With QUINCUNX_CHECK=1 (a chain's CHECK) the process ends here.
 
-    speaks: whether this rank prints what the parser refuses. find_more: the launcher's own problems, as clauses.
+    find_more: the launcher's own problems, as clauses.
 
-    Raises SettingsError for a file with unknown keys and for values out of range or in conflict. What the command
-    line's parser refuses it says itself, and leaves the process with exit code 2.
+    Raises SettingsError for what tyro refuses (unknown flags, with the nearest known one, and values of the wrong
+    type), for a file with unknown keys, and for values out of range or in conflict.
     """
     import tyro
 
@@ -53,15 +53,19 @@ def parse_settings(
         path = find_config(config or default_config, config_flag, config_folder)
         words = as_flags(read_config(path, settings_class)) + words
     prints = "--print_config" in words
-    # console_outputs=False leaves some of tyro's errors visible.
-    with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
-        settings = tyro.cli(
-            settings_class,
-            description=f"{description}\n\n{help_line}. --print_config prints the settings.",
-            args=[word for word in words if word != "--print_config"],
-            use_underscores=True,
-            console_outputs=speaks,
-        )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            settings = tyro.cli(
+                settings_class,
+                description=f"{description}\n\n{help_line}. --print_config prints the settings.",
+                args=[word for word in words if word != "--print_config"],
+                use_underscores=True,
+            )
+    except SystemExit as left:
+        if not left.code:
+            raise
+        raise SettingsError(in_one_sentence(said.getvalue())) from None
     if prints:
         import yaml
 
@@ -72,6 +76,14 @@ def parse_settings(
         print("settings are sound" + missing_inputs(settings))
         sys.exit(0)
     return settings
+
+
+def in_one_sentence(box: str) -> str:
+    """tyro's refusal without its frame: the message, and the nearest flag if it names one."""
+    message, *others = re.split(r"\n\W*─{9,}\W*\n", box.partition("\n")[2])
+    plain = " ".join(message.replace("│", " ").split()).rstrip(".")
+    nearest = [flag for block in others if "Perhaps you meant" in block for flag in re.findall(r"--\w+", block)]
+    return plain + (f"; did you mean {nearest[0]}?" if nearest else "; --help lists the settings")
 
 
 def missing_inputs(settings: Any) -> str:

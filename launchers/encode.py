@@ -29,6 +29,8 @@ class EncodeSettings:
     """Folder to write the embeddings into."""
     kind: Literal["passage", "query"] = "passage"
     """Which side of the model reads the texts."""
+    remake: bool = False
+    """Make the output anew if it is there; what was there is moved aside."""
     format: str | None = None
     """Format of the corpus (None: told by its name)."""
     titles: bool = True
@@ -57,7 +59,7 @@ def main() -> None:
     environment = discover_environment()
     with one_voice(environment):
         arguments = without_local_rank(sys.argv[1:])
-        settings = parse_settings(EncodeSettings, __doc__.split("\n")[0], arguments, speaks=environment.is_main)
+        settings = parse_settings(EncodeSettings, __doc__.split("\n")[0], arguments)
         encode(settings, environment)
 
 
@@ -66,7 +68,7 @@ def encode(settings: EncodeSettings, environment: Environment) -> None:
     from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.dual_encoder import load_retriever
-    from quincunx.engine.retrieval.embeddings import write_embeddings
+    from quincunx.engine.retrieval.embeddings import open_embeddings, write_embeddings
 
     device, precision = device_and_precision(settings.device, settings.precision, environment)
     retriever = load_retriever(
@@ -79,26 +81,29 @@ def encode(settings: EncodeSettings, environment: Environment) -> None:
         collection = read_passages(settings.corpus, format=settings.format, titles=settings.titles)
     else:
         collection = read_queries(settings.corpus, format=settings.format)
-    manifest = write_embeddings(
+    finished = write_embeddings(
         settings.output,
         retriever,
         collection,
         settings.kind,
         environment=environment,
-        made_by={"stage": "encode", "model": settings.model, "corpus": settings.corpus, "titles": settings.titles},
+        details={"model": settings.model, "corpus": settings.corpus, "titles": settings.titles},
         dtype=settings.dtype,
         part_rows=settings.part_rows,
         batch_tokens=settings.batch_tokens,
         device=device,
         precision=precision,
         patience_seconds=settings.patience,
+        remake=settings.remake,
     )
-    if manifest is not None:
-        print(
-            f"{settings.output}: {manifest['count']:,} vectors of {manifest['dim']} channels, {manifest['dtype']}, in "
-            f"{len(manifest['parts'])} parts"
-        )
-        print(f"  of model {manifest['model_digest']}, collection {manifest['collection_digest']}")
+    if not environment.is_main:
+        return
+    embeddings = open_embeddings(settings.output, kind=settings.kind)
+    print(
+        f"{settings.output}: {len(embeddings):,} vectors of {embeddings.width} channels, {settings.dtype}, in "
+        f"{len(embeddings.parts)} parts" + ("" if finished else ": they were there, nothing to do")
+    )
+    print(f"  of model {retriever.digest}, collection {collection.digest}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             config_flag="--recipe",
             config_folder=RECIPES,
             default_config=DEFAULT_RECIPE,
-            speaks=environment.is_main,
             find_more=partial(find_config_problems, world_size=environment.world_size),
         )
         from quincunx.engine.retrieval.finetuning import finetune

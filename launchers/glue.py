@@ -32,7 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             __doc__,
             arguments,
             config_flag="--recipe",
-            speaks=environment.is_main,
             find_more=partial(find_config_problems, world_size=environment.world_size),
         )
         from quincunx.engine.retrieval.glue import run_glue

@@ -6,12 +6,11 @@
 See docs/mining.md.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
 
 from quincunx.data_shards.errors import DataError, exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.retrieval.files import refuse_input
+from quincunx.engine.retrieval.files import input_digest, refuse_input
 from quincunx.engine.retrieval.mining import MiningRules
 from quincunx.launchers.command_line import parse_settings
 
@@ -30,6 +29,8 @@ class MineSettings(MiningRules):
     """Queries of the run: BEIR folder, tsv, JSONL or DPR json."""
     output: str
     """File of candidates to write, .jsonl or .parquet; a manifest with all counts goes beside it."""
+    remake: bool = False
+    """Make the output anew if it is there; what was there is moved aside."""
     titles: bool = False
     """Answers are looked for in titles too (DPR's rule: in the text only)."""
     answers: str | None = setting(None, role="data")
@@ -49,26 +50,23 @@ def main() -> None:
     settings = parse_settings(MineSettings, __doc__.split("\n")[0])
     read = ("run", "qrels", "corpus", "queries", "answers", "teacher_scores")
     refuse_input(settings.output, {name: getattr(settings, name) for name in read})
+    from quincunx.data_shards.artefact import artefact
     from quincunx.engine.retrieval.candidates import KIND, iterate_candidates, write_candidates
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.judgements import check_against, read_answers, read_qrels
     from quincunx.engine.retrieval.mining import TeacherScores, mine, stream_run
-    from quincunx.engine.retrieval.parts import input_digest, making
     from quincunx.engine.retrieval.progress import counted
 
     drop = settings.unknown_ids == "drop"
     qrels = read_qrels(settings.qrels)
     queries, passages = read_queries(settings.queries), read_passages(settings.corpus, titles=settings.titles)
     answers = None if settings.answers is None else read_answers(settings.answers)
-    made_by = {
-        "stage": "mine",
-        "rules": {name: value for name, value in asdict(settings).items() if name in MiningRules.__annotations__},
+    inputs = {name: getattr(settings, name) for name in ("run", "qrels", "answers", "teacher_scores")}
+    made_from = {
+        "rules": {field.name: getattr(settings, field.name) for field in fields(MiningRules)},
         "queries": queries.digest,
         "corpus": passages.digest,
-        **{
-            name: None if getattr(settings, name) is None else input_digest(getattr(settings, name))
-            for name in ("run", "qrels", "answers", "teacher_scores")
-        },
+        **{name: None if path is None else input_digest(path) for name, path in inputs.items()},
     }
     if answers is not None and not any(query_id in queries for query_id in answers):
         raise DataError(
@@ -76,8 +74,8 @@ def main() -> None:
             "together"
         )
     counts: dict[str, int] = {}
-    with making(Path(settings.output), KIND, made_by) as missing:
-        if not missing:
+    with artefact(settings.output, KIND, made_from, single=True, remake=settings.remake) as work:
+        if work is None:
             print(f"{settings.output} is there, made from these files by these rules: nothing to do")
             return
         qrels, unknown = check_against(qrels, queries, passages, settings.qrels, drop)
@@ -86,7 +84,7 @@ def main() -> None:
             teacher = TeacherScores(iterate_candidates(settings.teacher_scores), settings.teacher_scores)
         run = counted(stream_run(settings.run, settings.depth), "mine", "query")
         rows = mine(run, qrels, queries, passages, settings, counts, answers=answers, teacher=teacher)
-        write_candidates(settings.output, rows, {**made_by, "mining": counts, "judgements_dropped": unknown})
+        work.details = write_candidates(work.made(), rows) | {"mining": counts, "judgements_dropped": unknown}
     width = max(map(len, counts))
     print(f"{settings.output}")
     for name, count in counts.items():

@@ -23,10 +23,6 @@ def one_voice(environment: Environment) -> Iterator[None]:
     """
     try:
         yield
-    except SystemExit:  # the command line's parser has spoken, or it would only repeat rank 0
-        if not environment.is_main:
-            time.sleep(RANK_0_SPEAKS_FIRST_SECONDS)
-        raise
     except (SettingsError, DataError, CheckpointError) as error:
         if environment.is_main:
             raise

@@ -32,6 +32,8 @@ class ScoreSettings:
     """Queries: BEIR folder, tsv, JSONL or DPR json."""
     output: str
     """File to write: candidates (.jsonl or .parquet), or a TREC run; a manifest goes beside it."""
+    remake: bool = False
+    """Make the output anew if it is there; what was there is moved aside."""
     candidates: str | None = setting(None, role="data")
     """Candidates whose positives and negatives are scored (or give --run)."""
     run: str | None = setting(None, role="data")
@@ -69,7 +71,7 @@ def main() -> None:
     environment = discover_environment()
     with one_voice(environment):
         arguments = without_local_rank(sys.argv[1:])
-        settings = parse_settings(ScoreSettings, __doc__.split("\n")[0], arguments, speaks=environment.is_main)
+        settings = parse_settings(ScoreSettings, __doc__.split("\n")[0], arguments)
         score(settings, environment)
 
 
@@ -78,15 +80,14 @@ def score(settings: ScoreSettings, environment: Environment) -> None:
     from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.cross_encoder import load_reranker
-    from quincunx.engine.retrieval.parts import input_digest
+    from quincunx.engine.retrieval.files import input_digest
     from quincunx.engine.retrieval.scoring import CANDIDATES, RUN, Source, score_source
 
     device, precision = device_and_precision(settings.device, settings.precision, environment)
     path, kind = (settings.run, RUN) if settings.candidates is None else (settings.candidates, CANDIDATES)
     queries, passages = read_queries(settings.queries), read_passages(settings.corpus, titles=settings.titles)
     reranker = load_reranker(settings.model, max_tokens=settings.max_tokens, allow_fresh_head=False)
-    made_by = {
-        "stage": "score",
+    made_from = {
         "model": reranker.digest,
         "max_tokens": reranker.max_tokens,
         "precision": precision,
@@ -101,13 +102,14 @@ def score(settings: ScoreSettings, environment: Environment) -> None:
         reranker,
         queries,
         passages,
-        made_by,
+        made_from,
         environment,
         device=device,
         precision=precision,
         batch_tokens=settings.batch_tokens,
         pairs_a_part=settings.pairs_a_part,
         patience_seconds=settings.patience,
+        remake=settings.remake,
     )
     if counts is not None:
         print(f"{settings.output}: {counts['pairs']:,} pairs scored")

@@ -49,6 +49,8 @@ class SearchSettings:
     """Search only for queries that these judgements name."""
     output: str | None = None
     """TREC run to write; a manifest goes beside it."""
+    remake: bool = False
+    """Make the output anew if it is there; what was there is moved aside."""
     depth: int | None = setting(None, low=1)
     """Passages a query (None: 1000 in a run, 10 for a person)."""
     index: Literal["exact", "flat", "ivfpq", "hnsw"] = "exact"
@@ -177,7 +179,7 @@ def main() -> None:
     if settings.qrels is not None:
         queries = judged_queries(queries, read_qrels(settings.qrels), settings.qrels)
     finder = open_finder(settings)
-    lines = search_to_run(finder, queries, depth, settings.output)
+    lines = search_to_run(finder, queries, depth, settings.output, settings.remake)
     if lines is None:
         print(f"{settings.output} is there, made from these files by these settings: nothing to do")
         return

@@ -7,11 +7,10 @@ See docs/chains.md.
 """
 
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
-from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.launchers.command_line import parse_settings
 
@@ -24,6 +23,8 @@ class SplitSettings:
     """Queries: BEIR folder, tsv, JSONL, or DPR's json or csv."""
     output: str
     """Folder to write: queries.jsonl, qrels.tsv, answers.jsonl, probe/."""
+    remake: bool = False
+    """Make the output anew if it is there; what was there is moved aside."""
     qrels: str | None = setting(None, role="data")
     """Judgements: BEIR tsv, TREC or MS MARCO qrels (default: the positives of a DPR json)."""
     answers: str | None = setting(None, role="data")
@@ -48,8 +49,9 @@ def main() -> None:
     settings = parse_settings(SplitSettings, __doc__.split("\n")[0])
     import xxhash
 
+    from quincunx.data_shards.artefact import artefact
     from quincunx.engine.retrieval.collection import read_passages
-    from quincunx.engine.retrieval.splits import read_made_by, read_split, write_split
+    from quincunx.engine.retrieval.splits import read_split, write_split
 
     queries, qrels, answers, left_out = read_split(
         settings.queries, settings.qrels, settings.answers, settings.unknown_ids == "drop"
@@ -57,30 +59,30 @@ def main() -> None:
     passages = None
     if settings.probe_queries and settings.corpus is not None:
         passages = read_passages(settings.corpus, titles=settings.titles)
-    made_by = {
-        **asdict(settings),
-        "query_texts": queries.digest,
+    rules = ("sample", "probe_queries", "probe_passages", "unknown_ids", "titles", "seed")
+    made_from = {
+        **{name: getattr(settings, name) for name in rules},
+        "queries": queries.digest,
         "judged": xxhash.xxh3_128_hexdigest(json.dumps([qrels, answers]).encode()),
-        "passage_texts": None if passages is None else passages.digest,
+        "corpus": None if passages is None else passages.digest,
     }
-    output = Path(settings.output)
-    if output.exists():
-        if read_made_by(output) == made_by:
+    output = settings.output
+    with artefact(output, "split", made_from, remake=settings.remake) as work:
+        if work is None:
             print(f"{output} is there, made from these files by these settings: nothing to do")
             return
-        raise SettingsError(f"{output} is there already and was made otherwise: remove it, or give another --output")
-    counts = write_split(
-        output,
-        queries,
-        qrels,
-        answers,
-        passages,
-        sample=settings.sample,
-        probe_queries=settings.probe_queries,
-        probe_passages=settings.probe_passages,
-        seed=settings.seed,
-        made_by=made_by,
-    )
+        counts = write_split(
+            work.made("queries.jsonl").parent,
+            queries,
+            qrels,
+            answers,
+            passages,
+            sample=settings.sample,
+            probe_queries=settings.probe_queries,
+            probe_passages=settings.probe_passages,
+            seed=settings.seed,
+        )
+        work.details = counts
     print(f"{output}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
     for name, count in left_out.items():
         if count:

@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from quincunx.data_shards.artefact import written_whole
 from quincunx.data_shards.errors import EXIT_PREEMPTED, SettingsError, exit_with_one_sentence
 from quincunx.engine.retrieval.commands import Stopping
-from quincunx.engine.retrieval.files import written_whole
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.study_cells import (
     Cell,

@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from quincunx.data_shards.artefact import file_digest, manifest_path
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
 from quincunx.data_shards.tasks import TASKS
@@ -35,7 +36,6 @@ from quincunx.engine.generate import GenerateSettings
 from quincunx.engine.metrics_file import read_metrics
 from quincunx.engine.model_card import curves
 from quincunx.engine.retrieval.evaluation import read_results
-from quincunx.engine.retrieval.files import file_digest, manifest_path
 from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
 from quincunx.engine.retrieval.judgements import read_qrels
 from quincunx.engine.retrieval.measures import measure_name
@@ -387,7 +387,6 @@ def make_data(cell: Cell, run: Run) -> None:
     share = made_from["train_share"]
     candidates = candidates_file(folder, share)
     if not manifest_path(candidates).exists():
-        candidates.unlink(missing_ok=True)
         qrels, train = collection / "qrels" / "train.tsv", folder / f"train-{share!r}"
         sample = max(1, round(share * len(read_qrels(qrels))))
         run("split.py", {"sample": sample}, {"queries": collection, "qrels": qrels, "output": train})

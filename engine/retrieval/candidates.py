@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quincunx.data_shards.artefact import manifest_path, open_artefact, written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.records import BadRecordError, check_id
-from quincunx.engine.retrieval.files import check_manifest, read_json_lines, write_manifest, written_whole
-from quincunx.engine.retrieval.files import read_manifest as read_manifest
+from quincunx.engine.retrieval.files import read_json_lines
 
 KIND = "candidates"
 ROWS_A_GROUP = 4096
@@ -83,10 +83,8 @@ def check_negatives(rows: Iterable[Candidates], name: str) -> None:
         )
 
 
-def write_candidates(path: str | Path, rows: Iterable[Candidates], made_by: dict[str, Any]) -> dict[str, int]:
-    """Writes .jsonl or .parquet (by ending), whole or not at all, then its manifest; returns the counts in it.
-
-    made_by: what made the file (stage, settings, digests of what went in), kept in the manifest.
+def write_candidates(path: str | Path, rows: Iterable[Candidates]) -> dict[str, int]:
+    """Writes .jsonl or .parquet (by ending), whole or not at all; returns its counts.
 
     Raises:
         SettingsError: another ending, or a folder that cannot be written.
@@ -105,7 +103,6 @@ def write_candidates(path: str | Path, rows: Iterable[Candidates], made_by: dict
                 file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         if not counts["queries"]:
             raise DataError(f"no candidates to write to {path}: every query was left out, or there was none")
-    write_manifest(path, KIND, counts, made_by)
     return counts
 
 
@@ -177,7 +174,8 @@ def iterate_candidates(path: str | Path) -> Iterator[Candidates]:
             positives or twice, a negative that is a positive.
     """
     path = Path(path)
-    check_manifest(path, KIND)
+    if manifest_path(path).exists():  # a file of ours
+        open_artefact(path, KIND, single=True, verify=True)
     known: dict[str, str] = {}
     seen = set()
     is_parquet = path.suffix == ".parquet"

@@ -1,15 +1,13 @@
 """A folder of embeddings: the vectors of a collection, in its order, made in parts by any number of ranks.
 
-part-00000.npy ...   [rows, D] float16 or float32, memory-mapped when read; part-00000.json beside it: rows and digest
+part-00000.npy ...   [rows, D] float16 or float32, memory-mapped when read
 ids.txt              the collection's ids, one a line, in the same order
-plan.json            how the rows are cut into parts, and all that decides them (retrieval/parts.py)
-manifest.json        written last, by rank 0, after the parts are counted: no manifest, no embeddings
+manifest.json        what they were made from (data_shards/artefact.py)
 
 Letters: N rows, D channels.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from quincunx.data_shards.artefact import artefact, open_artefact
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.environment import Environment
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.files import file_digest, written_whole
-from quincunx.engine.retrieval.parts import Part, cut_rows, part_path, run_parts
 from quincunx.engine.retrieval.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -30,14 +27,13 @@ if TYPE_CHECKING:
 
     from quincunx.engine.retrieval.dual_encoder import Retriever
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
+KIND = "embeddings"
 IDS = "ids.txt"
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """N vectors in parts, and what the manifest says of them."""
+    """N vectors in parts, and what they were made from (`write_embeddings`), with the parts' digests."""
 
     parts: Sequence[np.ndarray]
     """[rows, D] each, float16 or float32; memory-mapped where they come from a folder"""
@@ -74,11 +70,10 @@ class Embeddings:
         return out
 
     def ids(self) -> list[str]:
-        """The collection's ids, by row. Raises DataError where ids.txt is not the one that the manifest names."""
-        path = self.folder / IDS
-        content = path.read_bytes() if path.is_file() else b""
+        """The collection's ids, by row. Raises DataError if ids.txt is not the one that was written."""
+        content = (self.folder / IDS).read_bytes()
         if xxhash.xxh3_128_hexdigest(content) != self.manifest["ids_digest"]:
-            raise DataError(f"{path} is not the one that {MANIFEST} names: run encode.py again, which writes it anew")
+            raise DataError(f"{self.folder / IDS} is damaged: run encode.py again with --remake")
         return content.decode("utf-8").splitlines()
 
 
@@ -89,24 +84,24 @@ def write_embeddings(
     kind: str,
     *,
     environment: Environment,
-    made_by: dict[str, Any],
+    details: dict[str, Any],
     dtype: str = "float16",
     part_rows: int,
     batch_tokens: int | None = None,
     device: "torch.device | str" = "cpu",
     precision: str = "float32",
     patience_seconds: float = 3600.0,
-) -> dict[str, Any] | None:
-    """Encodes a collection into `folder`; every rank calls this. Parts that are there and verify are kept.
+    remake: bool = False,
+) -> bool:
+    """Encodes a collection into `folder`; every rank calls this.
 
-    kind: "query" or "passage". Returns the manifest on rank 0, None on the others. Raises DataError where the folder
-    holds other embeddings, a vector is not finite, or the ranks' parts do not add up to the collection.
+    kind: "query" or "passage". details: for the manifest, not compared. Returns whether this rank is the one that
+    finished them. Raises DataError for a vector that is not finite, and as artefact.
     """
-    folder = Path(folder)
     ids = collection.ids()
     if any("\n" in id or "\r" in id for id in ids):
         raise DataError(f"{collection.name} has ids with line breaks in them: rename those records")
-    fingerprint = {
+    made_from = {
         "model_digest": retriever.digest,
         "collection_digest": collection.digest,
         "kind": kind,
@@ -118,61 +113,52 @@ def write_embeddings(
         "max_tokens": retriever.max_tokens(kind),
         "prompt": retriever.prompt(kind),
         "precision": precision,
+        "part_rows": part_rows,
     }
-    parts = cut_rows(len(collection), part_rows)
-    own = parts[environment.rank :: environment.world_size]
-    missing = sum(part.rows for part in own if not part_path(folder, part).exists())
-    with progress_bar(missing, "encoding", "text", show=environment.is_main) as bar:
+    encoding = {"device": device, "batch_tokens": batch_tokens, "precision": precision}
+    place = {"rank": environment.rank, "world_size": environment.world_size}
+    with artefact(folder, KIND, made_from, remake=remake, **place) as work:
+        if work is None:
+            return False
+        starts = range(0, len(collection), part_rows)
+        own = [start for n, start in enumerate(starts) if n % work.world_size == work.rank and not work.is_done(n)]
+        total = sum(min(part_rows, len(collection) - start) for start in own)
+        with progress_bar(total, "encoding", "text", show=work.leads) as bar:
+            for number in work.missing(len(starts)):
+                rows = range(starts[number], min(starts[number] + part_rows, len(collection)))
+                vectors = encode_rows(retriever, collection, rows, kind, dtype, bar.update, encoding)
+                with work.part(number, ".npy") as file:
+                    np.save(file, vectors, allow_pickle=False)
+        if work.leads:
+            work.wait(patience_seconds)
+            with work.file(IDS, "wb") as file:
+                file.write("".join(f"{id}\n" for id in ids).encode("utf-8"))
+            work.details = {**details, "empty_rows": collection.empty_rows.tolist()}
+        return work.leads
 
-        def make_part(part: Part) -> np.ndarray:
-            from quincunx.engine.retrieval.dual_encoder import encode_texts
 
-            texts = collection.texts(range(part.start, part.stop))
-            vectors = encode_texts(
-                retriever,
-                texts,
-                kind,
-                device=device,
-                batch_tokens=batch_tokens,
-                precision=precision,
-                progress=bar.update,
-            )
-            with np.errstate(over="ignore"):  # what does not fit is named below
-                vectors = vectors.astype(dtype, copy=False)
-            if not np.isfinite(vectors).all():
-                row = part.start + int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
-                raise DataError(
-                    f"the vector of {kind} {collection.id_at(row)} is not finite in {dtype}: the model has "
-                    "diverged, or its vectors need --dtype float32"
-                )
-            return vectors
+def encode_rows(
+    retriever: "Retriever",
+    collection: Collection,
+    rows: range,
+    kind: str,
+    dtype: str,
+    progress: Callable[[int], Any],
+    encoding: dict[str, Any],
+) -> np.ndarray:
+    """[rows, D] of `dtype`: the vectors of some texts. encoding: device, batch_tokens and precision of encode_texts."""
+    from quincunx.engine.retrieval.dual_encoder import encode_texts
 
-        paths = run_parts(folder, parts, make_part, fingerprint, environment, patience_seconds=patience_seconds)
-    if paths is None:
-        return None
-    described = [{"file": path.name, "rows": len(_open_part(path)), "digest": file_digest(path)} for path in paths]
-    counted = sum(part["rows"] for part in described)
-    if counted != len(collection):
+    vectors = encode_texts(retriever, collection.texts(rows), kind, progress=progress, **encoding)
+    with np.errstate(over="ignore"):  # what does not fit is named below
+        vectors = vectors.astype(dtype, copy=False)
+    if not np.isfinite(vectors).all():
+        row = rows[int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])]
         raise DataError(
-            f"the parts in {folder} hold {counted} vectors, {collection.name} has {len(collection)} texts: remove the "
-            "folder and encode again"
+            f"the vector of {kind} {collection.id_at(row)} is not finite in {dtype}: the model has diverged, or its "
+            "vectors need --dtype float32"
         )
-    content = "".join(f"{id}\n" for id in ids).encode("utf-8")
-    with written_whole(folder / IDS, "wb") as file:
-        file.write(content)
-    manifest = {
-        "schema": SCHEMA_VERSION,
-        **fingerprint,
-        "empty_rows": collection.empty_rows.tolist(),
-        "ids_digest": xxhash.xxh3_128_hexdigest(content),
-        "parts": described,
-        "made_by": made_by,
-    }
-    with written_whole(folder / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-    for left_over in folder.glob(".part-*.tmp*"):  # of ranks that were killed; all are done here
-        left_over.unlink(missing_ok=True)
-    return manifest
+    return vectors
 
 
 def open_embeddings(
@@ -192,51 +178,21 @@ def open_embeddings(
         DataError: unfinished, damaged, of the other kind, or of another model or collection (both ids named).
     """
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    manifest = open_artefact(folder, KIND, verify=verify)
+    made_from, files = manifest["made_from"], manifest["files"]
+    if made_from["kind"] != kind:
         raise DataError(
-            f"{folder} holds no finished embeddings (no {MANIFEST}): run encode.py, or the same command again to finish"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{folder / MANIFEST} is no JSON ({error}): run encode.py again") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA_VERSION or "parts" not in manifest:
-        raise DataError(f"{folder / MANIFEST} is not a manifest of embeddings of schema {SCHEMA_VERSION}: encode again")
-    if manifest["kind"] != kind:
-        raise DataError(
-            f"{folder} holds embeddings of kind {manifest['kind']}, {kind} is needed: run encode.py --kind {kind} into "
-            "another folder"
+            f"{folder} holds embeddings of kind {made_from['kind']}, {kind} is needed: run encode.py --kind {kind} "
+            "into another folder"
         )
     for what, wanted in (("model", model_digest), ("collection", collection_digest)):
-        found = manifest[f"{what}_digest"]
+        found = made_from[f"{what}_digest"]
         if wanted is not None and wanted != found:
             raise DataError(
                 f"{folder} holds embeddings of {what} {found}, and the {what} given here is {wanted}: give the {what} "
                 "that they were made of, or run encode.py into another folder"
             )
-    parts = []
-    for described in manifest["parts"]:
-        path = folder / described["file"]
-        part = _open_part(path)
-        expected = (described["rows"], manifest["dim"])
-        if part.shape != expected or part.dtype != manifest["dtype"]:
-            raise DataError(
-                f"{path} holds {part.dtype} {part.shape} instead of {manifest['dtype']} {expected}: run the same "
-                "encode.py command again, which makes that part anew"
-            )
-        if verify and file_digest(path) != described["digest"]:
-            raise DataError(f"{path} is damaged: run the same encode.py command again, which makes that part anew")
-        parts.append(part)
-    return Embeddings(parts, manifest, folder)
-
-
-def _open_part(path: Path) -> np.ndarray:
-    try:
-        part = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}): run the same encode.py command again, which makes that part anew"
-        ) from None
-    if part.ndim != 2:
-        raise DataError(f"{path} holds an array of {part.ndim} dimensions instead of rows of vectors: encode again")
-    return part
+    names = sorted(name for name in files if name.startswith("part-"))
+    parts = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names]
+    described = {"parts": [files[name]["digest"] for name in names], "ids_digest": files[IDS]["digest"]}
+    return Embeddings(parts, {**made_from, **manifest["details"], **described}, folder)

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quincunx.data_shards.artefact import file_digest, written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.retrieval.answers import answer_hits
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.files import file_digest, read_lines, refuse_input, written_whole
+from quincunx.engine.retrieval.files import read_lines, refuse_input
 from quincunx.engine.retrieval.judgements import (
     Qrels,
     Run,

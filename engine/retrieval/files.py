@@ -1,26 +1,16 @@
-"""Files of the retrieval chain: read line by line with file and line in every complaint, written whole or not at all.
-
-A file of ours has a manifest beside it, FILE.manifest.json, written last: what kind it is, how many of what it holds,
-its digest, and the command that made it. A file that does not match its manifest is refused.
-"""
+"""Files of the retrieval chain, read line by line with file and line in every complaint."""
 
 import contextlib
-import glob
 import gzip
-import json
 import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
 
-import xxhash
-
+from quincunx.data_shards.artefact import file_digest
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.records import BadRecordError, load_json
-
-SCHEMA_VERSION = 1
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
@@ -54,51 +44,9 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
         try:
             record = load_json(line)
         except BadRecordError as error:
-            raise DataError(f"{path}:{number}: {error}; mend or remove the record") from None
+            raise DataError(f"{path}:{number}: {error}; fix or remove the record") from None
         if record is not None:
             yield number, record
-
-
-@contextlib.contextmanager
-def written_whole(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file that takes its name when the block ends well, synced to disk; after an error nothing has changed.
-
-    mode: "w" (UTF-8 text) or "wb".
-
-    Raises:
-        SettingsError: the folder cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        file = open(temporary, mode) if "b" in mode else open(temporary, mode, encoding="utf-8", newline="\n")  # noqa: SIM115
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sweep(path: Path) -> None:
-    """Removes what processes that are dead have left of this file."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp*"):
-        process = left.name.rpartition(".tmp")[2]
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except (ValueError, PermissionError):
-            continue
 
 
 def refuse_input(output: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
@@ -134,67 +82,9 @@ def folder_written_whole(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def file_digest(path: str | Path) -> str:
-    """xxh3_128 of a file's content, 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def manifest_path(path: str | Path) -> Path:
-    return Path(f"{path}.manifest.json")
-
-
-def write_manifest(path: str | Path, kind: str, counts: dict[str, int], made_by: dict[str, Any]) -> None:
-    """Writes FILE.manifest.json for a finished file."""
-    path = Path(path)
-    manifest = {
-        "schema": SCHEMA_VERSION,
-        "kind": kind,
-        "counts": counts,
-        "bytes": path.stat().st_size,
-        "digest": file_digest(path),
-        "made_by": made_by,
-    }
-    with written_whole(manifest_path(path)) as file:
-        file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest beside the file `path`: schema, kind, counts, bytes, digest, made_by.
-
-    Raises:
-        DataError: there is none, or it is no manifest of ours.
-    """
-    file = manifest_path(path)
+def input_digest(path: str | Path) -> str:
+    """The digest of a file that a stage reads. Raises DataError if it cannot be read."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} has no manifest {file.name} beside it: make the file again") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read as JSON ({error}): make {path} again") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA_VERSION or "digest" not in manifest:
-        raise DataError(f"{file} is not a manifest of schema {SCHEMA_VERSION}: make {path} again")
-    return manifest
-
-
-def check_manifest(path: str | Path, kind: str) -> dict[str, Any] | None:
-    """Compares a file with the manifest beside it; None where there is no manifest (a file of another project).
-
-    Raises:
-        DataError: the file is of another kind, or is not the one that the manifest names.
-    """
-    if not manifest_path(path).exists():
-        return None
-    manifest = read_manifest(path)
-    if manifest["kind"] != kind:
-        raise DataError(f"{path} holds {manifest['kind']}, {kind} are needed: give another file")
-    if not Path(path).is_file():
-        raise DataError(f"{path} is missing, its manifest is there: make the file again")
-    if Path(path).stat().st_size != manifest["bytes"] or file_digest(path) != manifest["digest"]:
-        raise DataError(
-            f"{path} does not match {manifest_path(path).name}: make the file again, or remove the manifest"
-        )
-    return manifest
+        return file_digest(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quincunx.data_shards.artefact import artefact
 from quincunx.engine.retrieval.collection import Collection, make_collection
-from quincunx.engine.retrieval.files import write_manifest
 from quincunx.engine.retrieval.judgements import Qrels, check_against, write_run
-from quincunx.engine.retrieval.parts import making
 
 if TYPE_CHECKING:
     from quincunx.engine.retrieval.dual_encoder import Retriever
@@ -36,8 +35,8 @@ class Finder:
     model: str
     """What searches, for a reader"""
     index: str
-    made_by: dict[str, Any]
-    """All that decides the results, for a run's manifest"""
+    made_from: dict[str, Any]
+    """All that decides the results, as a run's manifest says"""
     recall: Callable[[list[str], int], list[tuple[int, float]]] | None = None
     """(queries, depth) -> [(K, recall of the exact search's first K)]; None where the search is exact"""
 
@@ -66,8 +65,7 @@ def dense_finder(
         depths = sorted({k for k in RECALL_DEPTHS if k < depth} | {depth})
         return [(k, recall_against_exact(rows_QK[:, :k], exact_QK[:, :k])) for k in depths]
 
-    made_by = {
-        "stage": "search",
+    made_from = {
         "method": "dense",
         "model": retriever.digest,
         "collection": embeddings.manifest["collection_digest"],
@@ -82,7 +80,7 @@ def dense_finder(
         embeddings.ids(),
         f"{name} ({retriever.digest})",
         index.kind,
-        made_by,
+        made_from,
         recall if index.approximate else None,
     )
 
@@ -96,17 +94,16 @@ def bm25_finder(passages: Collection, k1: float, b: float) -> Finder:
     def find(queries: list[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
         return bm25.search(index, queries, depth)
 
-    made_by = {"stage": "search", "method": "bm25", "k1": k1, "b": b, "collection": passages.digest}
-    return Finder(find, passages, passages.ids(), f"BM25 (k1 {k1}, b {b})", "bm25", made_by)
+    made_from = {"method": "bm25", "k1": k1, "b": b, "collection": passages.digest}
+    return Finder(find, passages, passages.ids(), f"BM25 (k1 {k1}, b {b})", "bm25", made_from)
 
 
-def search_to_run(finder: Finder, queries: Collection, depth: int, output: str | Path) -> int | None:
+def search_to_run(finder: Finder, queries: Collection, depth: int, output: str | Path, remake: bool) -> int | None:
     """Searches for every query and writes a TREC run with a manifest beside it; returns its lines.
 
-    None: the run is there already. A file that was made otherwise is not overwritten (DataError).
+    None: the run is there already. Raises as artefact.
     """
-    output = Path(output)
-    made_by = finder.made_by | {"queries": queries.digest, "depth": depth}
+    made_from = finder.made_from | {"queries": queries.digest, "depth": depth}
     ids = queries.ids()
 
     def results() -> Iterator[tuple[str, list[str], np.ndarray]]:
@@ -116,11 +113,11 @@ def search_to_run(finder: Finder, queries: Collection, depth: int, output: str |
                 found = rows >= 0
                 yield ids[query], [finder.passage_ids[row] for row in rows[found]], scores[found]
 
-    with making(output, RUN, made_by) as missing:
-        if not missing:
+    with artefact(output, RUN, made_from, single=True, remake=remake) as work:
+        if work is None:
             return None
-        lines = write_run(output, results(), finder.index)
-        write_manifest(output, RUN, {"queries": len(ids), "results": lines}, made_by)
+        lines = write_run(work.made(), results(), finder.index)
+        work.details = {"queries": len(ids), "results": lines}
         return lines
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from quincunx.data_shards.artefact import file_digest
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.deepspeed_config import load_config
 from quincunx.engine.environment import Environment, choose_device
@@ -16,7 +17,6 @@ from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.retrieval.cross_encoder import Reranker, load_reranker
 from quincunx.engine.retrieval.dual_encoder import DualEncoder, Retriever, load_retriever
 from quincunx.engine.retrieval.examples import RerankerPacker, RetrieverPacker, stream_examples
-from quincunx.engine.retrieval.files import file_digest
 from quincunx.engine.retrieval.finetune_job import FinetuneJob
 from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
 from quincunx.engine.retrieval.groups import Groups

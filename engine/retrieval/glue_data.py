@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from quincunx.data_shards.artefact import file_digest
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.records import BadRecordError, check_text, load_json
-from quincunx.engine.retrieval.files import file_digest, read_lines
+from quincunx.engine.retrieval.files import read_lines
 
 SPLITS = ("train", "dev", "test")
 COLA_COLUMNS = ("source", "label", "note", "sentence")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quincunx.engine.retrieval.files import written_whole
+from quincunx.data_shards.artefact import written_whole
 from quincunx.engine.retrieval.glue_data import HIGHEST_SCORE, TASKS
 
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import xxhash
 
+from quincunx.data_shards.artefact import file_digest, written_whole
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.embeddings import Embeddings
-from quincunx.engine.retrieval.files import file_digest, written_whole
 from quincunx.engine.retrieval.progress import FEW_QUERIES, counted
 from quincunx.engine.retrieval.top_results import Best, in_order, top_rows
 
@@ -188,7 +188,7 @@ class Index:
     def _describe(self, first: int, stop: int) -> dict[str, Any]:
         """All that decides a shard's index."""
         names, _ = OPTIONS[self.kind]
-        digests = [part["digest"] for part in self.embeddings.manifest.get("parts", [])[first:stop]]
+        digests = self.embeddings.manifest.get("parts", [])[first:stop]
         options = {name: asdict(self.options)[name] for name in names}
         return {"kind": self.kind, **options, "parts": xxhash.xxh3_128_hexdigest(json.dumps(digests).encode())}
 

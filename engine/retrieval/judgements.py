@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from quincunx.data_shards.artefact import written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.records import BadRecordError, check_id
 from quincunx.engine.retrieval.candidates import Candidates, read_candidates
 from quincunx.engine.retrieval.collection import Collection, make_collection
-from quincunx.engine.retrieval.files import read_json_lines, read_lines, written_whole
+from quincunx.engine.retrieval.files import read_json_lines, read_lines
 from quincunx.engine.retrieval.questions import read_questions
 
 Qrels = dict[str, dict[str, int]]

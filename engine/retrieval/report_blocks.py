@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quincunx.engine.retrieval.files import written_whole
+from quincunx.data_shards.artefact import written_whole
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Teacher scores: a reranker reads every (query, candidate) pair of a candidates file or of a run.
 
-The pairs are cut into parts of a fixed number, shared over the ranks through files (parts.py): killed work goes on with
-the parts that are missing, on any number of ranks, and gives the same scores. Rank 0 writes the whole: the candidates
-with their scores, or the run in the reranker's order.
+The pairs are cut into parts of a fixed number, shared over the ranks through files (data_shards/artefact.py): killed
+work goes on with the parts that are missing, on any number of ranks, and gives the same scores. Rank 0 writes the
+whole: the candidates with their scores, or the run in the reranker's order.
 
 Letters: N pairs.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.environment import Environment
 from quincunx.engine.retrieval.candidates import KIND as CANDIDATES
 from quincunx.engine.retrieval.candidates import Candidates, iterate_candidates, write_candidates
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.files import manifest_path, write_manifest
 from quincunx.engine.retrieval.judgements import write_run
 from quincunx.engine.retrieval.mining import Unfit, stream_run
-from quincunx.engine.retrieval.parts import Part, cut_rows, is_made, is_planned, part_is_done, run_parts
 from quincunx.engine.retrieval.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -104,7 +102,7 @@ def score_source(
     reranker: "Reranker",
     queries: Collection,
     passages: Collection,
-    made_by: dict[str, Any],
+    made_from: dict[str, Any],
     environment: Environment,
     *,
     device: str,
@@ -112,61 +110,46 @@ def score_source(
     batch_tokens: int,
     pairs_a_part: int,
     patience_seconds: float = 3600.0,
+    remake: bool = False,
 ) -> dict[str, int] | None:
-    """Scores a source and, on rank 0, writes `output` with its manifest; every rank calls this.
+    """Scores a source and, on rank 0, writes `output`; every rank calls this.
 
-    made_by: JSON of all that decides the scores (digests, settings), kept in the manifest; a file or parts that were
-        made otherwise are refused. Parts lie in OUTPUT.parts until the output is written.
-
-    Returns {"pairs": N, "cut": pairs of this call beyond max_tokens} on rank 0, None on the others and where all was
-    done before. Raises DataError for unknown ids, an output or parts of other work, parts that do not come or do not
-    add up, and scores that are not finite.
+    made_from: JSON of all that decides the scores (digests, settings). Returns {"pairs": N, "cut": pairs of this call
+    beyond max_tokens} on rank 0, None on the others and if all was done before. Raises DataError for unknown ids and
+    for scores that are not finite, and as artefact.
     """
-    pairs = find_pairs(source, queries, passages)
-    parts = cut_rows(len(pairs.queries), pairs_a_part)
-    folder = output.with_name(f"{output.name}.parts")
-    if is_made(output, source.kind, made_by, begun=is_planned(folder, parts, made_by)):
-        if environment.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-        return None
-    own = parts[environment.rank :: environment.world_size]
-    done = sum(part.rows for part in own if part_is_done(folder, part))
-    num_cut = 0
-    total = sum(part.rows for part in own)
-    with progress_bar(total, "score", "pair", initial=done, show=environment.is_main) as bar:
-
-        def make_part(part: Part) -> np.ndarray:
-            nonlocal num_cut
-            scores, cut = score_rows(
-                reranker, pairs, part, queries, passages, device, precision, batch_tokens, bar.update
-            )
-            num_cut += cut
-            return scores
-
-        files = run_parts(
-            folder,
-            parts,
-            make_part,
-            made_by,
-            environment,
-            patience_seconds=patience_seconds,
-            is_finished=manifest_path(output).exists,
-        )
-    if files is None:
-        return None
-    scores = np.concatenate([np.load(file, allow_pickle=False) for file in files])
-    if len(scores) != len(pairs.queries):
-        raise DataError(f"the parts of {folder} hold {len(scores)} scores of {len(pairs.queries)} pairs: remove them")
-    write = write_scored_candidates if source.kind == CANDIDATES else write_scored_run
-    write(source, output, scores, made_by)
-    shutil.rmtree(folder)
-    return {"pairs": len(scores), "cut": num_cut}
+    made_from = {**made_from, "pairs_a_part": pairs_a_part}
+    place = {"rank": environment.rank, "world_size": environment.world_size}
+    with artefact(output, source.kind, made_from, single=True, remake=remake, **place) as work:
+        if work is None:
+            return None
+        pairs, num_cut = find_pairs(source, queries, passages), 0
+        parts = [
+            slice(start, min(start + pairs_a_part, len(pairs.queries)))
+            for start in range(0, len(pairs.queries), pairs_a_part)
+        ]
+        own = {n: part.stop - part.start for n, part in enumerate(parts) if n % work.world_size == work.rank}
+        done = sum(size for number, size in own.items() if work.is_done(number))
+        with progress_bar(sum(own.values()), "score", "pair", initial=done, show=work.leads) as bar:
+            for number in work.missing(len(parts)):
+                scores, cut = score_rows(
+                    reranker, pairs, parts[number], queries, passages, device, precision, batch_tokens, bar.update
+                )
+                num_cut += cut
+                with work.part(number, ".npy", published=False) as file:
+                    np.save(file, scores, allow_pickle=False)
+        if not work.leads:
+            return None
+        scores = np.concatenate([np.load(file, allow_pickle=False) for file in work.wait(patience_seconds)])
+        write = write_scored_candidates if source.kind == CANDIDATES else write_scored_run
+        work.details = write(source, work.made(), scores)
+        return {"pairs": len(scores), "cut": num_cut}
 
 
 def score_rows(
     reranker: "Reranker",
     pairs: Pairs,
-    part: Part,
+    own: slice,
     queries: Collection,
     passages: Collection,
     device: str,
@@ -174,16 +157,15 @@ def score_rows(
     batch_tokens: int,
     progress: Callable[[int], Any],
 ) -> tuple[np.ndarray, int]:
-    """(float32 [part.rows], pairs cut): the scores of one part."""
+    """(float32 [pairs of `own`], pairs cut): the scores of one part."""
     from quincunx.engine.retrieval.cross_encoder import score_tokenised, tokenise_pairs
 
-    own = slice(part.start, part.stop)
     query_texts, passage_texts = queries.texts(pairs.queries[own]), passages.texts(pairs.passages[own])
     ids, types, num_cut = tokenise_pairs(reranker.tokenizer, query_texts, passage_texts, reranker.max_tokens)
     scores = score_tokenised(reranker.model, ids, types, device, batch_tokens, progress, precision)
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
-        first = part.start + bad[0]
+        first = own.start + bad[0]
         raise DataError(
             f"the reranker gives {scores[bad[0]]} for query {queries.id_at(pairs.queries[first])} and passage "
             f"{passages.id_at(pairs.passages[first])}: give --precision float32, or another model"
@@ -191,7 +173,7 @@ def score_rows(
     return scores, num_cut
 
 
-def write_scored_candidates(source: Source, output: Path, scores: np.ndarray, made_by: dict[str, Any]) -> None:
+def write_scored_candidates(source: Source, output: Path, scores: np.ndarray) -> dict[str, int]:
     """The candidates of the source, the same ids in the same order, each with its score."""
 
     def rows() -> Iterator[Candidates]:
@@ -202,10 +184,10 @@ def write_scored_candidates(source: Source, output: Path, scores: np.ndarray, ma
             position += len(ids)
             yield Candidates(row.query_id, row.positives, row.negatives, dict(zip(ids, own, strict=True)))
 
-    write_candidates(output, rows(), made_by)
+    return write_candidates(output, rows())
 
 
-def write_scored_run(source: Source, output: Path, scores: np.ndarray, made_by: dict[str, Any]) -> None:
+def write_scored_run(source: Source, output: Path, scores: np.ndarray) -> dict[str, int]:
     """The run of the source in the order of the scores."""
     counts = {"queries": 0, "results": len(scores)}
 
@@ -217,4 +199,4 @@ def write_scored_run(source: Source, output: Path, scores: np.ndarray, made_by: 
             position += len(ids)
 
     write_run(output, rows(), "reranked")
-    write_manifest(output, RUN, counts, made_by)
+    return counts

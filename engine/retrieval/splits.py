@@ -4,7 +4,7 @@ OUTPUT/queries.jsonl   {"_id", "text"} of the split's queries, in the order of t
 OUTPUT/qrels.tsv       their judgements, BEIR's form (where there are any)
 OUTPUT/answers.jsonl   {"query_id", "answers"} (where there are any)
 OUTPUT/probe/          a small BEIR folder of some of the queries, for curves along a training
-OUTPUT/manifest.json   written last: what it was made from, and counts
+OUTPUT/manifest.json   written last: what it was made from, and counts (data_shards/artefact.py)
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 
 import xxhash
 
+from quincunx.data_shards.artefact import written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import Collection, read_queries
-from quincunx.engine.retrieval.files import folder_written_whole, written_whole
 from quincunx.engine.retrieval.judgements import (
     Qrels,
     check_against,
@@ -26,16 +26,6 @@ from quincunx.engine.retrieval.judgements import (
     without_positives,
     write_qrels,
 )
-
-MANIFEST = "manifest.json"
-
-
-def read_made_by(folder: Path) -> dict[str, Any] | None:
-    """What a finished split was made from; None if the folder holds none."""
-    try:
-        return json.loads((folder / MANIFEST).read_bytes())["made_by"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def sample_ids(ids: Iterable[str], number: int | None, seed: int) -> list[str]:
@@ -88,7 +78,7 @@ def read_split(
 
 
 def write_split(
-    output: Path,
+    folder: Path,
     queries: Collection,
     qrels: Qrels | None,
     answers: dict[str, list[str]] | None,
@@ -98,9 +88,8 @@ def write_split(
     probe_queries: int,
     probe_passages: int,
     seed: int,
-    made_by: dict[str, Any],
 ) -> dict[str, int]:
-    """Writes the split, whole or not at all, and returns its counts.
+    """Writes the split into a folder and returns its counts.
 
     passages: the corpus, needed for a probe only. sample: how many of the judged queries are kept (None: all).
     probe_passages: passages of the probe, its queries' positives among them.
@@ -109,24 +98,19 @@ def write_split(
     ids = sample_ids((id for id in queries.ids() if id in judged), sample, seed)
     if not ids:
         raise DataError(f"{queries.name} has none of the judged queries: give the files that belong together")
-    with folder_written_whole(output) as building:
-        _write_queries(building / "queries.jsonl", queries, ids)
-        counts = {"queries": len(ids)}
-        if qrels is not None:
-            kept = {id: qrels[id] for id in ids}
-            counts["judgements"] = sum(map(len, kept.values()))
-            write_qrels(building / "qrels.tsv", kept, style="beir")
-        if answers is not None:
-            counts["answers"] = sum(id in answers for id in ids)
-            _write_lines(
-                building / "answers.jsonl", ({"query_id": id, "answers": answers[id]} for id in ids if id in answers)
-            )
-        if probe_queries:
-            counts |= _write_probe(
-                building / "probe", queries, qrels, ids, passages, probe_queries, probe_passages, seed
-            )
-        with written_whole(building / MANIFEST) as file:
-            json.dump({"kind": "split", "counts": counts, "made_by": made_by}, file, indent=1)
+    _write_queries(folder / "queries.jsonl", queries, ids)
+    counts = {"queries": len(ids)}
+    if qrels is not None:
+        kept = {id: qrels[id] for id in ids}
+        counts["judgements"] = sum(map(len, kept.values()))
+        write_qrels(folder / "qrels.tsv", kept, style="beir")
+    if answers is not None:
+        counts["answers"] = sum(id in answers for id in ids)
+        _write_lines(
+            folder / "answers.jsonl", ({"query_id": id, "answers": answers[id]} for id in ids if id in answers)
+        )
+    if probe_queries:
+        counts |= _write_probe(folder / "probe", queries, qrels, ids, passages, probe_queries, probe_passages, seed)
     return counts
 
 

@@ -88,7 +88,7 @@ def test_an_error_publishes_nothing_and_parts_that_were_finished_are_kept(tmp_pa
     assert make_parts(path) == [] and sorted(os.listdir(tmp_path)) == ["vectors"]
 
 
-def test_work_that_was_begun_otherwise_is_refused(tmp_path):
+def test_parts_of_other_work_are_not_mixed_in(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_parts(tmp_path / "x", die_at=2)
     with pytest.raises(SettingsError, match=r"begun otherwise \(model was m and is None; depth was None and is 3\)"):
@@ -96,6 +96,27 @@ def test_work_that_was_begun_otherwise_is_refused(tmp_path):
             pass
     with artefact(tmp_path / "x", "embeddings", {"depth": 3}, remake=True) as work:
         assert list(work.missing(2)) == [0, 1]
+
+
+def fail(path: Path, depth: int) -> None:
+    with artefact(path, "split", {"depth": depth}) as work:
+        work.made("half").write_text("half")
+        raise DataError("no")
+
+
+def test_an_error_before_the_first_part_leaves_nothing_in_the_way(tmp_path):
+    for depth in (3, 4):
+        with pytest.raises(DataError, match="no"):
+            fail(tmp_path / "x", depth)
+        assert not list(tmp_path.iterdir())
+    left = tmp_path / ".x.work"  # as a kill leaves it
+    (left / "made").mkdir(parents=True)
+    (left / "made" / "half").touch()
+    (left / "scratch").mkdir()
+    (left / "begun.json").write_text(json.dumps({"kind": "split", "made_from": {"depth": 9}}))
+    with artefact(tmp_path / "x", "split", {"depth": 4}) as work:
+        work.made("whole").touch()
+    assert list(open_artefact(tmp_path / "x", "split")["files"]) == ["whole"]
 
 
 @pytest.mark.parametrize("first", [0, 2])
@@ -123,7 +144,8 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
             work.wait(0.3)
 
 
-def test_two_processes_do_not_make_the_same_thing_at_once(tmp_path):
+def test_two_processes_do_not_make_the_same_thing_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LOCK_PATIENCE_SECONDS", 0.3)
     with artefact(tmp_path / "x", "run", {}, single=True) as work:
         with pytest.raises(SettingsError, match="is being made by another process: wait for it"):
             make_file(tmp_path / "x", made_from={})

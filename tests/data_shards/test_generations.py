@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.generations import GenerationCounts, Generations, index_generations
+from quincunx.data_shards.generations import KIND, GenerationCounts, Generations, index_generations
 
 
 def write(path: Path, records: list[dict]) -> str:
@@ -66,19 +67,20 @@ def test_a_bad_or_repeated_record_is_named_and_leaves_no_index(tmp_path, line, r
     assert sorted(os.listdir(tmp_path)) == ["g.jsonl"]
 
 
-def test_a_folder_of_an_unfinished_run_and_a_path_without_generations_are_refused(tmp_path):
+def test_a_folder_that_has_lost_a_part_and_a_path_without_generations_are_refused(tmp_path):
     with pytest.raises(DataError, match="no generations at"):
         index_generations([str(tmp_path / "missing")], tmp_path / "index")
     folder = tmp_path / "run"
     folder.mkdir()
     with pytest.raises(DataError, match="no generations at"):
         index_generations([str(folder)], tmp_path / "index")
-    write(folder / "part-00000.jsonl", [{"passage_id": "1", "queries": ["x"]}])
-    (folder / "manifest.json").write_text('{"num_parts": 2}')
-    with pytest.raises(DataError, match=r"misses 1 of its 2 parts: run its generate\.py command again"):
-        index_generations([str(folder)], tmp_path / "index")
-    write(folder / "part-00001.jsonl", [{"passage_id": "2", "queries": ["y"]}])
+    with artefact(folder, KIND, {}) as work:
+        write(work.made("part-00000.jsonl"), [{"passage_id": "1", "queries": ["x"]}])
+        write(work.made("part-00001.jsonl"), [{"passage_id": "2", "queries": ["y"]}])
     assert index_generations([str(folder)], tmp_path / "index").queries == 2
+    (folder / "part-00001.jsonl").unlink()
+    with pytest.raises(DataError, match=r"part-00001\.jsonl is missing: .*--remake"):
+        index_generations([str(folder)], tmp_path / "index")
 
 
 def test_a_hundred_thousand_generations_need_little_memory(tmp_path):

@@ -69,20 +69,22 @@ def encoded(data):
 
 
 def test_two_ranks_killed_and_run_again_make_what_one_process_makes(data, encoded, tmp_path):
-    words = [sys.executable, "tests/launchers/spawn_ranks.py", "2", *command(data, tmp_path)]
+    output, work = tmp_path / "out", tmp_path / ".out.work" / "scratch"
+    words = [sys.executable, "tests/launchers/spawn_ranks.py", "2", *command(data, output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-    while ranks.poll() is None and len(list(tmp_path.glob("part-*.json"))) < 3:
+    while ranks.poll() is None and len(list(work.glob("part-*.json"))) < 3:
         time.sleep(0.02)
     os.killpg(ranks.pid, signal.SIGKILL)
     ranks.wait()
-    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.json")}
-    assert 3 <= len(kept) < 35 and not (tmp_path / "manifest.json").exists(), "the kill came too late to prove anything"
+    made = work.parent / "made"
+    kept = {f"{path.stem}.npy": (made / f"{path.stem}.npy").stat().st_mtime_ns for path in work.glob("part-*.json")}
+    assert 3 <= len(kept) < 35 and not output.exists(), "the kill came too late to prove anything"
     done = run(words)
     assert done.returncode == 0, done.stderr
-    found = {path.name: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+    found = {path.name: path.read_bytes() for path in sorted(output.iterdir())}
     assert found == encoded  # bit for bit: parts are a function of the rows alone
-    assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in kept.items()), "a part was made twice"
+    assert all((output / name).stat().st_mtime_ns == when for name, when in kept.items()), "a part was made twice"
 
 
 def here(words):
@@ -113,7 +115,7 @@ def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(d
         (["--part_rows=0"], 2, "part_rows is 0; it must be at least 1"),
         (["--model=/no/such/folder"], 2, "is no folder"),
         (["--corpus=/no/such/corpus.jsonl"], 3, "/no/such/corpus.jsonl"),
-        (["--dtype=float16"], 3, "parts of other work (differs in dtype"),
+        (["--dtype=float16"], 2, "was made otherwise (dtype was float32 and is float16)"),
     ],
 )
 def test_what_cannot_be_encoded_is_one_sentence_and_changes_nothing(flags, code, sentence, data, encoded, capsys):

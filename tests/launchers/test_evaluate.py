@@ -78,7 +78,7 @@ def test_the_table_the_json_and_the_queries_say_the_same_as_ir_measures(folder):
 
 def test_trec_dl_grades_and_tsv_per_query(folder):
     done = run(
-        "--run", "good.run", "--qrels", "qrels.trec", "--relevant_from", "2", "--measures", "MRR@10,nDCG@10", "AP",
+        "--run", "good.run", "--qrels", "qrels.trec", "--relevant_from", "2", "--measures", "MRR@10", "nDCG@10", "AP",
         "--per_query", "all.tsv", "--compare", "bad.run", cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -144,7 +144,7 @@ def test_help_is_quick_and_shows_every_setting(tmp_path):
         ({}, ["--queries", "set/queries.jsonl", "--per_query", "set/queries.jsonl"], 2, "is the queries itself"),
         ({}, ["--measures", "P@0"], 2, "the measure 'P@0' cannot be computed"),
         ({"qrels.tsv": f"q1\tp1\t{10**20}\n"}, [], 3, "with a whole number up to 1000000 as grade"),
-        ({}, ["--unknown_ids", "maybe"], 2, "unknown_ids must be stop or drop"),
+        ({}, ["--unknown_ids", "maybe"], 2, "invalid choice 'maybe'"),
     ],
 )
 def test_mistakes_end_with_one_sentence_their_exit_code_and_nothing_overwritten(

@@ -44,7 +44,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     (folder / "qrels").mkdir()
     judged = "".join(f"q{n}\tp{n}\t1\n" for n in range(40))
     (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
-    write_candidates(folder / "candidates.jsonl", (candidates(n, draw) for n in range(40)), {"stage": "test"})
+    write_candidates(folder / "candidates.jsonl", (candidates(n, draw) for n in range(40)))
 
     torch.manual_seed(0)
     tokenizer = train_wordpiece(passages, 300)

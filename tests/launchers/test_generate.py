@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -67,14 +68,16 @@ def test_a_killed_run_and_two_ranks_end_with_the_files_of_an_undisturbed_run(giv
         [sys.executable, LAUNCHER, *given, "--output", str(killed)], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 240
-    while not (killed / "part-00001.jsonl").exists() and process.poll() is None and time.monotonic() < deadline:
+    work = tmp_path / ".killed.work"
+    second = work / "scratch" / "part-00001.json"
+    while not second.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    left = content(killed)
-    assert 3 <= len(left) < 13 and all(whole[name] == data for name, data in left.items())
+    left = content(work / "made")
+    assert 2 <= len(left) < 12 and all(whole[name] == data for name, data in left.items())
     done = run([*given, "--output", str(killed)])
-    assert done.returncode == 0 and f"skipped parts {len(left) - 1}" in done.stderr
+    assert done.returncode == 0 and re.search(rf"parts ({12 - len(left)}|{13 - len(left)}),", done.stderr), done.stderr
     assert content(killed) == whole
 
     torchrun = (str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2")
@@ -96,12 +99,12 @@ def test_help_is_quick_and_shows_every_setting():
     ("changes", "code", "message"),
     [
         (["--format", "bier"], 2, "did you mean 'beir'?"),
-        (["--top_p", "0"], 2, "error: top_p is 0.0: give more than 0 and at most 1"),
-        (["--temprature", "1"], 2, "did you mean temperature?"),
+        (["--top_p", "0"], 2, "error: top_p is 0.0; it must be above 0 and at most 1"),
+        (["--temprature", "1"], 2, "did you mean --temperature?"),
         (["--path", "/no/such/corpus"], 3, "error: no documents corpus at /no/such/corpus"),
     ],
 )
 def test_mistakes_end_with_one_sentence_and_their_exit_code(given, tmp_path, changes, code, message):
     done = run([*given, "--output", str(tmp_path / "out"), *changes])
     assert done.returncode == code and message in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())

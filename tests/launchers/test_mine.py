@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from quincunx.data_shards.artefact import open_artefact
 from quincunx.data_shards.errors import exit_with_one_sentence
-from quincunx.engine.retrieval.candidates import Candidates, read_candidates, read_manifest, write_candidates
+from quincunx.engine.retrieval.candidates import KIND, Candidates, read_candidates, write_candidates
 from quincunx.launchers.mine import main
 
 ROOT = Path(__file__).parents[2]
@@ -50,27 +51,17 @@ def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes
     assert done.returncode == 0, done.stderr
     rows = [Candidates("q0", ("p3",), ("p1", "p5")), Candidates("q1", ("p0",), ("p4",))]
     assert read_candidates(data / "out.jsonl") == rows
-    manifest = read_manifest(data / "out.jsonl")
-    assert manifest["made_by"]["stage"] == "mine" and manifest["made_by"]["rules"]["depth"] == 3
-    assert manifest["made_by"]["mining"]["left_out_positives"] == 2
+    manifest = open_artefact(data / "out.jsonl", KIND, single=True, verify=True)
+    assert manifest["made_from"]["rules"]["depth"] == 3 and manifest["details"]["queries"] == 2
+    assert manifest["details"]["mining"]["left_out_positives"] == 2
     assert "left out positives" in done.stdout
 
     written = (data / "out.jsonl").stat().st_mtime_ns
     again = mine(data, "--depth=3")
     assert again.returncode == 0 and "nothing to do" in again.stdout
     other = mine(data, "--depth=4")
-    assert other.returncode == 3 and "was made otherwise (differs in rules)" in other.stderr
+    assert other.returncode == 2 and "was made otherwise (rules.depth was 3 and is 4)" in other.stderr
     assert (data / "out.jsonl").stat().st_mtime_ns == written
-
-
-def test_negatives_whose_manifest_a_kill_cut_off_are_mined_again(data, monkeypatch):
-    monkeypatch.setattr("sys.argv", command(data))
-    with monkeypatch.context() as patch:
-        patch.setattr("quincunx.engine.retrieval.candidates.write_manifest", lambda *_: None)  # as if killed before it
-        main()
-    assert sorted(path.name for path in data.glob("*out.jsonl*")) == [".out.jsonl.begun", "out.jsonl"]
-    main()
-    assert sorted(path.name for path in data.glob("*out.jsonl*")) == ["out.jsonl", "out.jsonl.manifest.json"]
 
 
 def test_answers_the_teachers_margin_and_random_fill_work_together(data):
@@ -79,14 +70,14 @@ def test_answers_the_teachers_margin_and_random_fill_work_together(data):
         Candidates("q0", ("p3",), ("p1", "p5", "p2"), {"p3": 5.0, "p1": 0.0, "p5": 4.5, "p2": 3.0}),
         Candidates("q1", ("p0",), ("p4",), {"p0": 1.0, "p4": 2.0}),
     ]
-    write_candidates(data / "scored.jsonl", scored, {})
+    write_candidates(data / "scored.jsonl", scored)
     flags = ["--answers", data / "answers.jsonl", "--teacher_scores", data / "scored.jsonl", "--margin=1"]
     done = mine(data, *flags, "--random_fill=3")
     assert done.returncode == 0, done.stderr
     first, second = read_candidates(data / "out.jsonl")
     assert first.negatives[0] == "p2" and set(first.negatives[1:]) <= {"p0", "p4", "p5"}
     assert len(first.negatives) == len(second.negatives) == 3
-    counts = read_manifest(data / "out.jsonl")["made_by"]["mining"]
+    counts = open_artefact(data / "out.jsonl", KIND, single=True)["details"]["mining"]
     assert (counts["mined"], counts["random"]) == (1, 5)
     assert (counts["left_out_with_an_answer"], counts["left_out_above_the_teachers_margin"]) == (1, 2)
     assert counts["queries_without_answers"] == 1
@@ -98,7 +89,7 @@ def test_what_cannot_be_mined_is_refused_in_one_sentence_and_nothing_is_written(
     (data / "unknown.trec").write_text("q0 Q0 p1 1 2 x\nq0 Q0 p99 2 1.0 x\n")
     (data / "unjudged.tsv").write_text("q0\t0\tp3\t1\n")
     (data / "foreign.tsv").write_text("q0\t0\tp77\t1\n")
-    write_candidates(data / "part.jsonl", [Candidates("q0", ("p3",), ("p1",), {"p3": 1.0, "p1": 0.5})], {})
+    write_candidates(data / "part.jsonl", [Candidates("q0", ("p3",), ("p1",), {"p3": 1.0, "p1": 0.5})])
     for words, code, sentence in (
         (command(data, run="twice.trec"), 3, "twice.trec:2: passage p1 stands a second time"),
         (command(data, run="nan.trec"), 3, "nan.trec:1: the score of passage p1 for query q0 is nan"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from quincunx.data_shards.errors import DataError, exit_with_one_sentence
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
 from quincunx.engine.retrieval.candidates import Candidates, read_candidates, write_candidates
 from quincunx.engine.retrieval.judgements import read_run
 from quincunx.launchers.score import main
@@ -51,7 +51,7 @@ def data(tmp_path_factory):
         for n in range(30)
         for ids in [[f"p{p}" for p in draw.choice(200, NUM_PAIRS // 30, replace=False)]]
     ]
-    write_candidates(folder / "candidates.jsonl", candidates, {})
+    write_candidates(folder / "candidates.jsonl", candidates)
     return folder
 
 
@@ -99,7 +99,7 @@ def test_two_ranks_give_the_bytes_of_one(data, scored, tmp_path):
 def test_killed_scoring_goes_on_where_it_was_at_another_number_of_ranks(data, scored, tmp_path, monkeypatch):
     """Two ranks with batches of one pair are killed -9 after their first parts; one process does the rest."""
     output = tmp_path / "out.jsonl"
-    parts = tmp_path / "out.jsonl.parts"
+    parts = tmp_path / ".out.jsonl.work" / "scratch"
     spawn = [sys.executable, str(ROOT / "tests/launchers/spawn_ranks.py"), "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = subprocess.Popen(
@@ -117,7 +117,7 @@ def test_killed_scoring_goes_on_where_it_was_at_another_number_of_ranks(data, sc
 
     # An unfinished neighbour must not be mixed in: another cut of the same work is refused.
     monkeypatch.setattr("sys.argv", command(data, output, "--pairs_a_part=60")[1:])
-    with pytest.raises(DataError, match="how its rows are cut"):
+    with pytest.raises(SettingsError, match=r"begun otherwise \(pairs_a_part was 50 and is 60\)"):
         main()
     assert {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.json")} == left
 
@@ -145,7 +145,7 @@ def test_a_run_is_reranked(data, scored, tmp_path):
 
 def test_what_cannot_be_scored_is_refused_in_one_sentence_and_nothing_is_written(data, tmp_path, monkeypatch, capsys):
     rows = [Candidates("q1", ("p1",), ("p2", "p999"))]
-    write_candidates(data / "unknown.jsonl", rows, {})
+    write_candidates(data / "unknown.jsonl", rows)
     (data / "same.jsonl").write_text('{"query_id": "q1", "positives": ["p1"], "negatives": ["p1"]}\n')
     (data / "none.jsonl").write_text('{"query_id": "q1", "positives": [], "negatives": ["p1"]}\n')
     (data / "empty.jsonl").write_text("")

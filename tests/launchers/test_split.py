@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.launchers.split import main
 
 
@@ -30,13 +30,15 @@ def test_the_same_files_leave_it_and_changed_judgements_refuse_it(split, tmp_pat
     assert "nothing to do" in capsys.readouterr().out
     with pytest.raises(SettingsError, match="out is there already and was made otherwise"):
         split("q0\t0\tp1\t1\nq1\t0\tp2\t1\n")
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["queries"] == 1
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["details"]["queries"] == 1
 
 
 def test_a_torn_manifest_and_numbers_out_of_range_are_one_sentence(split, tmp_path):
-    with pytest.raises(SettingsError, match="sample is 0: give 1 or more"):
+    with pytest.raises(SettingsError, match="sample is 0; it must be at least 1"):
         split("q0\t0\tp1\t1\n", "--sample=0")
     split("q0\t0\tp1\t1\n")
     (tmp_path / "out" / "manifest.json").write_text("[1")
-    with pytest.raises(SettingsError, match="out is there already and was made otherwise"):
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read as JSON"):
         split("q0\t0\tp1\t1\n")
+    split("q0\t0\tp1\t1\n", "--remake")
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["details"]["queries"] == 1

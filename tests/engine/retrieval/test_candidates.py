@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.retrieval import candidates
 from quincunx.engine.retrieval.candidates import (
@@ -11,7 +12,6 @@ from quincunx.engine.retrieval.candidates import (
     check_negatives,
     check_scores,
     read_candidates,
-    read_manifest,
     write_candidates,
 )
 
@@ -26,16 +26,13 @@ ROWS = [
 def test_candidates_are_read_as_they_were_written(tmp_path, ending, monkeypatch):
     monkeypatch.setattr(candidates, "ROWS_A_GROUP", 2)
     path = tmp_path / f"mined{ending}"
-    counts = write_candidates(path, iter(ROWS), {"stage": "mine", "depth": 200})
+    counts = write_candidates(path, iter(ROWS))
     assert read_candidates(path) == ROWS
     assert counts == {"queries": 3, "positives": 4, "negatives": 3, "scores": 5}
-    manifest = read_manifest(path)
-    assert manifest["counts"] == counts and manifest["made_by"] == {"stage": "mine", "depth": 200}
-    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, f"{path.name}.manifest.json"]
 
 
 def test_equal_ids_are_one_object(tmp_path):
-    write_candidates(tmp_path / "c.jsonl", ROWS, {})
+    write_candidates(tmp_path / "c.jsonl", ROWS)
     rows = read_candidates(tmp_path / "c.jsonl")
     assert rows[0].negatives[0] is rows[2].negatives[0]
 
@@ -68,10 +65,10 @@ def test_simlm_files_are_read_and_their_scores_where_whole(tmp_path):
 )
 def test_bad_candidates_are_not_written_and_the_file_stays(tmp_path, rows, message):
     path = tmp_path / "mined.jsonl"
-    write_candidates(path, ROWS, {})
+    write_candidates(path, ROWS)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(DataError) as caught:
-        write_candidates(path, rows, {})
+        write_candidates(path, rows)
     assert message in str(caught.value)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -106,18 +103,20 @@ def test_bad_records_are_named_by_file_and_line(tmp_path, line, message):
 
 def test_a_file_that_is_not_its_manifests_is_refused(tmp_path):
     path = tmp_path / "mined.jsonl"
-    write_candidates(path, ROWS, {})
+    with artefact(path, candidates.KIND, {}, single=True) as work:
+        write_candidates(work.made(), ROWS)
+    assert read_candidates(path) == ROWS
     path.write_text(path.read_text().replace("n2", "n7"))
-    with pytest.raises(DataError, match=r"does not match mined\.jsonl\.manifest\.json"):
+    with pytest.raises(DataError, match=r"mined\.jsonl is damaged"):
         read_candidates(path)
     path.unlink()
-    with pytest.raises(DataError, match="is missing, its manifest is there"):
+    with pytest.raises(DataError, match=r"mined\.jsonl is missing"):
         read_candidates(path)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no candidates"):
         read_candidates(tmp_path / "empty.jsonl")
     with pytest.raises(SettingsError, match=r"\.jsonl or \.parquet"):
-        write_candidates(tmp_path / "mined.txt", ROWS, {})
+        write_candidates(tmp_path / "mined.txt", ROWS)
 
 
 def test_missing_teacher_scores_and_empty_negatives_are_counted():

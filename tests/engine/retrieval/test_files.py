@@ -1,12 +1,7 @@
-"""Files and folders that are written whole or not at all."""
-
-import os
-import subprocess
-
 import pytest
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.retrieval.files import folder_written_whole, refuse_input, written_whole
+from quincunx.engine.retrieval.files import folder_written_whole, refuse_input
 
 
 def write_half(folder):
@@ -26,19 +21,6 @@ def test_a_folder_takes_its_place_whole_or_the_old_one_stays(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="cannot be written"), folder_written_whole(tmp_path / "file" / "model"):
         raise AssertionError
-
-
-def test_what_a_dead_process_left_of_a_file_is_swept_and_a_living_ones_stays(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    left, living = tmp_path / f".out.tmp{dead.pid}", tmp_path / f".out.tmp{os.getppid()}"
-    other = tmp_path / f".other.tmp{dead.pid}"
-    for path in (left, living, other):
-        path.touch()
-    with written_whole(tmp_path / "out") as file:
-        file.write("whole")
-    assert (tmp_path / "out").read_text() == "whole"
-    assert not left.exists() and living.exists() and other.exists()
 
 
 def test_an_output_that_is_an_input_is_refused_by_its_flag(tmp_path):

@@ -113,7 +113,7 @@ def test_more_lists_looked_through_find_more(vectors, queries):
 
 
 def test_an_index_is_kept_for_its_embeddings_and_options_only(vectors, queries, tmp_path):
-    manifest = {"parts": [{"digest": "a"}]}
+    manifest = {"parts": ["a"]}
     built = []
 
     def found(manifest, links=32, ef_search=256):

@@ -31,7 +31,7 @@ def job(tmp_path_factory) -> RetrieverJob:
         others = tuple(f"p{(n + k) % 20}" for k in (3, 5, 9))
         scores = {id: float(k) for k, id in enumerate((f"p{n}", *others))}
         rows.append(Candidates(f"q{n}", (f"p{n}",), others, scores))
-    write_candidates(folder / "candidates.jsonl", rows, {})
+    write_candidates(folder / "candidates.jsonl", rows)
     torch.manual_seed(0)
     tokenizer = train_wordpiece(passages, 120)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.artefact import open_artefact
+from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.environment import discover_environment
-from quincunx.engine.retrieval.candidates import Candidates, read_candidates, read_manifest, write_candidates
+from quincunx.engine.retrieval.candidates import Candidates, read_candidates, write_candidates
 from quincunx.engine.retrieval.collection import make_collection
 from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker, score_pairs
 from quincunx.engine.retrieval.judgements import read_run, write_run
@@ -57,9 +58,9 @@ def rows_of_candidates():
     ]
 
 
-def score(source, output, reranker, collections, made_by=None, pairs_a_part=7, **settings):
+def score(source, output, reranker, collections, made_from=None, pairs_a_part=7, **settings):
     return score_source(
-        source, output, reranker, *collections, made_by or {"model": reranker.digest}, discover_environment({}),
+        source, output, reranker, *collections, made_from or {"model": reranker.digest}, discover_environment({}),
         device="cpu", precision="float32", batch_tokens=128, pairs_a_part=pairs_a_part, **settings,
     )  # fmt: skip
 
@@ -68,7 +69,7 @@ def score(source, output, reranker, collections, made_by=None, pairs_a_part=7, *
 def test_every_candidate_gets_the_rerankers_score(tmp_path, reranker, collections, ending):
     """Tolerance: float32 with other pairs in the batch."""
     rows = rows_of_candidates()
-    write_candidates(tmp_path / "in.jsonl", rows, {})
+    write_candidates(tmp_path / "in.jsonl", rows)
     output = tmp_path / f"out.{ending}"
     counts = score(Source(str(tmp_path / "in.jsonl"), CANDIDATES), output, reranker, collections)
     found = read_candidates(output)
@@ -82,8 +83,9 @@ def test_every_candidate_gets_the_rerankers_score(tmp_path, reranker, collection
         np.testing.assert_allclose([row.scores[id] for id in ids], expected, rtol=0, atol=5e-5)
     assert np.std([score for row in found for score in row.scores.values()]) > 0.01
     assert counts["pairs"] == sum(len(row.scores) for row in found) and 0 < counts["cut"] < counts["pairs"]
-    assert read_manifest(output)["made_by"] == {"model": reranker.digest}
-    assert not (tmp_path / f"out.{ending}.parts").exists()
+    manifest = open_artefact(output, CANDIDATES, single=True, verify=True)
+    assert manifest["made_from"] == {"model": reranker.digest, "pairs_a_part": 7}
+    assert not (tmp_path / f".out.{ending}.work").exists()
 
 
 def test_a_run_is_reranked_to_the_depth_asked(tmp_path, reranker, collections):
@@ -99,52 +101,52 @@ def test_a_run_is_reranked_to_the_depth_asked(tmp_path, reranker, collections):
         query = queries.text_at(queries.row(query_id))
         expected = score_pairs(reranker, [(query, text) for text in passages.texts(passages.rows(scores))])
         np.testing.assert_allclose(list(scores.values()), expected, rtol=0, atol=5e-5)
-    assert read_manifest(tmp_path / "out.trec")["counts"] == {"queries": 8, "results": 48}
+    assert open_artefact(tmp_path / "out.trec", RUN, single=True)["details"] == {"queries": 8, "results": 48}
 
 
 def test_work_begun_by_another_model_or_of_another_file_is_refused_and_nothing_is_overwritten(
     tmp_path, reranker, collections
 ):
-    write_candidates(tmp_path / "in.jsonl", rows_of_candidates(), {})
+    write_candidates(tmp_path / "in.jsonl", rows_of_candidates())
     source, output = Source(str(tmp_path / "in.jsonl"), CANDIDATES), tmp_path / "out.jsonl"
     assert score(source, output, reranker, collections) is not None
     before = output.read_bytes()
     assert score(source, output, reranker, collections) is None  # made already
-    with pytest.raises(DataError, match=r"was made otherwise \(differs in model\)"):
+    with pytest.raises(SettingsError, match=r"was made otherwise \(model was \w+ and is another\)"):
         score(source, output, reranker, collections, {"model": "another"})
     assert output.read_bytes() == before
 
 
 def test_a_kill_between_the_scores_and_their_manifest_is_mended(tmp_path, reranker, collections, monkeypatch):
-    write_candidates(tmp_path / "in.jsonl", rows_of_candidates(), {})
+    write_candidates(tmp_path / "in.jsonl", rows_of_candidates())
     source, output = Source(str(tmp_path / "in.jsonl"), CANDIDATES), tmp_path / "out.jsonl"
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quincunx.engine.retrieval.candidates.write_manifest", killed)
+        patch.setattr("quincunx.data_shards.artefact.Work.finish", killed)
         with pytest.raises(KeyboardInterrupt):
             score(source, output, reranker, collections)
-    assert output.exists() and (tmp_path / "out.jsonl.parts").is_dir()
+    assert (tmp_path / ".out.jsonl.work").is_dir()
     assert score(source, output, reranker, collections)["cut"] == 0  # nothing was scored again
     assert all(row.scores for row in read_candidates(output))
 
 
 def test_unknown_ids_are_refused_before_anything_is_scored(tmp_path, reranker, collections):
     rows = [Candidates("q1", ("p1",), ("p2", "x1")), Candidates("nobody", ("x2",), ())]
-    write_candidates(tmp_path / "in.jsonl", rows, {})
+    write_candidates(tmp_path / "in.jsonl", rows)
     source = Source(str(tmp_path / "in.jsonl"), CANDIDATES)
     with pytest.raises(DataError, match=r"names 1 queries that queries does not have \(first: nobody\)"):
         score(source, tmp_path / "out.jsonl", reranker, collections)
-    write_candidates(tmp_path / "in.jsonl", rows[:1], {})
+    write_candidates(tmp_path / "in.jsonl", rows[:1])
     with pytest.raises(DataError, match=r"names 1 passages that corpus does not have \(first: x1\)"):
         score(source, tmp_path / "out.jsonl", reranker, collections)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "in.jsonl.manifest.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
 
 def test_scores_that_are_not_finite_are_refused(tmp_path, reranker, collections):
-    write_candidates(tmp_path / "in.jsonl", rows_of_candidates(), {})
+    write_candidates(tmp_path / "in.jsonl", rows_of_candidates())
     head = reranker.model.model.classifier.bias
     before = head.detach().clone()
     try:
