@@ -16,7 +16,7 @@ demo: .venv/.ready  ## what pre-training is worth: from scratch, interrupted, re
 	@$(RUN) python launchers/demo.py
 
 chain: .venv/.ready  ## the fine-tuning chain on a BEIR folder: make chain DATA=FOLDER (two CPU cores, under 40 minutes)
-	@$(RUN) python launchers/pipeline.py --recipe small --set data.folder=$(DATA) --output chain_run
+	@$(RUN) DATA=$(DATA) bash recipes/chains/small.sh
 
 test: .venv/.ready  ## lint, then every test that needs neither a GPU nor patience (WORKERS=2 processes)
 	@$(RUN) ruff check . && $(RUN) ruff format --check .

@@ -17,7 +17,7 @@ import yaml
 
 from quincunx.engine.retrieval.judgements import read_qrels, read_run
 from quincunx.engine.retrieval.measures import compare, evaluate
-from quincunx.engine.retrieval.report_blocks import alone
+from quincunx.engine.retrieval.report import alone
 from quincunx.engine.retrieval.report_plots import plot_curves
 from quincunx.launchers.demo_results import LABELS, MEASURE, records
 from quincunx.launchers.study_cells import describe_code

@@ -130,7 +130,7 @@ def stages(out: str, seed: int, launcher: str) -> dict[str, dict[str, str]]:
         "Pre-training from random weights on two ranks (recipes/demo.yaml): MLM and four decoders": {
             "ours/export/encoder": f"{train}/ours"
         },
-        "A rival: the same steps of MLM alone": {"mlm/export/encoder": f"{train}/mlm --tasks [] --tracking none"},
+        "A rival: the same steps of MLM alone": {"mlm/export/encoder": f"{train}/mlm --tasks --tracking none"},
         "The random weights that all three start from (no step of pre-training); BM25's results beside it": {
             "random/export/encoder": f"python {pretrain} {nothing} --output {out}/random",
             "bm25.train.trec": f"{bm25} {texts} --depth 50 --output {out}/bm25.train.trec",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from quincunx.engine.retrieval.measures import interval, paired_t_test
-from quincunx.engine.retrieval.report_blocks import Block, Figure, Heading, Table, Text, write_report
+from quincunx.engine.retrieval.report import figure, folded, table, write_report
 from quincunx.engine.retrieval.report_plots import plot_bars, plot_curves
 
 Record = Mapping[str, Any]
@@ -116,17 +116,16 @@ def make_report(
 
     variants: in the table's order. records: of finished cells, diverged ones too. bm25: collection -> its record.
     """
-    table: dict[str, dict[str, Row]] = {collection: {} for collection in bm25}
+    found: dict[str, dict[str, Row]] = {collection: {} for collection in bm25}
     for variant in variants:
-        for collection, rows in table.items():
+        for collection, rows in found.items():
             mine = {r["seed"]: r for r in records if (r["variant"], r["collection"]) == (variant, collection)}
             mine = {seed: record for seed, record in sorted(mine.items()) if "diverged" not in record}
             if mine:
                 rows[variant] = Row(mine)
-    blocks: list[Block] = [Heading(1, f"Study {name}"), Text(describe(records, num_cells))]
     measure = next(iter(next(iter(bm25.values()))["measures"])) if bm25 else ""
     tests: dict[tuple[str, str, str], Test] = {}
-    for collection, rows in table.items():
+    for collection, rows in found.items():
         for other in against:
             for variant in rows:
                 is_new = other != variant and (collection, other, variant) not in tests
@@ -134,24 +133,26 @@ def make_report(
                     tests[collection, variant, other] = compare_rows(rows[variant], rows[other])
     tested = {key: test.queries_p for key, test in tests.items() if test.queries_p is not None}
     corrected = dict(zip(tested, holm([*tested.values()])))
-    for collection, rows in table.items():
+    parts, plots = [describe(records, num_cells)], {}
+    for collection, rows in found.items():
         if not rows:
             continue
         queries = len(next(iter(rows.values())).per_query)
-        blocks += [Heading(2, f"{collection}, {queries} queries"), means_table(rows, bm25[collection])]
         bars = {variant: (row.per_query.mean(), *interval(row.per_query)) for variant, row in rows.items()}
         words = bm25[collection]["measures"][measure]["mean"]
-        figure = plot_bars(bars, measure, {"BM25": words})
-        blocks.append(
-            Figure(f"{collection}-bars", f"{measure} on {collection} with 95 % intervals over queries", figure)
-        )
+        plots[f"{collection}-bars"] = plot_bars(bars, measure, {"BM25": words})
+        parts += [
+            f"## {collection}, {queries} queries",
+            means_table(rows, bm25[collection]),
+            figure(f"{collection}-bars", f"{measure} on {collection} with 95 % intervals over queries"),
+        ]
         mine = [key for key in tests if key[0] == collection]
         if mine:
-            blocks.append(tests_table({key[1:]: (tests[key], corrected.get(key)) for key in mine}, measure))
-    blocks += curves(table, measure)
-    if any(table.values()):
-        blocks += [Heading(2, "Held-out losses of the pre-trainings"), losses_table(table)]
-    return write_report(Path(output), blocks)
+            parts.append(tests_table({key[1:]: (tests[key], corrected.get(key)) for key in mine}, measure))
+    parts += curves(found, measure, plots)
+    if any(found.values()):
+        parts += ["## Held-out losses of the pre-trainings", losses_table(found)]
+    return write_report(Path(output), f"Study {name}", parts, plots)
 
 
 def describe(records: Sequence[Record], num_cells: int) -> str:
@@ -166,7 +167,7 @@ def describe(records: Sequence[Record], num_cells: int) -> str:
     return text + f" Commits {', '.join(commits)}; torch {', '.join(torch)}." if codes else text
 
 
-def means_table(rows: Mapping[str, Row], bm25: Record) -> Table:
+def means_table(rows: Mapping[str, Row], bm25: Record) -> str:
     measures = list(bm25["measures"])
     header = ["variant", "steps", "seeds", "MRR@10 before fine-tuning", *measures]
     body = []
@@ -175,7 +176,7 @@ def means_table(rows: Mapping[str, Row], bm25: Record) -> Table:
         cells = [with_spread(before), *(with_spread(row.means(measure)) for measure in measures)]
         body.append([variant, f"{row.step:,}", str(len(row.records)), *cells])
     body.append(["BM25", "", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures)])
-    return Table(header, body, "Steps of the pre-training. Measures: mean over seeds ± their standard deviation.")
+    return table(header, body, "Steps of the pre-training. Measures: mean over seeds ± their standard deviation.")
 
 
 def with_spread(values: Sequence[float]) -> str:
@@ -183,7 +184,7 @@ def with_spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}{spread}"
 
 
-def tests_table(tests: Mapping[tuple[str, str], tuple[Test, float | None]], measure: str) -> Table:
+def tests_table(tests: Mapping[tuple[str, str], tuple[Test, float | None]], measure: str) -> str:
     rows = [
         [
             f"{variant} against {other}",
@@ -197,7 +198,7 @@ def tests_table(tests: Mapping[tuple[str, str], tuple[Test, float | None]], meas
     note = (
         "Paired t-tests over the seeds that both have: over queries (each averaged over seeds), and over seeds' means."
     )
-    return Table(
+    return table(
         [measure, "difference, 95 % interval", "p over queries", "corrected by Holm", "p over seeds"], rows, note
     )
 
@@ -206,32 +207,34 @@ def as_p(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
-def curves(table: Mapping[str, Mapping[str, Row]], measure: str) -> list[Block]:
-    """The probe along the pre-training; fine-tuned quality by its steps and by training queries, where they vary."""
-    blocks: list[Block] = []
+def curves(found: Mapping[str, Mapping[str, Row]], measure: str, plots: dict[str, str]) -> list[str]:
+    """The probe along the pre-training; fine-tuned quality by its steps and by training queries, if they vary."""
+    parts: list[str] = []
     probes: Panels = {}
     by_step: Panels = {}
     by_share: Panels = {}
-    for collection, rows in table.items():
+    for collection, rows in found.items():
         for variant, row in rows.items():
-            found = [record["probe"] for record in row.records.values()]
-            if len(found[0]["step"]) > 1 and row.step == found[0]["step"][-1]:
-                values = np.mean([probe["mrr@10"] for probe in found], axis=0)
-                probes.setdefault(collection, {})[variant] = list(zip(found[0]["step"], values))
+            curve = [record["probe"] for record in row.records.values()]
+            if len(curve[0]["step"]) > 1 and row.step == curve[0]["step"][-1]:
+                values = np.mean([probe["mrr@10"] for probe in curve], axis=0)
+                probes.setdefault(collection, {})[variant] = list(zip(curve[0]["step"], values))
             family = [name for name, other in rows.items() if other.pretraining == row.pretraining]
             line = os.path.commonprefix(family).rstrip("-_.") or family[0]  # noqa: RUF071 - names, not paths
             for panels, place in ((by_step, row.step), (by_share, 100 * row.first["made_from"]["train_share"])):
                 panels.setdefault(collection, {}).setdefault(line, []).append((place, row.per_query.mean()))
     if probes:
+        plots["probe"] = plot_curves(lines(probes))
         caption = "MRR@10 of the probe, [CLS] without fine-tuning, mean over seeds"
-        blocks += [Heading(2, "The probe along the pre-training"), Figure("probe", caption, plot_curves(lines(probes)))]
+        parts += ["## The probe along the pre-training", figure("probe", caption)]
     if varies(by_step):
-        figure = Figure("steps", f"{measure} after fine-tuning", plot_curves(lines(by_step)))
-        blocks += [Heading(2, "Fine-tuned quality by steps of pre-training"), figure, prediction_table(table)]
+        plots["steps"] = plot_curves(lines(by_step))
+        caption = f"{measure} after fine-tuning"
+        parts += ["## Fine-tuned quality by steps of pre-training", figure("steps", caption), prediction_table(found)]
     if varies(by_share):
-        plot = plot_curves(lines(by_share), xlabel="per cent of the training queries", logarithmic=True)
-        blocks += [Heading(2, "Fine-tuned quality by training queries"), Figure("queries", f"{measure}", plot)]
-    return blocks
+        plots["queries"] = plot_curves(lines(by_share), xlabel="per cent of the training queries", logarithmic=True)
+        parts += ["## Fine-tuned quality by training queries", figure("queries", measure)]
+    return parts
 
 
 def lines(panels: Panels) -> dict[str, dict[str, tuple]]:
@@ -245,10 +248,10 @@ def varies(panels: Panels) -> bool:
     return any(len({x for x, _ in points}) > 1 for found in panels.values() for points in found.values())
 
 
-def prediction_table(table: Mapping[str, Mapping[str, Row]]) -> Table:
+def prediction_table(found: Mapping[str, Mapping[str, Row]]) -> str:
     """How well the probe at a checkpoint predicts the fine-tuned quality: rank correlation over the checkpoints."""
     body = []
-    for collection, rows in table.items():
+    for collection, rows in found.items():
         for seed in sorted({seed for row in rows.values() for seed in row.records}):
             pairs = []
             for row in rows.values():
@@ -259,14 +262,15 @@ def prediction_table(table: Mapping[str, Mapping[str, Row]]) -> Table:
                         pairs.append((probe[step], next(iter(record["measures"].values()))["mean"]))
             value = spearman(*zip(*pairs)) if pairs else None
             body.append([collection, str(seed), "-" if value is None else f"{value:.2f}", str(len(pairs))])
-    return Table(["collection", "seed", "Spearman's correlation of probe and fine-tuned", "checkpoints"], body)
+    return table(["collection", "seed", "Spearman's correlation of probe and fine-tuned", "checkpoints"], body)
 
 
-def losses_table(table: Mapping[str, Mapping[str, Row]]) -> Table:
-    rows = []
-    for collection, found in table.items():
-        for variant, row in found.items():
+def losses_table(found: Mapping[str, Mapping[str, Row]]) -> str:
+    body = []
+    for collection, rows in found.items():
+        for variant, row in rows.items():
             for task, (before, after, unigram) in row.first["held_out"].items():
-                rows.append([collection, variant, task, f"{before:.2f}", f"{after:.2f}", f"{unigram:.2f}"])
+                body.append([collection, variant, task, f"{before:.2f}", f"{after:.2f}", f"{unigram:.2f}"])
     header = ["collection", "variant", "task", "before", "after", "unigram"]
-    return Table(header, rows, "First seed, nats per labelled token.", folded="Held-out losses beside their unigrams")
+    losses = table(header, body, "First seed, nats per labelled token.")
+    return folded("Held-out losses beside their unigrams", losses)

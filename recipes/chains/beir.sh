@@ -33,3 +33,4 @@ for collection in "$beir"/*/ "$beir"/cqadupstack/*/; do
         --queries "$out/$name/queries.jsonl" "${searching[@]}" --output "$out/retriever1.$name.trec"
     judge retriever1 "$name"
 done
+stage report --chain "$out"

@@ -59,3 +59,4 @@ for year in 19 20; do
         "${searching[@]}" --output "$out/distil.trec$year.trec"
 done
 trec distil
+stage report --chain "$out"

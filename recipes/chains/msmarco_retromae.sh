@@ -43,3 +43,4 @@ judge reranker dev
 
 train finetune --recipe distil --encoder "$encoder" "${training[@]}" --candidates "$out/scored.jsonl" "${retriever[@]}" --output "$out/distil"
 find_with distil "$out/distil/export/retriever" "$corpus" dev
+stage report --chain "$out"

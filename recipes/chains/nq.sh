@@ -35,3 +35,4 @@ mine_with retriever1 "$out/retriever1/export/retriever" 200 --random_fill 16
 train finetune --recipe retriever2 --encoder "$encoder" "${training[@]:0:4}" --candidates "$out/retriever1.negatives.jsonl" \
     "${retriever[@]}" --output "$out/retriever2"
 find_with retriever2 "$out/retriever2/export/retriever" "$corpus" dev test
+stage report --chain "$out"

@@ -49,3 +49,4 @@ done
 train finetune --recipe distil --encoder "$encoder" "${training[@]}" --candidates "$out/scored.jsonl" "${tuning[@]}" "${retriever[@]}" \
     --global_batch 16 --num_negatives 3 --learning_rate 3e-5 --contrastive_weight 1 --steps 100 --output "$out/distil"
 find_with distil "$out/distil/export/retriever" "$data" dev test
+stage report --chain "$out"
