@@ -1,8 +1,9 @@
-"""Makes the report of a chain: what each system reached on each split, how sure that is, and the curves of the trainings.
+"""Makes the report of a chain: what each system reached on each split, how sure that is, the curves of the trainings.
 
     python launchers/report.py --chain chain_run
 
-Reads SYSTEM.SPLIT.json with SYSTEM.SPLIT.jsonl (evaluate.py's --output and --per_query) and the run folders beside them.
+Reads SYSTEM.SPLIT.json with SYSTEM.SPLIT.jsonl (evaluate.py's --output and --per_query), and the run folders beside
+them.
 """
 
 from collections.abc import Mapping
