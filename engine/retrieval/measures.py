@@ -5,7 +5,6 @@ over queries; the tests between two runs are Student's paired t-test and Fisher'
 Carterette, "A Comparison of Statistical Significance Tests for Information Retrieval Evaluation", CIKM 2007).
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ RESAMPLES = 10_000
 BOOTSTRAP_SEED = 20_230_601
 RANDOMISATION_SEED = 20_230_602
 CHUNK_CELLS = 1 << 22
-ROUNDING = 1e-12  # two sums of the same numbers in another order count as equal
 
 
 @dataclass(frozen=True)
@@ -132,69 +130,45 @@ def evaluate(run: Run, qrels: Qrels, measures: Sequence[str], relevant_from: int
 
 def interval(per_query: Mapping[str, float] | Sequence[float] | np.ndarray) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over queries: 10,000 resamples, always the same seed."""
-    values = per_query.values() if isinstance(per_query, Mapping) else per_query
-    low, high = _intervals(np.fromiter(values, np.float64)[:, None])
-    return float(low[0]), float(high[0])
+    from scipy.stats import bootstrap
+
+    values = np.fromiter(per_query.values() if isinstance(per_query, Mapping) else per_query, np.float64)
+    if len(values) < 2:
+        return float(values.mean()), float(values.mean())
+    batch = max(1, CHUNK_CELLS // len(values))
+    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "batch": batch}
+    low, high = bootstrap((values,), np.mean, **options, rng=np.random.default_rng(BOOTSTRAP_SEED)).confidence_interval
+    return float(low), float(high)
 
 
 def intervals(evaluation: Evaluation) -> dict[str, tuple[float, float]]:
-    """`interval` of every measure; equal to calling it for each, and faster."""
-    names = list(evaluation.per_query)
-    low, high = _intervals(_columns(evaluation.per_query, names, list(evaluation.per_query[names[0]])))
-    return {name: (float(low[m]), float(high[m])) for m, name in enumerate(names)}
-
-
-def _columns(per_query: Mapping[str, Mapping[str, float]], names: list[str], queries: list[str]) -> np.ndarray:
-    """float64 [Q, M]"""
-    return np.array([[per_query[name][query_id] for name in names] for query_id in queries], np.float64)
-
-
-def _intervals(values_QM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(low [M], high [M]) of the bootstrapped means; all measures share the resampled queries."""
-    num_queries = len(values_QM)
-    assert num_queries, "no queries to resample"
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    means = []
-    for size in _chunk_sizes(num_queries):
-        drawn = generator.integers(0, num_queries, (size, num_queries))
-        drawn += np.arange(size)[:, None] * num_queries
-        counts = np.bincount(drawn.ravel(), minlength=size * num_queries).reshape(size, num_queries)
-        means.append(counts.astype(np.float64) @ values_QM / num_queries)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
-    return low, high
-
-
-def _chunk_sizes(num_queries: int) -> list[int]:
-    """RESAMPLES in chunks of at most CHUNK_CELLS drawn queries."""
-    size = max(1, min(RESAMPLES, CHUNK_CELLS // num_queries))
-    return [min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size)]
+    """`interval` of every measure."""
+    return {name: interval(values) for name, values in evaluation.per_query.items()}
 
 
 def paired_t_test(differences: np.ndarray) -> float | None:
-    """Two-sided p of Student's paired t-test; 1 where all differences are 0, None with fewer than two queries."""
-    from scipy.special import stdtr
+    """Two-sided p of Student's paired t-test; 1 if all differences are 0, None with fewer than two queries."""
+    from scipy.stats import ttest_1samp
 
-    num_queries = len(differences)
-    if num_queries < 2:
+    if len(differences) < 2:
         return None
-    mean, deviation = differences.mean(), differences.std(ddof=1)
-    if deviation == 0:
-        return 1.0 if mean == 0 else 0.0
-    return float(2 * stdtr(num_queries - 1, -abs(mean) / (deviation / math.sqrt(num_queries))))
+    if differences.std() == 0:
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(ttest_1samp(differences, 0).pvalue)
 
 
 def randomisation_test(differences: np.ndarray) -> float:
-    """Two-sided p of Fisher's randomisation test: in how many of 10,000 draws of random signs the mean difference is
-    at least as large as the one found (the finding itself counts as one draw more)."""
-    found, total = abs(differences.sum()), differences.sum()
-    generator = np.random.default_rng(RANDOMISATION_SEED)
-    as_large = 0
-    for size in _chunk_sizes(len(differences)):
-        keep = np.unpackbits(generator.integers(0, 256, (size, -(-len(differences) // 8)), np.uint8), axis=1)
-        sums = 2 * (keep[:, : len(differences)].astype(np.float64) @ differences) - total
-        as_large += int((np.abs(sums) >= found - ROUNDING * len(differences)).sum())
-    return (as_large + 1) / (RESAMPLES + 1)
+    """Two-sided p of Fisher's randomisation test: 10,000 draws of random signs, all of them if there are fewer."""
+    from scipy.stats import permutation_test
+
+    def mean_difference(first, second, axis=-1):
+        return (first - second).mean(axis)
+
+    batch = max(1, CHUNK_CELLS // len(differences))
+    options = {"permutation_type": "samples", "n_resamples": RESAMPLES, "vectorized": True, "batch": batch}
+    rng = np.random.default_rng(RANDOMISATION_SEED)
+    samples = (differences, np.zeros_like(differences))
+    return float(permutation_test(samples, mean_difference, **options, rng=rng).pvalue)
 
 
 def compare(first: Evaluation, second: Evaluation) -> dict[str, Comparison]:
@@ -206,18 +180,16 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, Comparison]:
     names = list(first.per_query)
     if any(first.per_query[name].keys() != second.per_query.get(name, {}).keys() for name in names):
         raise DataError("the two runs are not evaluated on the same queries and measures: give both the same qrels")
-    queries = list(first.per_query[names[0]])
-    differences_QM = _columns(first.per_query, names, queries) - _columns(second.per_query, names, queries)
-    low, high = _intervals(differences_QM)
     compared = {}
-    for m, name in enumerate(names):
-        differences = np.ascontiguousarray(differences_QM[:, m])
+    for name, values in first.per_query.items():
+        differences = np.array([value - second.per_query[name][query] for query, value in values.items()])
+        low, high = interval(differences)
         compared[name] = Comparison(
             mean=first.means[name],
             other_mean=second.means[name],
             difference=float(differences.mean()),
-            low=float(low[m]),
-            high=float(high[m]),
+            low=low,
+            high=high,
             t_test_p=paired_t_test(differences),
             randomisation_p=randomisation_test(differences),
             wins=int((differences > 0).sum()),

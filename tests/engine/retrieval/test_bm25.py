@@ -1,11 +1,7 @@
-"""BM25: the published formula, bm25s' scores, the same from one process and several, and the collections' numbers."""
+"""BM25: the published formula, bm25s' scores, and the collections' numbers."""
 
-import contextlib
 import math
 import os
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -69,12 +65,6 @@ def test_scores_are_those_of_bm25s_to_the_bit(passages):
     assert np.array_equal(own[rows_QD[0][found]], scores_QD[0][found]) and found.sum() == (own > 0).sum()
 
 
-def test_a_cut_among_equal_scores_keeps_the_first_rows():
-    scores = np.array([1, 3, 2, 2, 0, 2, 3, 2], np.float32)
-    for depth in range(1, 10):
-        assert bm25.best_rows(scores, depth).tolist() == [1, 6, 2, 3, 5, 7, 0][:depth]
-
-
 def test_stemming_and_stop_words_and_queries_without_a_known_word(passages):
     index = bm25.build(make_collection(["a", "b"], ["Flying wings of the plane", "a house"], "two"))
     scores, rows = bm25.search(index, ["WING flies", "the of", "", "xyzzy"], 3)
@@ -83,56 +73,12 @@ def test_stemming_and_stop_words_and_queries_without_a_known_word(passages):
     assert bm25.search(index, [], 3)[1].shape == (0, 3)
 
 
-def test_processes_share_the_queries_and_find_the_same(passages):
-    index, queries = bm25.build(passages, 0.9, 0.4), random_texts(1, 150)
-    for alone, shared in zip(bm25.search(index, queries, 50), bm25.search(index, queries, 50, processes=2)):
-        assert np.array_equal(alone, shared) and len(shared) == 150
-
-
-SEARCHER = """
-import os, sys, tempfile
-from quincunx.engine.retrieval import bm25
-from quincunx.engine.retrieval.collection import make_collection
-if __name__ == "__main__":
-    tempfile.tempdir = sys.argv[1]
-    index = bm25.build(make_collection(["a", "b"], ["lift", "drag"], "two"))
-    with bm25._searching(index, 2) as found:
-        for _ in found([["lift"]] * 10**4, 1):
-            print("searching", flush=True)
-"""
-
-
-def test_processes_end_with_the_search_that_was_killed(tmp_path):
-    (tmp_path / "searcher.py").write_text(SEARCHER)
-    command = [sys.executable, str(tmp_path / "searcher.py"), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as searcher:
-        assert searcher.stdout.readline() == "searching\n"
-        searcher.kill()
-    deadline = time.monotonic() + 30
-    while processes_of(searcher.pid):
-        assert time.monotonic() < deadline, "orphans"
-        time.sleep(0.1)
-
-
-def processes_of(session: int) -> list[int]:
-    """Living processes of a session."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
-            if int(its_session) == session and state != "Z":
-                found.append(int(path.parent.name))
-    return found
-
-
 def test_settings_that_do_not_fit_are_refused(passages):
     for k1, b in [(-1, 0.5), (1, 1.5), (float("nan"), 0.5)]:
         with pytest.raises(SettingsError, match="give k1 of 0 or more and b from 0 to 1"):
             bm25.build(passages, k1, b)
     with pytest.raises(DataError, match="holds a word that is no stop word"):
         bm25.build(make_collection(["a", "b"], ["", "the of"], "empty"))
-    with pytest.raises(SettingsError, match="depth is 0"):
-        bm25.search(bm25.build(passages), ["lift"], 0)
 
 
 @pytest.mark.skipif("QUINCUNX_DATA" not in os.environ, reason="QUINCUNX_DATA is the folder of the collections")
