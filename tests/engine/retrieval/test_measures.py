@@ -127,7 +127,9 @@ def test_the_randomisation_test_is_scipys_exact_one_within_its_draws():
         # 10,000 draws: a standard deviation of sqrt(p (1 - p) / 10,000) <= 0.005; four of them
         assert randomisation_test(a - b) == pytest.approx(exact, abs=0.02)
     assert randomisation_test(np.zeros(30)) == 1.0
-    assert randomisation_test(np.full(30, 0.1)) == pytest.approx(2e-4, rel=0.01), "twice the smaller tail, of 9,999 draws and itself"
+    assert randomisation_test(np.full(30, 0.1)) == pytest.approx(2e-4, rel=0.01), (
+        "twice the smaller tail, of 9,999 draws and itself"
+    )
 
 
 def test_intervals_cover_the_true_mean_about_as_often_as_they_say():
