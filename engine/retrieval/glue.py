@@ -1,248 +1,437 @@
-"""A GLUE task as a job for the training loop (engine/training.py): a cross-encoder with as many labels as the task.
+"""GLUE's CoLA, MRPC, STS-B and QQP from local files, on transformers' Trainer; the defaults are BERT's.
 
-Classes are learned by cross-entropy, STS-B's scores by squared error; both are means over the global batch, so neither
-the number of ranks nor the micro-batch changes the gradient. The order is data_shards/order.py's, a pure function of
-seed and step: an epoch takes every example once, and its last ones share a step with the first of the next.
-
-Letters: B examples of a micro-batch, T tokens, N examples of a file, C labels of the model.
+BERT (Devlin and others, 2019, section 4.1 and appendix A.3), whose settings MASTER (appendix C) takes over: batches of
+32, 3 epochs, the best learning rate on dev of 5e-5, 4e-5, 3e-5 and 2e-5, dropout 0.1; the tokens, the warm-up and
+epsilon are those of its published code. The tsv files know no quoting: a quotation mark is a character of its sentence.
+docs/glue.md shows a line of each. The measures are scikit-learn's and scipy's.
 """
 
-import copy
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
-from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.order import Order
-from quincunx.data_shards.stream import Stream
-from quincunx.engine.deepspeed_config import load_config
-from quincunx.engine.environment import Environment, choose_device, gather_rows, rank_and_world
-from quincunx.engine.export import MODEL_FOLDER
-from quincunx.engine.host_memory import return_freed_memory
-from quincunx.engine.job import Evaluation
-from quincunx.engine.packing import batches_by_length, pack
-from quincunx.engine.retrieval.cross_encoder import CrossEncoder, Reranker, load_reranker, save_reranker
-from quincunx.engine.retrieval.finetune_job import LossSums
-from quincunx.engine.retrieval.glue_batches import GlueBatch, GluePacker, tokenise_examples
-from quincunx.engine.retrieval.glue_data import TASKS, GlueExamples, find_files, read_examples, unlike_published
-from quincunx.engine.retrieval.glue_export import export_glue
-from quincunx.engine.retrieval.glue_metrics import measure
-from quincunx.engine.retrieval.glue_settings import GlueSettings, find_idle_settings
-from quincunx.engine.run_folder import RunFolder
-from quincunx.engine.tensors import text_to_tensors
-from quincunx.engine.throughput import encoder_multiply_adds
-from quincunx.engine.training import run_training
+from quincunx.data_shards.artefact import written_whole
+from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.records import BadRecordError, check_text, load_json
+from quincunx.data_shards.setting import setting
+from quincunx.engine.environment import Environment, choose_device
+from quincunx.engine.retrieval.files import read_lines
 
-SCORE_TOLERANCE = 0.5
-"""A score this near to its label counts as right in accuracy/squared_error."""
+SPLITS = ("train", "dev", "test")
+COLA_COLUMNS = ("source", "label", "note", "sentence")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlueSettings:
+    """Settings of a GLUE run."""
+
+    task: Literal["cola", "mrpc", "stsb", "qqp"] = "mrpc"
+    """What is learned: acceptability of a sentence (cola), paraphrase (mrpc), similarity from 0 to 5 (stsb), duplicate
+    questions (qqp)."""
+    data: str = setting("", role="data")
+    """Folder with train.tsv, dev.tsv and perhaps test.tsv as in the GLUE download, or the same as .jsonl."""
+    train: str | None = setting(None, role="data")
+    """Training file (default: the folder's), such as msr_paraphrase_train.txt."""
+    dev: str | None = setting(None, role="data")
+    """File that is measured on (default: the folder's)."""
+    test: str | None = setting(None, role="data")
+    """File that predictions are written for (default: the folder's, if it has one)."""
+    skip_broken_rows: bool = False
+    """Leave out rows of train and dev with a wrong number of columns, and say how many; the published QQP has some."""
+    encoder: str = "bert-base-uncased"
+    """Model to start from: a pre-training run's export/encoder, a Hugging Face name or folder."""
+    output: str = "runs/glue"
+    """Folder of checkpoints, dev.json, classifier/ and predictions. The same command on the same folder resumes."""
+    max_tokens: int = setting(128, low=8)
+    """Longest sentence or pair in tokens, special tokens included; a longer pair loses tokens of its longer side."""
+    epochs: float = setting(3.0, above=0, below=10**6)
+    """Length of the run in passes over the training data (BERT: 3)."""
+    batch: int = setting(32, low=1)
+    """Examples of one optimizer step, over all ranks (BERT: 32)."""
+    learning_rate: float = setting(2e-5, above=0, below=10**6)
+    """Peak learning rate (BERT: the best on dev of 5e-5, 4e-5, 3e-5 and 2e-5)."""
+    warmup_share: float = setting(0.1, low=0, below=1)
+    """Share of the steps over which the rate rises linearly from 0; it then falls linearly to 0."""
+    weight_decay: float = setting(0.01, low=0)
+    """AdamW's decoupled weight decay; none on biases and norms."""
+    adam_eps: float = setting(1e-6, above=0)
+    """AdamW's epsilon (BERT's code: 1e-6)."""
+    seed: int = setting(42, low=0, below=2**32)
+    """Of the order, the new head and dropout."""
+    dev_every: int = setting(500, low=1)
+    """Steps between measurements on dev, and between checkpoints."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train: cuda fails if there is no GPU, auto takes one if there is."""
+
+    def contradictions(self) -> list[str]:
+        """What is wrong with values that are each in range, as clauses."""
+        problems = []
+        if not self.data and not (self.train and self.dev):
+            problems.append(f"data is not given; name the folder of {self.task}'s files, or give train and dev")
+        if self.data and not Path(self.data).is_dir():
+            problems.append(
+                f"data {self.data} is not a folder; name the one that holds {self.task}'s train.tsv and dev.tsv"
+            )
+        return problems
 
 
 @dataclass(frozen=True)
-class GlueJob:
-    """One rank's part of a GLUE run; fields and methods as engine/job.py has them."""
+class Task:
+    """One of GLUE's tasks."""
 
-    settings: GlueSettings
-    config: dict[str, Any]
-    micro_batch: int
-    total_steps: int
-    cuda: bool
-    loaded: Reranker
-    """The model to train, with its tokenizer."""
-    stream: Stream
-    train: GlueExamples
-    dev: GlueExamples
-    dev_tokens: tuple[list[np.ndarray], list[np.ndarray] | None]
-    """dev's ids and token types."""
-    test: Path | None
-
-    @property
-    def model(self) -> CrossEncoder:
-        return self.loaded.model
+    title: str
+    sentences: tuple[str, ...]
+    """Columns of its sentences, one or two."""
+    label: str
+    """Column of its label."""
+    classes: tuple[str, ...]
+    """Names of the labels 0 and 1; empty for a score from 0 to HIGHEST_SCORE."""
+    measures: tuple[str, ...]
+    """Names of what GLUE's leaderboard and MASTER's Table 8 report."""
+    rows: dict[str, int]
+    """Rows of the published train and dev files that can be read."""
+    header: tuple[str, ...] = ()
+    """Columns of train and dev files, which have no header line where this is given."""
 
     @property
-    def dataset_ids(self) -> list[str]:
-        """Of the training file and, so that all ranks measure the same, of the dev file."""
-        return [self.train.digest, self.dev.digest]
-
-    @property
-    def dataset_weights(self) -> list[int]:
-        return [1, 0]
-
-    @property
-    def task_names(self) -> list[str]:
-        return ["cross_entropy" if TASKS[self.settings.task].classes else "squared_error"]
-
-    @property
-    def task_weights(self) -> list[float]:
-        return [1.0]
-
-    @property
-    def evaluations(self) -> list[Evaluation]:
-        return [Evaluation("dev", self.settings.dev_every, self.measure_dev, shown=True)]
-
-    @property
-    def warnings(self) -> list[str]:
-        name, sentences = self.settings.task, find_idle_settings(self.settings)
-        for split, examples in (("train", self.train), ("dev", self.dev)):
-            if (sentence := unlike_published(name, split, examples)) is not None:
-                sentences.append(sentence)
-            if examples.num_broken:
-                sentences.append(f"{examples.num_broken} rows of {examples.path} are broken and left out")
-        return sentences
-
-    def describe(self) -> str:
-        steps = len(self.train) / self.settings.global_batch
-        return (
-            f"{TASKS[self.settings.task].title}: {len(self.train):,} examples, an epoch is {steps:,.1f} steps, "
-            f"{len(self.dev):,} of dev"
-        )
-
-    def write_model_files(self, folder: Path) -> None:
-        """The model that the run starts from; its configuration and tokenizer are the export's."""
-        card = f"Where this run started: {self.settings.encoder}\n"
-        max_tokens = self.settings.max_tokens
-        save_reranker(folder / MODEL_FOLDER, self.model, None, self.loaded.tokenizer, max_tokens=max_tokens, card=card)
-
-    def num_labels(self, batch: GlueBatch) -> list[int]:
-        return [len(batch)]
-
-    def forward_passes(
-        self, engine: Any, batches: list[GlueBatch], label_counts: torch.Tensor, seeds: list[int]
-    ) -> Iterator[LossSums]:
-        device = label_counts.device
-        for batch, seed in zip(batches, seeds, strict=True):
-            torch.manual_seed(seed)
-            types = None if batch.token_types is None else torch.from_numpy(batch.token_types).to(device)
-            logits = engine(text_to_tensors(batch.text, device), types).float()
-            loss_sum, correct = sum_losses(logits, torch.from_numpy(batch.labels).to(device))
-            yield LossSums((loss_sum / label_counts).sum(), loss_sum.detach()[None], correct[None])
-
-    def flops(self, batch: GlueBatch) -> float:
-        lengths = np.diff(batch.text.cu_seqlens)
-        return 3 * 2 * encoder_multiply_adds(self.model.model.base_model, lengths, np.ones_like(lengths))
-
-    def sample_ids(self, step: int) -> dict[str, list]:
-        """Places of the examples among the training file's, from 0."""
-        return {"examples": self.stream.order.global_batch(step, self.settings.global_batch).sample_ids.tolist()}
-
-    def compile(self) -> None:
-        self.model.model.base_model.compile(dynamic=True)
-
-    def measure_dev(self, device: torch.device) -> dict[str, float]:
-        """dev/MEASURE and dev/loss (per example) of the model as it stands, on every rank; every rank must call it."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            logits = predict(self.model, *self.dev_tokens, device)
-        finally:
-            self.model.train(was_training)
-        labels = self.dev.labels
-        loss = float(sum_losses(torch.from_numpy(logits), torch.from_numpy(labels))[0]) / len(labels)
-        measures = {"loss": loss, **measure(self.settings.task, logits, labels)}
-        return {f"dev/{name}": value for name, value in measures.items()}
-
-    def export(self, folder: RunFolder) -> list[Path]:
-        return export_glue(folder.path, folder.export, self.test, "cuda" if self.cuda else "cpu")
+    def allowed(self) -> str:
+        return "0 and 1" if self.classes else f"numbers from 0 to {HIGHEST_SCORE}"
 
 
-def sum_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the summed loss, how many are right), scalars: of classes [B, C] in nats, of scores [B] squared errors."""
-    if labels.dtype == torch.int64:
-        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum().to(logits.dtype)
-    errors = logits - labels
-    return errors.square().sum(), (errors.detach().abs() <= SCORE_TOLERANCE).sum().to(logits.dtype)
+HIGHEST_SCORE = 5
+TASKS = {
+    "cola": Task(
+        "CoLA",
+        ("sentence",),
+        "label",
+        ("unacceptable", "acceptable"),
+        ("mcc",),
+        {"train": 8551, "dev": 1043},
+        COLA_COLUMNS,
+    ),
+    "mrpc": Task(
+        "MRPC",
+        ("#1 String", "#2 String"),
+        "Quality",
+        ("not_equivalent", "equivalent"),
+        ("accuracy", "f1"),
+        {"train": 3668, "dev": 408},
+    ),
+    "stsb": Task(
+        "STS-B", ("sentence1", "sentence2"), "score", (), ("pearson", "spearman"), {"train": 5749, "dev": 1500}
+    ),
+    "qqp": Task(
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        ("not_duplicate", "duplicate"),
+        ("accuracy", "f1"),
+        {"train": 363846, "dev": 40430},
+    ),
+}
 
 
-def predict(
-    model: CrossEncoder, ids: list[np.ndarray], types: list[np.ndarray] | None, device: torch.device
-) -> np.ndarray:
-    """float32 [N] or [N, C]: the logits of all examples in their order, on every rank; every rank must call it.
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one file, in its order."""
 
-    Rank r takes batches r, r + ranks, ...; one that has a batch fewer takes the last one once more, so that all run the
-    same number of forwards, as ZeRO-3 needs. Raises DataError where the ranks together have not every example once.
+    path: Path
+    firsts: list[str]
+    seconds: list[str] | None
+    """None if the task reads one sentence."""
+    labels: np.ndarray | None
+    """int64 [N] classes or float32 [N] scores; None in a test file."""
+    num_broken: int
+    """Rows left out, with another number of columns than the file's others."""
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+
+def find_files(folder: str, given: dict[str, str | None]) -> dict[str, Path | None]:
+    """The file of each split: as given, else SPLIT.tsv or SPLIT.jsonl of the folder; None if there is no test file.
+
+    Raises:
+        DataError: no file for train or dev, or one that was given and is not there.
     """
-    rank, num_ranks = rank_and_world()
-    batches = batches_by_length(ids)
-    rows = []
-    with torch.no_grad():  # not inference_mode, whose tensors ZeRO-3 cannot gather into
-        for turn in range(-(-len(batches) // num_ranks)):
-            number = rank + turn * num_ranks
-            batch = batches[min(number, len(batches) - 1)]
-            packed = text_to_tensors(pack([ids[n] for n in batch]), device)
-            types_T = None if types is None else torch.from_numpy(np.concatenate([types[n] for n in batch])).to(device)
-            logits = model(packed, types_T).double()
-            if number < len(batches):
-                rows.append(torch.cat([torch.from_numpy(batch)[:, None].to(logits), logits.view(len(batch), -1)], 1))
-    mine = torch.cat(rows) if rows else torch.empty(0, 1 + model.num_labels, dtype=torch.float64, device=device)
-    shares = [sum(map(len, batches[other::num_ranks])) for other in range(num_ranks)]
-    gathered = gather_rows(mine, shares).cpu().numpy()
-    if not np.array_equal(np.sort(gathered[:, 0]), np.arange(len(ids))):
+    found: dict[str, Path | None] = {}
+    for split in SPLITS:
+        candidates = [Path(folder) / f"{split}.tsv", Path(folder) / f"{split}.jsonl"] if folder else []
+        if given.get(split):
+            candidates = [Path(given[split])]
+        found[split] = next((path for path in candidates if path.is_file()), None)
+        if found[split] is None and (split != "test" or given.get(split)):
+            looked_for = " nor ".join(map(str, candidates)) or "no file"
+            raise DataError(f"there is no {split} file ({looked_for}): give --data a folder that has one, or --{split}")
+    return found
+
+
+def read_examples(name: str, path: str | Path, split: str, *, skip_broken: bool = False) -> Examples:
+    """Reads a train, dev or test file of the task `name` (a key of TASKS).
+
+    skip_broken: rows of train and dev files with a wrong number of columns are left out and counted, not refused. The
+        published QQP files have some, where a question holds a line break.
+
+    Raises:
+        DataError: no such file, a column that is missing, a row with a wrong number of columns, a label that is missing
+            or not one of the task's, labels that are all alike, or no examples. Names file and line.
+    """
+    task, path = TASKS[name], Path(path)
+    texts: list[list[str]] = []
+    labels: list[float] = []
+    num_broken = 0
+    read = _jsonl_rows if path.name.removesuffix(".gz").endswith(".jsonl") else _tsv_rows
+    for number, sentences, label in read(task, path, split):
+        if sentences is None:
+            if skip_broken and split != "test":
+                num_broken += 1
+                continue
+            remedy = "fix or remove the line" if split == "test" else "fix the line, or pass --skip_broken_rows"
+            raise DataError(f"{path}:{number}: {label}: {remedy}")
+        texts.append(sentences)
+        if split != "test":
+            labels.append(_label(task, label, f"{path}:{number}"))
+    if not texts:
+        raise DataError(f"{path} holds no examples: give a {split} file of {task.title} with at least one")
+    if split != "test" and len(set(labels)) == 1:
         raise DataError(
-            f"{num_ranks} ranks predicted {len(gathered)} examples where each of {len(ids)} was due once: give all "
-            "machines the same files"
+            f"all {len(labels)} labels of {path} are {labels[0]:g}, {task.title}'s are {task.allowed}: give a file "
+            "with different ones"
         )
-    ordered = gathered[np.argsort(gathered[:, 0]), 1:].astype(np.float32)
-    return ordered[:, 0] if model.num_labels == 1 else ordered
+    columns = list(map(list, zip(*texts, strict=True)))
+    return Examples(
+        path=path,
+        firsts=columns[0],
+        seconds=columns[1] if len(columns) == 2 else None,
+        labels=None if split == "test" else np.array(labels, np.int64 if task.classes else np.float32),
+        num_broken=num_broken,
+    )
+
+
+def unlike_published(name: str, split: str, examples: Examples) -> str | None:
+    """A sentence where a tsv file has another number of rows than GLUE's own; numbers then compare with nobody's."""
+    published = TASKS[name].rows[split]
+    if examples.path.suffix == ".jsonl" or len(examples) == published:
+        return None
+    return f"{examples.path} has {len(examples):,} examples, GLUE's {split} file of {TASKS[name].title} {published:,}"
+
+
+def _tsv_rows(task: Task, path: Path, split: str) -> Iterator[tuple[int, list[str] | None, str]]:
+    """(line number, sentences, label as written) of every row; without sentences, what is wrong with the row."""
+    header: list[str] = [] if split == "test" else list(task.header)
+    place = 0
+    for number, line in enumerate(read_lines(path), 1):
+        line = line.rstrip("\r\n")
+        if not line:
+            continue
+        cells = line.split("\t")
+        if not header:
+            header = cells
+            wanted = task.sentences if split == "test" else (*task.sentences, task.label)
+            if missing := [column for column in wanted if column not in header]:
+                hint = " (a test file has none)" if missing == [task.label] else ""
+                raise DataError(
+                    f"{path}:{number}: the header has no column {' nor '.join(missing)}{hint}: give a {split} file of "
+                    f"{task.title}, tab-separated"
+                )
+            continue
+        if len(cells) != len(header):
+            columns = f"{len(cells)} column{'s' * (len(cells) != 1)}"
+            yield number, None, f"{columns} where {task.title} has {len(header)} ({', '.join(header)})"
+            continue
+        row = dict(zip(header, cells, strict=True))
+        index = row.get("index", row.get("id", str(place)))
+        if split == "test" and index != str(place):
+            raise DataError(
+                f"{path}:{number}: the index is {index!r} where {place} comes next, and predictions are numbered "
+                "from 0 in the file's order: give the test file as GLUE publishes it"
+            )
+        place += 1
+        yield number, [row[column].strip() for column in task.sentences], row.get(task.label, "")
+
+
+def _jsonl_rows(task: Task, path: Path, split: str) -> Iterator[tuple[int, list[str], Any]]:
+    """(line number, sentences, label) of every line with sentence1, sentence2 (where the task has two) and label."""
+    names = ["sentence1", "sentence2"][: len(task.sentences)]
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            record = load_json(line)
+            if record is None:
+                continue
+            if len(names) == 1 and record.get("sentence2"):
+                raise BadRecordError(f"a sentence2, and {task.title} reads one sentence")
+            sentences = [check_text(record.get(name), name) for name in names]
+        except BadRecordError as error:
+            raise DataError(f"{path}:{number}: {error}: fix or remove the line") from None
+        yield number, sentences, record.get("label")
+
+
+def _label(task: Task, given: Any, where: str) -> float:
+    """A label as a number. Raises DataError where it is none, or not one of the task's."""
+    try:
+        if given is None or isinstance(given, bool):
+            raise ValueError
+        value = float(given)
+        fits = value in (0, 1) if task.classes else math.isfinite(value) and 0 <= value <= HIGHEST_SCORE
+        if not fits:
+            raise ValueError
+    except (ValueError, TypeError, OverflowError):
+        shown = "missing" if given in (None, "") else repr(given)
+        raise DataError(f"{where}: the label is {shown}, {task.title}'s are {task.allowed}: fix the line") from None
+    return value
 
 
 def run_glue(settings: GlueSettings, environment: Environment) -> int:
-    """Runs or resumes a GLUE run on this rank; returns the process's exit code (engine/training.py)."""
-    return run_training(partial(prepare, settings, environment), settings, environment)
+    """Trains, measures dev, exports OUTPUT/classifier and writes OUTPUT/TASK.tsv; goes on from OUTPUT's checkpoint.
 
-
-def prepare(settings: GlueSettings, environment: Environment) -> GlueJob:
-    """Checks files and model, and opens them. Raises SettingsError or DataError."""
+    Raises SettingsError for a model that cannot serve and DataError for files that cannot be read.
+    """
+    files = find_files(settings.data, {split: getattr(settings, split) for split in SPLITS})
+    read = {
+        split: read_examples(settings.task, path, split, skip_broken=settings.skip_broken_rows)
+        for split, path in files.items()
+        if path is not None
+    }
+    if environment.is_main:
+        for split in ("train", "dev"):
+            if (sentence := unlike_published(settings.task, split, read[split])) is not None:
+                print(f"warning: {sentence}", flush=True)
+            if read[split].num_broken:
+                print(f"warning: {read[split].num_broken} rows of {read[split].path} are broken and left out")
     cuda = choose_device(settings.device, environment)
-    config, micro_batch = load_config(settings, environment.world_size, cuda)
-    task = TASKS[settings.task]
-    files = find_files(settings.data, {"train": settings.train, "dev": settings.dev, "test": settings.test})
-    train, dev = (
-        read_examples(settings.task, files[split], split, skip_broken=settings.skip_broken_rows)
-        for split in ("train", "dev")
+    trainer = make_trainer(settings, read, environment.world_size, cuda)
+    from transformers.trainer_utils import get_last_checkpoint
+
+    output, folder = Path(settings.output), Path(settings.output) / "checkpoints"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    trainer.save_model(str(output / "classifier"))
+    answers = None
+    if "test" in read:
+        answers = trainer.predict(as_rows(read["test"], trainer.processing_class, settings.max_tokens))
+    if environment.is_main:
+        measures = {name: found[name] for name in ("loss", *TASKS[settings.task].measures)}
+        print(
+            f"{TASKS[settings.task].title}, dev: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+        )
+        with written_whole(output / "dev.json") as file:
+            file.write(json.dumps(measures, indent=1) + "\n")
+        if answers is not None:
+            write_predictions(output / f"{TASKS[settings.task].title}.tsv", settings.task, answers.predictions)
+    return 0
+
+
+def make_trainer(settings: GlueSettings, read: dict[str, Examples], num_ranks: int, cuda: bool) -> Any:
+    """transformers' Trainer on the training file, with the task's measures on the dev file."""
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
     )
-    if files["test"] is not None and environment.is_main:
-        read_examples(settings.task, files["test"], "test")  # an error now, not after the training
-    torch.manual_seed(settings.seed)
-    loaded = load_reranker(
-        settings.encoder,
-        num_labels=len(task.classes) or 1,
-        max_tokens=settings.max_tokens,
-        dropout=settings.dropout,
-        gradient_checkpointing=settings.gradient_checkpointing,
+
+    from quincunx.engine.encoder import fetch_pretrained
+
+    if settings.batch % num_ranks:
+        raise SettingsError(f"batch {settings.batch} is not divisible by the {num_ranks} ranks: give a multiple")
+    names = TASKS[settings.task].classes or ("score",)
+    config = fetch_pretrained(AutoConfig.from_pretrained, settings.encoder)
+    has_head = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
+    if has_head and config.num_labels != len(names):
+        raise SettingsError(
+            f"{settings.encoder} gives {config.num_labels} labels, {len(names)} wanted: give an encoder without a head"
+        )
+    set_seed(settings.seed)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
+    model = fetch_pretrained(AutoModelForSequenceClassification.from_pretrained, settings.encoder, **labels)
+    tokenizer = fetch_pretrained(AutoTokenizer.from_pretrained, settings.encoder)
+    arguments = TrainingArguments(
+        output_dir=str(Path(settings.output) / "checkpoints"),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch // num_ranks,
+        per_device_eval_batch_size=128,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_share,
+        weight_decay=settings.weight_decay,
+        adam_epsilon=settings.adam_eps,
+        seed=settings.seed,
+        eval_strategy="steps",
+        eval_steps=settings.dev_every,
+        save_steps=settings.dev_every,
+        save_total_limit=2,
+        logging_steps=50,
+        report_to=[],
+        use_cpu=not cuda,
+        bf16=cuda,
     )
-    loaded.model.train()
-    if task.classes:
-        loaded.model.config.id2label = dict(enumerate(task.classes))
-        loaded.model.config.label2id = {name: label for label, name in enumerate(task.classes)}
-    if not cuda:
-        return_freed_memory(sum(parameter.numel() for parameter in loaded.model.parameters()))
-    tokenizer = copy.deepcopy(loaded.tokenizer)  # it will cut at max_tokens, the exported one must not
-    ids, types, _ = tokenise_examples(tokenizer, dev.firsts, dev.seconds, settings.max_tokens)
-    stream = Stream(
-        GluePacker(train, tokenizer, settings.max_tokens),
-        Order(settings.seed, [np.array([len(train)])]),
-        global_batch=settings.global_batch,
-        micro_batch=micro_batch,
-        rank=environment.rank,
-        world_size=environment.world_size,
-        num_workers=settings.num_workers,
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=as_rows(read["train"], tokenizer, settings.max_tokens),
+        eval_dataset=as_rows(read["dev"], tokenizer, settings.max_tokens),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=lambda found: measure(settings.task, found.predictions, found.label_ids),
     )
-    return GlueJob(
-        settings=settings,
-        config=config,
-        micro_batch=micro_batch,
-        total_steps=settings.total_steps(len(train)),
-        cuda=cuda,
-        loaded=loaded,
-        stream=stream,
-        train=train,
-        dev=dev,
-        dev_tokens=(ids, types),
-        test=files["test"],
-    )
+
+
+def as_rows(examples: Examples, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
+    """The examples as the Trainer's data set: tokenised, with their labels if they have any."""
+    texts = [examples.firsts] if examples.seconds is None else [examples.firsts, examples.seconds]
+    encoded = tokenizer(*texts, truncation=True, max_length=max_tokens)
+    rows = [{name: values[n] for name, values in encoded.items()} for n in range(len(examples))]
+    if examples.labels is not None:
+        for row, label in zip(rows, examples.labels.tolist(), strict=True):
+            row["labels"] = label
+    return rows
+
+
+def measure(name: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The task's measures, 1 is perfect: {"mcc"}, {"accuracy", "f1"} or {"pearson", "spearman"}.
+
+    logits: float [N, 2] of a task with classes, float [N] of STS-B, whose scores are taken as they are, not cut to
+    0 ... 5. labels: [N]. A correlation with predictions that are all alike is 0.
+    """
+    if not TASKS[name].classes:
+        logits = logits.reshape(-1)
+        return {"pearson": _correlation(logits, labels), "spearman": _correlation(logits, labels, by_rank=True)}
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    classes = logits.argmax(axis=1)
+    if name == "cola":
+        return {"mcc": float(matthews_corrcoef(labels, classes))}
+    return {
+        "accuracy": float(accuracy_score(labels, classes)),
+        "f1": float(f1_score(labels, classes, zero_division=0)),
+    }
+
+
+def _correlation(predicted: np.ndarray, labels: np.ndarray, by_rank: bool = False) -> float:
+    from scipy.stats import pearsonr, spearmanr
+
+    if np.ptp(predicted) == 0:
+        return 0.0
+    predicted, labels = predicted.astype(np.float64), labels.astype(np.float64)
+    return float((spearmanr if by_rank else pearsonr)(predicted, labels).statistic)
+
+
+def write_predictions(path: str | Path, name: str, logits: np.ndarray) -> None:
+    """Writes a test file's predictions as GLUE takes them: a header, then index and prediction, tab-separated.
+
+    A class is 0 or 1; a score has three decimals and is cut to 0 ... 5. The index is the row's place in the file,
+    from 0.
+    """
+    with written_whole(path) as file:
+        file.write("index\tprediction\n")
+        for index, row in enumerate(logits if TASKS[name].classes else logits.reshape(-1)):
+            answer = str(row.argmax()) if TASKS[name].classes else f"{min(max(float(row), 0.0), HIGHEST_SCORE):.3f}"
+            file.write(f"{index}\t{answer}\n")

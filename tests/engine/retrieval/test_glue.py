@@ -1,116 +1,231 @@
-"""A GLUE job without its loop: what a batch holds, what a loss is, and that packing changes no logit."""
+"""GLUE's own layouts and their faults; its measures against formulas written out here."""
 
 import json
+import math
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.tokenizer_training import train_wordpiece
-from quincunx.engine.environment import discover_environment
-from quincunx.engine.retrieval.glue import predict, prepare, sum_losses
-from quincunx.engine.retrieval.glue_settings import GlueSettings
+from quincunx.data_shards.errors import DataError
+from quincunx.engine.retrieval.glue import (
+    TASKS,
+    find_files,
+    measure,
+    read_examples,
+    unlike_published,
+    write_predictions,
+)
 
-DRAW = np.random.default_rng(0)
-SENTENCES = [" ".join(DRAW.choice(["ba", "ku", "mole", "rin", "sota", "tum"], size=n)) for n in DRAW.integers(2, 9, 24)]
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    tokenizer = train_wordpiece(SENTENCES, 60)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    model = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=24, **sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def job_of(task, encoder, folder, **settings):
-    """A job on 12 sentences or pairs, the same to train and to measure."""
-    pair = task != "cola"
-    rows = [
-        {"sentence1": SENTENCES[n], **({"sentence2": SENTENCES[n + 12]} if pair else {}), "label": n % 2}
-        for n in range(12)
-    ]
-    for split in ("train", "dev"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    defaults = {"max_tokens": 12, "global_batch": 4, "micro_batch": 2, "device": "cpu", "dropout": 0.0}
-    settings = {**defaults, "task": task, "data": str(folder), "encoder": str(encoder), **settings}
-    settings = GlueSettings(**settings)
-    return prepare(settings, discover_environment({}))
+COLA = 'gj04\t1\t\tThe boy "ran.\ngj04\t0\t*\tRan boy the .\n'
+MRPC = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tHe said \"no.\tNo, he said.\n0\t9\t10\tA'b\tC\n"
+STSB = (
+    "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+    "0\tmain\tf\t2012\t1\tnone\tnone\tA plane.\tAn air plane.\t5.000\n1\tmain\tf\t2012\t2\tnone\tnone\tA.\tB.\t0.25\n"
+)
+QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tWhy?\tHow come?\t1\n4\t5\t6\tWho?\tWhen?\t0\n"
+TESTS = {
+    "cola": "index\tsentence\n0\tBill ran .\n",
+    "mrpc": "index\t#1 ID\t#2 ID\t#1 String\t#2 String\n0\t1\t2\tA b\tC d\n",
+    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\n"
+    "0\tm\tf\t1\t2\tn\tn\tA b\tC d\n",
+    "qqp": "id\tquestion1\tquestion2\n0\tA b\tC d\n",
+}
 
 
-@pytest.mark.parametrize("task", ["cola", "mrpc", "stsb"])
-def test_packed_batches_give_the_logits_of_the_padded_model_cut_as_transformers_cuts(task, encoder, tmp_path):
-    job = job_of(task, encoder, tmp_path, max_tokens=8)
-    job.write_model_files(tmp_path)
-    reference = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert tokenizer.backend_tokenizer.truncation is None and tokenizer.model_max_length == 8
-    texts = [SENTENCES[:12]] if task == "cola" else [SENTENCES[:12], SENTENCES[12:]]
-    rows = tokenizer(*texts, truncation=True, max_length=8, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        expected = reference(**rows).logits.numpy()
-    job.model.eval()
-    found = predict(job.model, *job.dev_tokens, torch.device("cpu"))
-    assert found.shape == ((12,) if task == "stsb" else (12, 2))
-    # 1e-5: float32 sums over packed and over padded rows.
-    np.testing.assert_allclose(found.reshape(12, -1), expected, atol=1e-5)
-    assert np.abs(found - found.mean(axis=0)).max() > 1e-3, "the model tells the sentences apart"
-    lengths = tokenizer(*texts)["input_ids"]
-    batches = [batch for step in range(3) for batch in job.stream.step(step)]
-    assert sum(batch.num_cut_texts for batch in batches) == sum(len(ids) > 8 for ids in lengths) > 0
-    names = {"cola": {0: "unacceptable", 1: "acceptable"}, "mrpc": {0: "not_equivalent", 1: "equivalent"}}
-    assert task == "stsb" or reference.config.id2label == names[task]
-    assert reference.config.num_labels == (1 if task == "stsb" else 2)
+def written(tmp_path, text, name="train.tsv"):
+    (tmp_path / name).write_bytes(text.encode())
+    return tmp_path / name
 
 
-def test_an_epoch_takes_every_example_once_with_its_own_label_and_another_seed_another_order(encoder, tmp_path):
-    job = job_of("mrpc", encoder, tmp_path)
-    orders = [job.sample_ids(step)["examples"] for step in range(3)]
-    assert sorted(row for rows in orders for row in rows) == list(range(12))
-    for step, rows in enumerate(orders):
-        batches = job.stream.step(step)
-        assert [len(batch) for batch in batches] == [2, 2]
-        assert np.concatenate([batch.labels for batch in batches]).tolist() == [row % 2 for row in rows]
-        ids, types = job.dev_tokens
-        assert np.array_equal(batches[0].text.input_ids, np.concatenate([ids[row] for row in rows[:2]]))
-        assert np.array_equal(batches[0].token_types, np.concatenate([types[row] for row in rows[:2]]))
-    other = job_of("mrpc", encoder, tmp_path, seed=7)
-    assert [other.sample_ids(step)["examples"] for step in range(3)] != orders
+def refusal(task, path, split="train", **arguments):
+    with pytest.raises(DataError) as caught:
+        read_examples(task, path, split, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
-def test_losses_are_shares_of_the_mean_over_the_global_batch(encoder, tmp_path):
-    """One rank's two micro-batches of a step of 8 examples, against plain float64 formulas."""
-    for task in ("mrpc", "stsb"):
-        job = job_of(task, encoder, tmp_path)
-        job.model.eval()
-        batches = job.stream.step(0)
-        outputs = list(job.forward_passes(job.model, batches, torch.tensor([8.0]), [1, 2]))
-        rows = job.sample_ids(0)["examples"]
-        logits = predict(job.model, *job.dev_tokens, torch.device("cpu")).astype(np.float64)[rows]
-        labels = np.array(rows) % 2
-        if task == "mrpc":
-            each = np.log(np.exp(logits).sum(1)) - logits[np.arange(4), labels]
-            right = logits.argmax(1) == labels
-        else:
-            each, right = (logits - labels) ** 2, np.abs(logits - labels) <= 0.5
-        for output, part in zip(outputs, (slice(0, 2), slice(2, 4)), strict=True):
-            assert float(output.loss.detach()) == pytest.approx(each[part].sum() / 8, rel=1e-5)  # float32
-            assert float(output.nll_sums) == pytest.approx(each[part].sum(), rel=1e-5)
-            assert float(output.correct) == right[part].sum()
-        loss, _ = sum_losses(torch.from_numpy(logits), torch.from_numpy(labels if task == "mrpc" else labels * 1.0))
-        assert float(loss) == pytest.approx(each.sum(), rel=1e-12)
+def test_each_layout_gives_its_sentences_and_labels_with_quotation_marks_kept(tmp_path):
+    cola = read_examples("cola", written(tmp_path, COLA), "dev")
+    assert cola.firsts == ['The boy "ran.', "Ran boy the ."] and cola.seconds is None
+    assert cola.labels.tolist() == [1, 0] and cola.labels.dtype == np.int64
+    mrpc = read_examples(
+        "mrpc", written(tmp_path, "\ufeff" + MRPC.replace("\n", "\r\n"), "msr_paraphrase_train.txt"), "train"
+    )
+    assert mrpc.firsts == ['He said "no.', "A'b"] and mrpc.seconds == ["No, he said.", "C"]
+    assert mrpc.labels.tolist() == [1, 0]
+    for layout in (STSB, "\n".join(line.partition("\t")[2] for line in STSB.splitlines())):  # with and without index
+        stsb = read_examples("stsb", written(tmp_path, layout), "train")
+        assert stsb.firsts == ["A plane.", "A."] and stsb.seconds == ["An air plane.", "B."]
+        assert stsb.labels.tolist() == [5.0, 0.25] and stsb.labels.dtype == np.float32
+    qqp = read_examples("qqp", written(tmp_path, QQP), "train")
+    assert qqp.firsts == ["Why?", "Who?"] and qqp.seconds == ["How come?", "When?"] and qqp.labels.tolist() == [1, 0]
 
 
-def test_a_classifier_with_another_number_of_labels_is_refused(encoder, tmp_path):
-    job_of("mrpc", encoder, tmp_path).write_model_files(tmp_path)
-    with pytest.raises(SettingsError, match="gives 2 labels, 1 wanted"):
-        job_of("stsb", tmp_path / "model", tmp_path)
+@pytest.mark.parametrize("task", TASKS)
+def test_test_files_have_no_labels(task, tmp_path):
+    examples = read_examples(task, written(tmp_path, TESTS[task], "test.tsv"), "test")
+    assert len(examples) == 1 and examples.labels is None
+    assert examples.firsts == (["Bill ran ."] if task == "cola" else ["A b"])
+    if task != "cola":
+        assert examples.seconds == ["C d"]
+        assert "has no column " + TASKS[task].label in refusal(task, examples.path, "dev")
+    else:
+        assert "test.tsv:1: 2 columns where CoLA has 4" in refusal(task, examples.path, "dev")
+
+
+def test_a_test_file_in_another_order_than_its_index_is_refused(tmp_path):
+    path = written(tmp_path, "index\tsentence\n0\tgood\n2\tbad\n", "test.tsv")
+    assert "test.tsv:3: the index is '2' where 1 comes next" in refusal("cola", path, "test")
+
+
+def test_jsonl_carries_any_task(tmp_path):
+    rows = [{"sentence1": " a", "sentence2": "b\tc", "label": 3.5}, {"sentence1": "d", "sentence2": "e", "label": "1"}]
+    path = written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "train.jsonl")
+    pairs = read_examples("stsb", path, "train")
+    assert pairs.firsts == ["a", "d"] and pairs.seconds == ["b\tc", "e"] and pairs.labels.tolist() == [3.5, 1.0]
+    path = written(tmp_path, '{"sentence1": "a", "label": 1}\n\n{"sentence1": "b", "label": 0}\n', "dev.jsonl")
+    assert read_examples("cola", path, "dev").labels.tolist() == [1, 0]
+    assert "dev.jsonl:1: sentence2 is NoneType, a string is needed" in refusal("mrpc", path)
+    path = written(tmp_path, '{"sentence1": "a", "sentence2": "b", "label": 1}\n', "dev.jsonl")
+    assert "dev.jsonl:1: a sentence2, and CoLA reads one sentence" in refusal("cola", path)
+    assert "dev.jsonl:1: not JSON" in refusal("cola", written(tmp_path, "{\n", "dev.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "clause"),
+    [
+        ("mrpc", MRPC + "2\t1\t2\ta\tb\n", ":4: the label is '2', MRPC's are 0 and 1"),
+        ("mrpc", MRPC + "\t1\t2\ta\tb\n", ":4: the label is missing, MRPC's are 0 and 1"),
+        ("qqp", QQP + "1\t2\t3\ta\tb\t0.5\n", ":4: the label is '0.5', QQP's are 0 and 1"),
+        ("cola", COLA + "x\tyes\t\ta\n", ":3: the label is 'yes', CoLA's are 0 and 1"),
+        ("stsb", STSB.replace("0.25", "5.25"), ":3: the label is '5.25', STS-B's are numbers from 0 to 5"),
+        ("stsb", STSB.replace("0.25", "nan"), ":3: the label is 'nan', STS-B's are numbers from 0 to 5"),
+        ("qqp", QQP + "1\t2\t3\ta\tb\n", ":4: 5 columns where QQP has 6 (id, qid1, qid2, question1, question2, is_dup"),
+        ("mrpc", MRPC + "alone\n", ":4: 1 column where MRPC has 5"),
+        ("mrpc", QQP, ":1: the header has no column #1 String nor #2 String nor Quality: give a train file of MRPC"),
+        ("mrpc", MRPC.splitlines()[0] + "\n", "holds no examples"),
+        ("mrpc", "", "holds no examples"),
+        ("mrpc", MRPC.replace("\n0\t", "\n1\t"), "all 2 labels of "),
+        ("stsb", STSB.replace("0.25", "5"), "STS-B's are numbers from 0 to 5: give a file with different ones"),
+    ],
+)  # fmt: skip
+def test_wrong_labels_and_columns_are_one_sentence_with_file_and_line(task, text, clause, tmp_path):
+    assert clause in refusal(task, written(tmp_path, text))
+
+
+def test_a_jsonl_label_that_is_no_number_of_the_task_is_refused(tmp_path):
+    for value in (True, None, [1], "x", 2):
+        row = json.dumps({"sentence1": "a", "sentence2": "b", "label": value})
+        assert "train.jsonl:1: the label is" in refusal("qqp", written(tmp_path, row + "\n", "train.jsonl"))
+
+
+def test_broken_rows_are_left_out_only_on_demand_counted_and_never_of_a_test_file(tmp_path):
+    broken = QQP + "7\t8\t9\tA question with\na line break\tB?\t1\n"
+    path = written(tmp_path, broken)
+    assert ":4: 4 columns where QQP has 6" in refusal("qqp", path) and "--skip_broken_rows" in refusal("qqp", path)
+    examples = read_examples("qqp", path, "train", skip_broken=True)
+    assert len(examples) == 2 and examples.num_broken == 2
+    path = written(tmp_path, TESTS["qqp"] + "1\ta\n", "test.tsv")
+    assert ":3: 2 columns where QQP has 3" in refusal("qqp", path, "test", skip_broken=True)
+
+
+def test_files_are_found_in_the_folder_or_as_given(tmp_path):
+    with pytest.raises(
+        DataError, match=r"there is no train file \(.*train.tsv nor .*train.jsonl\): give --data a folder"
+    ):
+        find_files(str(tmp_path), {})
+    train = written(tmp_path, MRPC, "train.tsv")
+    dev = written(tmp_path, "", "dev.jsonl")
+    assert find_files(str(tmp_path), {"test": None}) == {"train": train, "dev": dev, "test": None}
+    other = written(tmp_path, MRPC, "other.txt")
+    assert find_files(str(tmp_path), {"dev": str(other)})["dev"] == other
+    assert find_files("", {"train": str(train), "dev": str(other)})["train"] == train
+    with pytest.raises(DataError, match="there is no test file"):
+        find_files(str(tmp_path), {"test": str(tmp_path / "absent.tsv")})
+
+
+def test_a_file_of_another_size_than_the_published_one_is_said(tmp_path):
+    examples = read_examples("mrpc", written(tmp_path, MRPC), "dev")
+    assert "train.tsv has 2 examples, GLUE's dev file of MRPC 408" in unlike_published("mrpc", "dev", examples)
+    whole = MRPC + "1\t2\t3\ta\tb\n" * 406
+    assert unlike_published("mrpc", "dev", read_examples("mrpc", written(tmp_path, whole), "dev")) is None
+
+
+# 1e-12: sums of some hundred float64 terms in another order.
+EXACT = {"rel": 1e-12, "abs": 1e-12}
+
+
+def drawn(seed, number=237):
+    draw = np.random.default_rng(seed)
+    labels = (draw.random(number) < 0.3).astype(np.int64)
+    logits = draw.normal(size=(number, 2)).astype(np.float32)
+    logits[:, 1] += labels - 0.4
+    return logits, labels
+
+
+def counts(logits, labels):
+    says = [b > a for a, b in logits.tolist()]
+    true = [label == 1 for label in labels.tolist()]
+    pairs = list(zip(says, true, strict=True))
+    return (
+        pairs.count((True, True)), pairs.count((False, False)), pairs.count((True, False)), pairs.count((False, True))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cola_is_the_matthews_correlation_of_the_confusion_counts(seed):
+    logits, labels = drawn(seed)
+    tp, tn, fp, fn = counts(logits, labels)
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert 0.1 < expected < 0.9
+    assert measure("cola", logits, labels) == {"mcc": pytest.approx(expected, **EXACT)}
+
+
+@pytest.mark.parametrize("task", ["mrpc", "qqp"])
+def test_paraphrases_have_accuracy_and_f1_of_class_1(task):
+    logits, labels = drawn(4)
+    tp, tn, fp, fn = counts(logits, labels)
+    expected = {"accuracy": (tp + tn) / len(labels), "f1": 2 * tp / (2 * tp + fp + fn)}
+    assert abs(expected["accuracy"] - expected["f1"]) > 0.05
+    assert measure(task, logits, labels) == {name: pytest.approx(value, **EXACT) for name, value in expected.items()}
+
+
+def mean_ranks(values):
+    """Ranks from 1, of ties their mean."""
+    return [sum(other < v for other in values) + (values.count(v) + 1) / 2 for v in values]
+
+
+def correlation(xs, ys):
+    x, y = math.fsum(xs) / len(xs), math.fsum(ys) / len(ys)
+    products = math.fsum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True))
+    return products / math.sqrt(math.fsum((a - x) ** 2 for a in xs) * math.fsum((b - y) ** 2 for b in ys))
+
+
+def test_similarity_has_pearson_and_spearman_with_ties_at_their_mean_rank():
+    draw = np.random.default_rng(5)
+    labels = (draw.integers(0, 21, 150) / 4).astype(np.float32)
+    scores = np.round(np.exp(labels) + draw.normal(0, 2, 150), 1).astype(np.float32)
+    xs, ys = scores.astype(float).tolist(), labels.astype(float).tolist()
+    assert len(set(xs)) < 150 and len(set(ys)) < 22
+    expected = {"pearson": correlation(xs, ys), "spearman": correlation(mean_ranks(xs), mean_ranks(ys))}
+    assert abs(expected["pearson"] - expected["spearman"]) > 0.01
+    assert measure("stsb", scores, labels) == {name: pytest.approx(value, **EXACT) for name, value in expected.items()}
+
+
+def test_a_model_that_always_says_the_same_has_no_correlation_and_no_warning(recwarn):
+    labels = np.array([0, 1, 1], np.int64)
+    same = np.tile(np.array([1.0, 0.0], np.float32), (3, 1))
+    assert measure("cola", same, labels) == {"mcc": 0.0}
+    assert measure("qqp", same, labels) == {"accuracy": pytest.approx(1 / 3), "f1": 0.0}
+    assert measure("stsb", np.ones(3, np.float32), labels.astype(np.float32)) == {"pearson": 0.0, "spearman": 0.0}
+    assert not list(recwarn)
+
+
+def test_predictions_are_written_as_glue_takes_them(tmp_path):
+    path = tmp_path / "MRPC.tsv"
+    write_predictions(path, "mrpc", np.array([[0.2, 0.1], [-1, 3]], np.float32))
+    assert path.read_text() == "index\tprediction\n0\t0\n1\t1\n"
+    write_predictions(path, "stsb", np.array([-0.2, 5.01, 3.14159], np.float32))
+    assert path.read_text() == "index\tprediction\n0\t0.000\n1\t5.000\n2\t3.142\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["MRPC.tsv"]
