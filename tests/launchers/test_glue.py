@@ -65,14 +65,8 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
 def run(tiny, output: Path, ranks: int = 1, **settings) -> subprocess.CompletedProcess:
     """A GLUE run of two epochs, 38 steps."""
     given = {**TINY, "data": tiny.folder, "encoder": tiny.folder / "encoder", "output": output, **settings}
-    torchrun = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        LAUNCHER,
-    ]
-    words = [*(torchrun if ranks > 1 else [sys.executable, LAUNCHER]), *as_flags(given)]
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", str(ranks)]
+    words = [*(torchrun if ranks > 1 else [sys.executable]), LAUNCHER, *as_flags(given)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -113,9 +107,8 @@ def test_two_ranks_learn_what_is_there_and_the_classifier_gives_its_numbers_in_t
 def test_a_run_cut_short_goes_on_from_its_checkpoint_and_ends_the_same(tiny, tmp_path):
     whole = run(tiny, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    shutil.copytree(
-        tmp_path / "whole" / "checkpoints" / "checkpoint-19", tmp_path / "cut" / "checkpoints" / "checkpoint-19"
-    )
+    half = "checkpoints/checkpoint-19"
+    shutil.copytree(tmp_path / "whole" / half, tmp_path / "cut" / half)
     resumed = run(tiny, tmp_path / "cut")
     assert resumed.returncode == 0, resumed.stderr
     name = "classifier/model.safetensors"
@@ -135,11 +128,11 @@ def test_wrong_files_and_models_end_with_one_sentence_and_nothing_written(tiny, 
         assert not (tmp_path / "run").exists()
 
 
-def stsb(folder: Path) -> dict[str, Path]:
+def stsb(folder: Path) -> dict[str, Path | str]:
     """Two pairs with scores."""
     rows = [{"sentence1": "a", "sentence2": "b", "label": score} for score in (0.0, 5.0)]
     (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"train": folder / "scores.jsonl", "dev": folder / "scores.jsonl", "test": None}
+    return {"data": "", "train": folder / "scores.jsonl", "dev": folder / "scores.jsonl"}
 
 
 def test_settings_are_refused_before_anything_is_imported(tiny):
