@@ -21,7 +21,8 @@ from quincunx.launchers.glue import main
 LAUNCHER = str(Path(__file__).parents[2] / "launchers" / "glue.py")
 HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
 TINY = {
-    "task": "mrpc", "max_tokens": 32, "batch": 16, "epochs": 2.0, "learning_rate": 3e-3, "dev_every": 19, "device": "cpu",
+    "task": "mrpc", "max_tokens": 32, "batch": 16, "epochs": 2.0, "learning_rate": 3e-3, "dev_every": 19,
+    "device": "cpu",
 }  # fmt: skip
 
 
