@@ -7,6 +7,8 @@ Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]
 """Panel -> line -> (steps, values)"""
 # Okabe and Ito's palette without black and yellow, each at 3:1 or better on white and on a dark page.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#4aa3df")
+STYLES = ("-", "--", ":")
+"""Of lines, once the colours are used up."""
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
 FEWEST_FOR_MARKERS = 30
@@ -18,15 +20,20 @@ def plot_curves(curves: Curves, xlabel: str = "optimizer step", logarithmic: boo
     pyplot = _pyplot()
     rows = -(-len(curves) // 2)
     columns = min(2, len(curves))
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.9 * columns, 2.7 * rows), squeeze=False)
     lines = list(dict.fromkeys(line for panel in curves.values() for line in panel))
+    many = len(lines) > len(COLOURS)  # one legend beside the panels
+    height = max(2.7, 0.2 * len(lines) / rows) if many else 2.7
+    figure, axes = pyplot.subplots(rows, columns, figsize=(3.9 * columns, height * rows), squeeze=False)
     for place, (panel, (title, found)) in enumerate(zip(axes.flat, curves.items())):
         for line, (steps, values) in found.items():
             marker = "o" if len(steps) <= FEWEST_FOR_MARKERS else None
             colour = COLOURS[lines.index(line) % len(COLOURS)]
-            panel.plot(steps, values, color=colour, label=line, linewidth=1.6, marker=marker, markersize=3.5)
+            style = STYLES[lines.index(line) // len(COLOURS) % len(STYLES)]
+            look = {"color": colour, "linestyle": style, "linewidth": 1.6, "marker": marker, "markersize": 3.5}
+            panel.plot(steps, values, label=line, **look)
         panel.set_title(title, fontsize=10)
-        panel.legend(fontsize=8, frameon=False)
+        if not many:
+            panel.legend(fontsize=8, frameon=False)
         if logarithmic:
             panel.set_xscale("log")
         else:
@@ -36,6 +43,10 @@ def plot_curves(curves: Curves, xlabel: str = "optimizer step", logarithmic: boo
         _tidy(panel)
     for panel in axes.flat[len(curves) :]:
         panel.set_visible(False)
+    if many:
+        shown = {label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels())}
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        figure.legend(shown.values(), shown.keys(), **beside, fontsize=8, frameon=False)
     return _svg(figure)
 
 
@@ -105,7 +116,8 @@ def _svg(figure) -> str:
 
     figure.tight_layout()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    how = {"transparent": True, "bbox_inches": "tight", "metadata": {"Date": None, "Creator": None}}
+    figure.savefig(buffer, format="svg", **how)
     pyplot.close(figure)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(INK, "currentColor")

@@ -94,6 +94,15 @@ def test_few_labels_make_a_curve_of_each_pre_training(tmp_path):
     assert not (tmp_path / "steps.svg").exists(), "all are fine-tuned after the same step"
 
 
+def test_more_variants_than_colours_share_one_legend_and_differ_in_style(tmp_path):
+    names = [f"variant-{number}" for number in range(8)]
+    records = [record(name, 0, 0.5, 0.5, collection=place) for name in names for place in ("wiki", "news")]
+    make_report(tmp_path, "many", names, [], records, {"wiki": BM25["wiki"], "news": BM25["wiki"]}, 16)
+    plot = (tmp_path / "probe.svg").read_text()
+    assert all(plot.count(f">{name}<") == 1 for name in names), "named once, not once a panel"
+    assert "stroke-dasharray" in plot
+
+
 def test_a_study_without_cells_reports_that(tmp_path):
     make_report(tmp_path, "empty", ["none"], [], [], {}, 3)
     assert (tmp_path / "report.md").read_text() == "# Study empty\n\n0 of 3 cells.\n"
