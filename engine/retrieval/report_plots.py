@@ -1,6 +1,7 @@
 """The report's plots as SVG that takes the page's text colour, so that it reads on light and on dark."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 
 Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]
@@ -21,16 +22,14 @@ def plot_curves(curves: Curves, xlabel: str = "optimizer step", logarithmic: boo
     rows = -(-len(curves) // 2)
     columns = min(2, len(curves))
     lines = list(dict.fromkeys(line for panel in curves.values() for line in panel))
+    looks = dict(zip(lines, itertools.cycle(pyplot.cycler(linestyle=STYLES) * pyplot.cycler(color=COLOURS))))
     many = len(lines) > len(COLOURS)  # one legend beside the panels
     height = max(2.7, 0.2 * len(lines) / rows) if many else 2.7
     figure, axes = pyplot.subplots(rows, columns, figsize=(3.9 * columns, height * rows), squeeze=False)
     for place, (panel, (title, found)) in enumerate(zip(axes.flat, curves.items())):
         for line, (steps, values) in found.items():
             marker = "o" if len(steps) <= FEWEST_FOR_MARKERS else None
-            colour = COLOURS[lines.index(line) % len(COLOURS)]
-            style = STYLES[lines.index(line) // len(COLOURS) % len(STYLES)]
-            look = {"color": colour, "linestyle": style, "linewidth": 1.6, "marker": marker, "markersize": 3.5}
-            panel.plot(steps, values, label=line, **look)
+            panel.plot(steps, values, label=line, **looks[line], linewidth=1.6, marker=marker, markersize=3.5)
         panel.set_title(title, fontsize=10)
         if not many:
             panel.legend(fontsize=8, frameon=False)
