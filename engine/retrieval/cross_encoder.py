@@ -25,7 +25,7 @@ from quincunx.engine.encoder import PACKED, PackedEncoder, fetch_pretrained, fin
 from quincunx.engine.lean_modules import make_lean
 from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack
 from quincunx.engine.retrieval.dual_encoder import Precision, mean_pool
-from quincunx.engine.retrieval.files import folder_written_whole
+from quincunx.engine.retrieval.sentence_folder import folder_written_whole
 from quincunx.engine.tensors import TensorText, cls_rows, text_to_tensors
 
 FAMILIES = ("bert", "roberta", "electra", "xlm-roberta", "modernbert")

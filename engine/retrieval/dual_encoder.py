@@ -26,8 +26,12 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.encoder import PackedEncoder, load_encoder
 from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack, tokenise
-from quincunx.engine.retrieval.files import folder_written_whole
-from quincunx.engine.retrieval.sentence_folder import fetch_folder, read_sentence_folder, write_sentence_folder
+from quincunx.engine.retrieval.sentence_folder import (
+    fetch_folder,
+    folder_written_whole,
+    read_sentence_folder,
+    write_sentence_folder,
+)
 from quincunx.engine.tensors import TensorText, cls_rows, text_to_tensors
 
 CPU_BATCH_TOKENS = 4096

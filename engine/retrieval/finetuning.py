@@ -16,10 +16,9 @@ from quincunx.engine.retrieval.candidates import iterate_candidates
 from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.retrieval.cross_encoder import Reranker, load_reranker
 from quincunx.engine.retrieval.dual_encoder import DualEncoder, Retriever, load_retriever
-from quincunx.engine.retrieval.examples import RerankerPacker, RetrieverPacker, stream_examples
+from quincunx.engine.retrieval.examples import Groups, RerankerPacker, RetrieverPacker, stream_examples
 from quincunx.engine.retrieval.finetune_job import FinetuneJob
 from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
-from quincunx.engine.retrieval.groups import Groups
 from quincunx.engine.retrieval.reranker_job import RerankerJob
 from quincunx.engine.retrieval.retriever_job import RetrieverJob
 from quincunx.engine.training import run_training

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.retrieval.finding import Finder
+from quincunx.engine.retrieval.search import Finder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

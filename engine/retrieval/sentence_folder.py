@@ -5,7 +5,11 @@ document (router_config.json), each of which lists the same. retriever.json is o
 "max_passage_tokens"}.
 """
 
+import contextlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,3 +218,29 @@ def write_sentence_folder(
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` when the block ends well.
+
+    A kill between the two renames leaves the old one beside it, as .NAME.replaced. Raises SettingsError where nothing
+    can be written there.
+    """
+    folder = Path(folder)
+    staging, replaced = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.replaced")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise SettingsError(f"{folder} cannot be written: {error.strerror}") from None
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(staging, folder)
+    shutil.rmtree(replaced, ignore_errors=True)

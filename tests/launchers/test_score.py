@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
-from quincunx.engine.retrieval.candidates import Candidates, read_candidates, write_candidates
-from quincunx.engine.retrieval.judgements import read_run
+from quincunx.engine.retrieval.candidates import Candidates, iterate_candidates, write_candidates
+from quincunx.engine.retrieval.trec import read_run
 from quincunx.launchers.score import main
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def scored(data):
 
 
 def test_every_candidate_is_scored_and_a_second_call_changes_nothing(data, scored):
-    rows = read_candidates(data / "scored.jsonl")
+    rows = list(iterate_candidates(data / "scored.jsonl"))
     assert sum(len(row.scores) for row in rows) == NUM_PAIRS
     written = (data / "scored.jsonl").stat().st_mtime_ns
     again = run(command(data, data / "scored.jsonl"))
@@ -125,7 +125,7 @@ def test_killed_scoring_goes_on_where_it_was_at_another_number_of_ranks(data, sc
     assert done.returncode == 0, done.stderr
     assert not parts.exists()
     # One pair a batch or many: the same scores to float32's rounding.
-    first, whole = read_candidates(output), read_candidates(data / "scored.jsonl")
+    first, whole = list(iterate_candidates(output)), list(iterate_candidates(data / "scored.jsonl"))
     assert [row.query_id for row in first] == [row.query_id for row in whole]
     for ours, theirs in zip(first, whole, strict=True):
         assert (ours.positives, ours.negatives) == (theirs.positives, theirs.negatives)
