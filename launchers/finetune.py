@@ -18,7 +18,7 @@ from pathlib import Path
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
 from quincunx.engine.deepspeed_config import find_config_problems
 from quincunx.engine.environment import discover_environment
-from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
+from quincunx.engine.retrieval.finetuning import FinetuneSettings, finetune
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.ranks import one_voice, without_local_rank
 
@@ -42,8 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             default_config=DEFAULT_RECIPE,
             find_more=partial(find_config_problems, world_size=environment.world_size),
         )
-        from quincunx.engine.retrieval.finetuning import finetune
-
         return finetune(settings, environment)
 
 

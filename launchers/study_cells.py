@@ -36,7 +36,7 @@ from quincunx.engine.generate import GenerateSettings
 from quincunx.engine.metrics_file import read_metrics
 from quincunx.engine.model_card import curves
 from quincunx.engine.retrieval.evaluation import measure_name, read_results
-from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
+from quincunx.engine.retrieval.finetuning import FinetuneSettings
 from quincunx.engine.retrieval.trec import read_qrels
 from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers import finetune, pretrain

@@ -100,10 +100,10 @@ def score_source(
     """Scores a source and, on rank 0, writes `output`; every rank calls this.
 
     made_from: JSON of all that decides the scores (digests, settings). scoring: device, precision and batch_tokens of
-    score_tokenised. Returns {"pairs": N, "cut": pairs of this call beyond max_tokens} on rank 0, None on the others and
+    score_pairs. Returns {"pairs": N, "cut": pairs of this call beyond max_tokens} on rank 0, None on the others and
     if all was done before. Raises DataError for unknown ids and for scores that are not finite, and as artefact.
     """
-    from quincunx.engine.retrieval.cross_encoder import score_tokenised, tokenise_pairs
+    from quincunx.engine.retrieval.cross_encoder import score_pairs
 
     made_from = {**made_from, "pairs_a_part": pairs_a_part}
     place = {"rank": environment.rank, "world_size": environment.world_size}
@@ -118,8 +118,7 @@ def score_source(
             for number in work.missing(len(parts)):
                 asked, found = query_rows[parts[number]], passage_rows[parts[number]]
                 texts = queries.texts(asked), passages.texts(found)
-                ids, types, cut = tokenise_pairs(reranker.tokenizer, *texts, reranker.max_tokens)
-                scores = score_tokenised(reranker.model, ids, types, progress=bar.update, **scoring)
+                scores, cut = score_pairs(reranker, *texts, progress=bar.update, **scoring)
                 for bad in np.flatnonzero(~np.isfinite(scores))[:1]:
                     raise DataError(
                         f"the reranker gives {scores[bad]} for query {queries.id_at(asked[bad])} and passage "

@@ -39,8 +39,7 @@ def data(tmp_path_factory):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.5, **sizes)
     BertModel(config).save_pretrained(folder / "encoder")
-    fresh = load_reranker(str(folder / "encoder"))
-    save_reranker(folder / "reranker", fresh.model, None, fresh.tokenizer, max_tokens=32, card="")
+    save_reranker(folder / "reranker", load_reranker(str(folder / "encoder"), max_tokens=32), card="")
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(WORDS, draw.integers(3, 30))) for _ in range(200)]
     rows = [{"_id": f"p{n}", "text": text} for n, text in enumerate(texts)]

@@ -34,7 +34,7 @@ def reranker(tmp_path_factory):
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.5, **sizes)
     BertModel(config).save_pretrained(folder / "encoder")
     fresh = load_reranker(str(folder / "encoder"), max_tokens=24)
-    save_reranker(folder / "reranker", fresh.model, None, fresh.tokenizer, max_tokens=24, card="")
+    save_reranker(folder / "reranker", fresh, card="")
     return load_reranker(str(folder / "reranker"), allow_fresh_head=False)
 
 
@@ -78,8 +78,8 @@ def test_every_candidate_gets_the_rerankers_score(tmp_path, reranker, collection
     for row in found:
         ids = [*row.positives, *row.negatives]
         assert row.scores.keys() == set(ids)
-        query = queries.text_at(queries.row(row.query_id))
-        expected = score_pairs(reranker, [(query, text) for text in passages.texts(passages.rows(ids))])
+        asked = [queries.text_at(queries.row(row.query_id))] * len(ids)
+        expected, _ = score_pairs(reranker, asked, passages.texts(passages.rows(ids)))
         np.testing.assert_allclose([row.scores[id] for id in ids], expected, rtol=0, atol=5e-5)
     assert np.std([score for row in found for score in row.scores.values()]) > 0.01
     assert counts["pairs"] == sum(len(row.scores) for row in found) and 0 < counts["cut"] < counts["pairs"]
@@ -98,8 +98,8 @@ def test_a_run_is_reranked_to_the_depth_asked(tmp_path, reranker, collections):
     for query_id, scores in found.items():
         assert set(scores) == set(list(run[query_id])[:6])
         assert list(scores.values()) == sorted(scores.values(), reverse=True)
-        query = queries.text_at(queries.row(query_id))
-        expected = score_pairs(reranker, [(query, text) for text in passages.texts(passages.rows(scores))])
+        asked = [queries.text_at(queries.row(query_id))] * len(scores)
+        expected, _ = score_pairs(reranker, asked, passages.texts(passages.rows(scores)))
         np.testing.assert_allclose(list(scores.values()), expected, rtol=0, atol=5e-5)
     assert open_artefact(tmp_path / "out.trec", RUN, single=True)["details"] == {"queries": 8, "results": 48}
 
