@@ -1,6 +1,6 @@
 """The demo's result over several seeds, and the README's picture of it.
 
-    for seed in 42 43 44; do python launchers/demo.py --seed $seed --output demo_run_$seed; done
+    for seed in 42 43 44; do SEED=$seed OUTPUT=demo_run_$seed recipes/chains/demo.sh; done
     python benchmarks/demo_seeds.py demo_run_42 demo_run_43 demo_run_44
 
 Writes benchmarks/results/demo_seeds.json (MRR@10 of every system and seed, paired tests, curves of the probe) and
@@ -18,9 +18,9 @@ import yaml
 from quincunx.engine.retrieval.evaluation import compare, evaluate
 from quincunx.engine.retrieval.report import alone
 from quincunx.engine.retrieval.report_plots import plot_curves
+from quincunx.engine.retrieval.study_report import describe_code
 from quincunx.engine.retrieval.trec import read_qrels, read_run
-from quincunx.launchers.demo_results import LABELS, MEASURE, records
-from quincunx.launchers.study_cells import describe_code
+from quincunx.launchers.demo import LABELS, MEASURE, records
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,18 +5,20 @@
 
 Every stage of a cell is one of the ordinary commands. A finished cell is a small file in OUTPUT/cells, everything large
 lies in --work; the same command again skips finished cells and goes on with the others. Several processes may run it on
-one output at once. docs/study.md describes recipes and reports.
+one output at once, and --workers starts some. docs/study.md describes recipes and reports.
 
 Exit codes: 0 done, 2 settings, 75 stopped on request (running stages have saved), else that of the command that failed.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
 import shlex
+import signal
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,22 +28,27 @@ from typing import IO, Any
 
 from quincunx.data_shards.artefact import written_whole
 from quincunx.data_shards.errors import EXIT_PREEMPTED, SettingsError, exit_with_one_sentence
-from quincunx.engine.retrieval.commands import Stopping
+from quincunx.data_shards.setting import setting
 from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.study_cells import (
+    LAUNCHERS,
+    TRAININGS,
     Cell,
     CommandFailed,
-    bm25_made_from,
+    Recipe,
     bm25_record,
-    command_line,
-    load_record,
     make_cells,
     make_data,
     read_recipe,
     run_cell,
+    words_of,
 )
 
 POLL_SECONDS = 0.5
+SAVING_PATIENCE_SECONDS = 600.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PARENT_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+LIBC = ctypes.CDLL(None)  # loaded here: between fork and exec nothing may wait for a lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,141 +64,182 @@ class StudySettings:
     """Folder of the cells' records and of the report."""
     work: str | None = None
     """Folder of everything large: shards, runs, embeddings (default: OUTPUT/work)."""
-    workers: int | None = None
-    """Cells that are made at once (default: one a GPU, or one a core)."""
+    workers: int | None = setting(None, low=1)
+    """Processes that make cells at once (default: one a GPU, or one a core)."""
     launch: str | None = None
     """What starts a training, like "deepspeed --num_gpus 8" (default: one process)."""
     report_only: bool = False
     """Write the report of the cells that are there, and make none."""
 
+    def contradictions(self) -> list[str]:
+        """What is wrong with values that are each in range, as clauses."""
+        if not self.launch or (self.workers or 1) == 1:
+            return []
+        return ["launch gives all GPUs to one training: leave workers out, or launch"]
 
-class Study:
-    """The cells of a study and the threads that make them."""
 
-    def __init__(self, settings: StudySettings):
-        self.settings, self.recipe = settings, read_recipe(settings.recipe)
-        self.output = Path(settings.output)
-        refuse_other_study(self.output / "report.md", self.recipe.name)
-        work = Path(settings.work) if settings.work else self.output / "work"
-        self.cells = make_cells(self.recipe, settings.collections, self.output, work)
-        self.groups: dict[Path, list[Cell]] = {}
-        """Cells by the pre-training that they share: a group is made by one worker, one cell after the other."""
-        for cell in self.cells:
-            self.groups.setdefault(cell.pretrained, []).append(cell)
-        self.stopping, self.failure, self.reporting = Stopping(), None, threading.Lock()
+class Processes:
+    """What this process has started, each a process group of its own, so that a request to stop (SIGTERM, SIGUSR1,
+    Ctrl-C) reaches every rank whatever the launcher does with it; they get SIGTERM too when this process dies."""
 
-    def run(self) -> int:
-        """Makes the cells that are missing; returns the exit code."""
-        environments = worker_environments(self.settings)
-        with self.stopping:
-            threads = [threading.Thread(target=self._work, args=(each,)) for each in environments]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():  # a signal is handled between two waits
-                    thread.join(POLL_SECONDS)
-        if self.failure is not None:
-            raise self.failure
-        return EXIT_PREEMPTED if self.stopping.requested else 0
+    def __init__(self):
+        self.stopping = False
+        self.running: list[subprocess.Popen] = []
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: self.stop())
 
-    def _work(self, environment: Mapping[str, str]) -> None:
-        """One worker: first the groups that nobody makes, then those that another process may have left unfinished."""
-        try:
-            for patient in (False, True):
-                for path, cells in self.groups.items():
-                    if not self.stopping.requested and any(cell.record() is None for cell in cells):
-                        with self._held(path, patient) as lock:
-                            if lock is not None:
-                                self._make_group(cells, lock, environment)
-        except BaseException as error:
-            self.failure = self.failure or error
-            self.stopping.stop()
+    def stop(self) -> None:
+        """Asks all that run to stop."""
+        self.stopping = True
+        self._terminate()
 
-    def _make_group(self, cells: Sequence[Cell], lock: IO[str], environment: Mapping[str, str]) -> None:
-        for cell in cells:
-            if cell.record() is not None:
-                continue
-            try:
-                with self._held(cell.data, True) as data_lock:
-                    if data_lock is not None:
-                        make_data(cell, partial(self._command, cell, data_lock, environment))
-                        write_record(cell.bm25_file, bm25_record(cell))
-                record = run_cell(cell, partial(self._command, cell, lock, environment))
-            except CommandFailed as failed:
-                if failed.code == EXIT_PREEMPTED:
-                    self.stopping.stop()
-                    return
-                raise
-            write_record(cell.record_file, record)
-            done = sum(other.record() is not None for other in self.cells)
-            outcome = "diverged" if "diverged" in record else describe(record)
-            say(f"[{done}/{len(self.cells)}] {cell.label}: {outcome}")
-            self.report()
+    def _terminate(self) -> None:
+        for process in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
 
-    def _command(
-        self,
-        cell: Cell,
-        lock: IO[str],
-        environment: Mapping[str, str],
-        script: str,
-        settings: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        trains: bool = False,
-    ) -> None:
-        """Runs one command, which holds the lock too. Raises CommandFailed."""
-        launch = shlex.split(self.settings.launch or "") if trains else []
-        words = command_line(script, settings, inputs, launch)
-        cell.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(cell.log, "a") as log:
-            log.write(f"\n$ {shlex.join(words)}\n")
-            log.flush()
-            if trains:
-                say(f"{cell.label}: {script.removesuffix('.py')} (its output: {cell.log})")
-            code = self.stopping.run(words, lock, env={**os.environ, **environment}, stdout=log, stderr=log)
-        if code:
-            raise CommandFailed(code, script, cell.log)
+    def start(self, command: Sequence[str], **options: Any) -> None:
+        """options: of subprocess.Popen."""
+        self.running.append(subprocess.Popen(command, start_new_session=True, preexec_fn=follow_parent, **options))
+        if self.stopping:  # the request came just before the start
+            self._terminate()
 
-    @contextlib.contextmanager
-    def _held(self, path: Path, wait: bool) -> Iterator[IO[str] | None]:
-        """The lock of a folder; None where another process holds it, or, with `wait`, when this one is to stop.
+    def wait(self) -> int:
+        """Waits for all; returns the exit code of the first that fails, which ends the others, else 0.
 
-        What a killed study has left running still holds its lock, and is waited for.
+        75 if they were asked to stop.
         """
+        failed = 0
+        while self.running:
+            process = self.running.pop(0)
+            try:
+                code = process.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.running.append(process)
+                continue
+            if code and not failed:
+                failed = EXIT_PREEMPTED if self.stopping else code if code > 0 else 128 - code
+                self._terminate()
+            if failed:
+                wait_for_group(process.pid)
+        return failed
+
+
+def follow_parent() -> None:
+    """SIGTERM to this process when its parent dies (Linux; elsewhere it outlives a killed study)."""
+    if sys.platform == "linux":
+        LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def wait_for_group(group: int) -> None:
+    """Waits until no process of the group is left: ranks whose launcher is gone may still be saving."""
+    deadline = time.monotonic() + SAVING_PATIENCE_SECONDS
+    while time.monotonic() < deadline:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"{path.parent} cannot be written ({error.strerror}): give another --work") from None
-        with open(path.with_name(f"{path.name}.lock"), "a") as lock:
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not wait or self.stopping.requested:
-                        yield None
-                        return
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.2)
+
+
+def make_all(cells: Sequence[Cell], processes: Processes, settings: StudySettings, recipe: Recipe) -> int:
+    """Makes the cells that no other process makes, until all are there; returns the exit code.
+
+    Cells that share a pre-training are one claim, made one after the other.
+    """
+    claims: dict[Path, list[Cell]] = {}
+    for cell in cells:
+        claims.setdefault(cell.pretrained, []).append(cell)
+    while missing := {path: of for path, of in claims.items() if any(cell.record() is None for cell in of)}:
+        for path, own in missing.items():
+            if processes.stopping:
+                return EXIT_PREEMPTED
+            with claimed(path) as lock:
+                for cell in own if lock else []:
+                    if cell.record() is not None:
+                        continue
+                    if code := make_cell(cell, lock, processes, settings):
+                        return code
+                    done = sum(other.record() is not None for other in cells)
+                    say(f"[{done}/{len(cells)}] {cell.label}: {describe(cell.record())}")
+                    report(cells, settings, recipe)
+        time.sleep(POLL_SECONDS)
+    return 0
+
+
+def make_cell(cell: Cell, lock: IO[str], processes: Processes, settings: StudySettings) -> int:
+    """Makes one cell and writes its record; returns 0, or the exit code of the command that failed."""
+    try:
+        with claimed(cell.data, processes) as data_lock:
+            if data_lock is None:
+                return EXIT_PREEMPTED
+            make_data(cell, partial(run_command, cell, data_lock, processes, settings))
+            write_record(cell.bm25_file, bm25_record(cell))
+        record = run_cell(cell, partial(run_command, cell, lock, processes, settings))
+    except CommandFailed as failed:
+        if failed.code != EXIT_PREEMPTED:
+            print(f"error: {failed}", file=sys.stderr, flush=True)
+        return failed.code
+    write_record(cell.record_file, record)
+    return 0
+
+
+@contextlib.contextmanager
+def claimed(path: Path, waiting: Processes | None = None) -> Iterator[IO[str] | None]:
+    """The lock of a folder in the making; None if another process has it (with `waiting`: once these are to stop).
+
+    Commands hold it too: what a killed study has left running is waited for.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{path.parent} cannot be written ({error.strerror}): give another --work") from None
+    with open(path.with_name(f"{path.name}.lock"), "a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting is not None and not waiting.stopping:
                     time.sleep(POLL_SECONDS)
+                    continue
+                yield None
+                return
             yield lock
+            return
 
-    def report(self) -> list[Path]:
-        """Writes the report of the cells that are there; gives its files."""
-        from quincunx.engine.retrieval.study_report import make_report
 
-        with self.reporting:
-            bm25 = {cell.collection.name: load_record(cell.bm25_file, bm25_made_from(cell)) for cell in self.cells}
-            return make_report(
-                self.output,
-                self.recipe.name,
-                list(self.recipe.variants),
-                self.recipe.against,
-                [record for cell in self.cells if (record := cell.record()) is not None],
-                {name: record for name, record in bm25.items() if record is not None},
-                len(self.cells),
-            )
+def run_command(
+    cell: Cell, lock: IO[str], processes: Processes, settings: StudySettings, command: str, /, **flags: Any
+) -> None:
+    """Runs one launcher, which holds the lock too. Raises CommandFailed."""
+    if processes.stopping:
+        raise CommandFailed(EXIT_PREEMPTED, command, cell.log)
+    launch = shlex.split(settings.launch or "") if command in TRAININGS else []
+    words = [*(launch or [sys.executable]), str(LAUNCHERS / f"{command}.py"), *words_of(command, flags)]
+    cell.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(cell.log, "a") as log:
+        log.write(f"\n$ {shlex.join(words)}\n")
+        log.flush()
+        if command in TRAININGS:
+            say(f"{cell.label}: {command} (its output: {cell.log})")
+        processes.start(words, pass_fds=(lock.fileno(),), stdout=log, stderr=log)
+        code = processes.wait()
+    if code:
+        raise CommandFailed(code, command, cell.log)
+
+
+def report(cells: Sequence[Cell], settings: StudySettings, recipe: Recipe) -> list[Path]:
+    """Writes the report of the cells that are there; gives its files."""
+    from quincunx.engine.retrieval.study_report import make_report
+
+    records = [record for cell in cells if (record := cell.record()) is not None]
+    bm25 = {cell.collection.name: record for cell in cells if (record := cell.bm25()) is not None}
+    variants = list(recipe.variants)
+    return make_report(Path(settings.output), recipe.name, variants, recipe.against, records, bm25, len(cells))
 
 
 def refuse_other_study(report: Path, name: str) -> None:
-    """Raises SettingsError where an output's report is that of a study by another name."""
+    """Raises SettingsError if an output's report is that of a study by another name."""
     title = report.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") if report.exists() else None
     if title not in (None, f"Study {name}"):
         raise SettingsError(f"{report} is the report of {title}, this one is {name}: give another --output")
@@ -204,21 +252,22 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def describe(record: Mapping[str, Any]) -> str:
+    if "diverged" in record:
+        return "diverged"
     name, found = next(iter(record["measures"].items()))
     return f"{name} {found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
 
 
 def worker_environments(settings: StudySettings) -> list[dict[str, str]]:
-    """One set of environment variables for each worker: a GPU of its own, or its share of the cores."""
+    """What each worker has of its own in the environment: a GPU, or its share of the cores."""
+    if settings.launch or settings.workers == 1:
+        return [{}]
     import torch
 
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     gpus = [gpu for gpu in gpus if gpu]
-    if settings.launch:
-        return [{}]
     if gpus:
-        count = settings.workers or len(gpus)
-        return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} for n in range(settings.workers or len(gpus))]
     cores = len(os.sched_getaffinity(0))
     count = settings.workers or cores
     return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}] * count
@@ -229,21 +278,23 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
     settings = parse_settings(StudySettings, __doc__.split("\n")[0], argv)
-    if settings.workers is not None and settings.workers < 1:
-        raise SettingsError(f"workers is {settings.workers}: give 1 or more")
-    if settings.launch and (settings.workers or 1) > 1:
-        raise SettingsError("launch gives all GPUs to one training: leave workers out, or launch")
-    study = Study(settings)
-    missing = sum(cell.record() is None for cell in study.cells)
-    say(f"study {study.recipe.name}: {len(study.cells)} cells, {len(study.cells) - missing} of them there")
-
-    try:
-        code = 0 if settings.report_only else study.run()
-    except CommandFailed as failed:
-        print(f"error: {failed}", file=sys.stderr, flush=True)
-        code = failed.code
-    for path in study.report():
+    recipe, output = read_recipe(settings.recipe), Path(settings.output)
+    refuse_other_study(output / "report.md", recipe.name)
+    cells = make_cells(recipe, settings.collections, output, Path(settings.work or output / "work"))
+    missing, code = sum(cell.record() is None for cell in cells), 0
+    say(f"study {recipe.name}: {len(cells)} cells, {len(cells) - missing} of them there")
+    if missing and not settings.report_only:
+        processes, environments = Processes(), worker_environments(settings)
+        if len(environments) == 1:
+            code = make_all(cells, processes, settings, recipe)
+        else:
+            for environment in environments:
+                words = [sys.executable, __file__, *argv, "--workers=1"]
+                processes.start(words, env={**os.environ, **environment})
+            code = processes.wait()
+    for path in report(cells, settings, recipe):
         if path.suffix in (".md", ".html"):
             say(f"wrote {path}")
     return code

@@ -12,31 +12,27 @@ base                         a recipe whose keys hold where this one has none (p
 A cell is (collection, variant, seed). Its record says all that went in (`made_from`) and all that came out.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quincunx.data_shards.artefact import file_digest, manifest_path
+from quincunx.data_shards.artefact import differences, file_digest
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
 from quincunx.data_shards.tasks import TASKS
 from quincunx.engine.generate import GenerateSettings
 from quincunx.engine.metrics_file import read_metrics
-from quincunx.engine.model_card import curves
-from quincunx.engine.retrieval.evaluation import measure_name, read_results
+from quincunx.engine.retrieval.evaluation import measure_name
 from quincunx.engine.retrieval.finetuning import FinetuneSettings
+from quincunx.engine.retrieval.study_report import describe_code, read_pretraining, results_of
 from quincunx.engine.retrieval.trec import read_qrels
 from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers import finetune, pretrain
@@ -44,24 +40,14 @@ from quincunx.launchers.command_line import as_flags, parse_settings, suggestion
 
 LAUNCHERS = Path(os.path.relpath(Path(__file__).parent))
 STUDIES = Path(__file__).parent.parent / "recipes" / "study"
-PACKAGES = ("quincunx", "torch", "transformers", "deepspeed", "bm25s", "ir-measures")
 PROBE_QUERIES, PROBE_PASSAGES = 300, 3000
 NEVER = 10**6
 OWN_SETTINGS = {
     "pretrain": {"seed", "output", "shards", "probe", "fresh", "export"},
     "finetune": {
-        "seed",
-        "output",
-        "encoder",
-        "candidates",
-        "corpus",
-        "queries",
-        "probe",
-        "probe_every",
-        "fresh",
-        "export",
+        "seed", "output", "encoder", "candidates", "corpus", "queries", "probe", "probe_every", "fresh", "export",
     },
-}
+}  # fmt: skip
 """Settings that the study gives itself."""
 TRAIN_NEGATIVES = 20
 """BM25's negatives that a training query keeps."""
@@ -123,6 +109,22 @@ class Cell:
     def log(self) -> Path:
         return self.tuned / "log.txt"
 
+    @property
+    def judged(self) -> Path:
+        return self.collection / "qrels" / f"{self.made_from['split']}.tsv"
+
+    @property
+    def shards(self) -> Path:
+        return self.data / ("shards" if self.made_from["generate"] else "plain")
+
+    @property
+    def candidates(self) -> Path:
+        return self.data / f"candidates-{self.made_from['train_share']!r}.jsonl"
+
+    @property
+    def bm25_made_from(self) -> dict[str, Any]:
+        return {name: self.made_from[name] for name in ("collection", "split", "measures")}
+
     @cached_property
     def data(self) -> Path:
         names = ("collection", "shards", "generate", "split", "measures")
@@ -139,8 +141,12 @@ class Cell:
         return self._folder(self.variant, self.made_from)
 
     def record(self) -> dict[str, Any] | None:
-        """The finished cell's record; None where it is not made yet. Raises SettingsError as load_record."""
+        """The finished cell's record; None if it is not made yet. Raises SettingsError as load_record."""
         return load_record(self.record_file, self.made_from)
+
+    def bm25(self) -> dict[str, Any] | None:
+        """BM25's record of the collection, as record."""
+        return load_record(self.bm25_file, self.bm25_made_from)
 
     def _folder(self, name: str, decided_by: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:8]
@@ -159,7 +165,7 @@ class CommandFailed(Exception):
     """A command of a cell ended with `code`."""
 
     def __init__(self, code: int, script: str, log: Path):
-        super().__init__(f"{script} ended with exit code {code}; its output is the end of {log}")
+        super().__init__(f"{script}.py ended with exit code {code}; its output is the end of {log}")
         self.code = code
 
 
@@ -224,16 +230,14 @@ def _check_keys(where: str, content: Any, shapes: Mapping[str, Any]) -> None:
         raise SettingsError(f"{where}: give `key: value` lines")
     for key, value in content.items():
         if key not in shapes:
-            hint = suggestion(str(key), set(shapes)).replace(
-                "--help lists the settings", f"allowed: {', '.join(shapes)}"
-            )
+            allowed = f"allowed: {', '.join(shapes)}"
+            hint = suggestion(str(key), set(shapes)).replace("--help lists the settings", allowed)
             raise SettingsError(f"{where}: unknown field {key}{hint}")
-        shape = shapes[key]
-        each = shape[0] if isinstance(shape, list) else shape
-        values = value if isinstance(shape, list) and isinstance(value, list) else [value]
-        is_list = isinstance(shape, list) == isinstance(value, list)
-        if not is_list or any(not isinstance(one, each) or isinstance(one, bool) for one in values):
-            wanted = f"a list, each {IN_WORDS[each]}" if isinstance(shape, list) else IN_WORDS[each]
+        is_list, each = isinstance(shapes[key], list), shapes[key]
+        each = each[0] if is_list else each
+        values = value if is_list and isinstance(value, list) else [value]
+        if is_list != isinstance(value, list) or any(not isinstance(v, each) or isinstance(v, bool) for v in values):
+            wanted = f"a list, each {IN_WORDS[each]}" if is_list else IN_WORDS[each]
             raise SettingsError(f"{where}: {key} is {value!r}; give {wanted}")
 
 
@@ -262,13 +266,11 @@ def _check(path: Path, recipe: Recipe) -> None:
             where = f"variant {name}"
             if not 0 < variant.train_share <= 1:
                 raise SettingsError(f"train_share is {variant.train_share}: give a number above 0, at most 1")
-            settings = parse_pretrain({**recipe.pretrain, **variant.pretrain, "shards": ["x"]})
+            settings = parse_training("pretrain", {**recipe.pretrain, **variant.pretrain, "shards": ["x"]})
             for command, own in OWN_SETTINGS.items():
-                given = own & {**getattr(recipe, command), **getattr(variant, command)}.keys()
-                if given:
-                    raise SettingsError(
-                        f"{command} sets {', '.join(sorted(given))}, which the study sets: leave it out"
-                    )
+                if given := own & {**getattr(recipe, command), **getattr(variant, command)}.keys():
+                    sets = f"{command} sets {', '.join(sorted(given))}"
+                    raise SettingsError(f"{sets}, which the study sets: leave it out")
             missing = {TASKS[task].field for task in settings.tasks} - {"passage", "next"} - recipe.generate.keys()
             if missing:
                 raise SettingsError(
@@ -290,34 +292,31 @@ def _check(path: Path, recipe: Recipe) -> None:
                     "or more (a stop on request writes one besides)"
                 )
             given = {"candidates": "x", "corpus": "x", "queries": "x"}
-            parse_finetune({**recipe.finetune, **variant.finetune, **given})
+            parse_training("finetune", {**recipe.finetune, **variant.finetune, **given})
     except SettingsError as error:
         raise SettingsError(f"{path}, {where}: {error}") from None
 
 
-def parse_pretrain(settings: Mapping[str, Any]) -> PretrainSettings:
-    words = pretrain_words(settings)
-    return parse_settings(PretrainSettings, "", words, config_flag="--recipe", config_folder=pretrain.RECIPES)
+TRAININGS = {
+    "pretrain": (PretrainSettings, pretrain.RECIPES, "retromae"),
+    "finetune": (FinetuneSettings, finetune.RECIPES, finetune.DEFAULT_RECIPE),
+}
+"""What trains -> its settings, its recipes, and the recipe whose settings the others change unless they name one."""
 
 
-def parse_finetune(settings: Mapping[str, Any]) -> FinetuneSettings:
-    words = finetune_words(settings)
-    return parse_settings(FinetuneSettings, "", words, config_flag="--recipe", config_folder=finetune.RECIPES)
+def words_of(command: str, settings: Mapping[str, Any]) -> list[str]:
+    """The command line of a launcher. A length in steps takes the place of a training recipe's epochs."""
+    if command in TRAININGS:
+        settings = {"recipe": TRAININGS[command][2], **settings}
+        if settings.get("steps") is not None:
+            settings = {"epochs": None, **settings}
+    return as_flags(settings)
 
 
-def pretrain_words(settings: Mapping[str, Any]) -> list[str]:
-    """pretrain.py's command line; `recipe` names the pre-training recipe that the others change (default retromae)."""
-    return as_flags(with_length({"recipe": "retromae", **settings}))
-
-
-def finetune_words(settings: Mapping[str, Any]) -> list[str]:
-    """finetune.py's command line; `recipe` names the recipe that the others change (default retriever1)."""
-    return as_flags(with_length({"recipe": finetune.DEFAULT_RECIPE, **settings}))
-
-
-def with_length(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A length in steps takes the place of the recipe's epochs."""
-    return {"epochs": None, **settings} if settings.get("steps") is not None else dict(settings)
+def parse_training(command: str, settings: Mapping[str, Any]) -> Any:
+    settings_class, recipes, _ = TRAININGS[command]
+    words = words_of(command, settings)
+    return parse_settings(settings_class, "", words, config_flag="--recipe", config_folder=recipes)
 
 
 def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: Path) -> list[Cell]:
@@ -364,67 +363,44 @@ def collection_digests(folder: Path, split: str) -> dict[str, str]:
 
 
 Run = Callable[..., None]
-"""run(script, settings, inputs, trains=False): one command; raises CommandFailed."""
+"""run(command, **flags): one launcher; raises CommandFailed."""
 
 
 def make_data(cell: Cell, run: Run) -> None:
     """What cells of a collection share: shards, judged queries with a probe, BM25 beside them, training candidates."""
     folder, collection, made_from = cell.data, cell.collection, cell.made_from
+    texts = {"corpus": collection, "queries": collection}
     if not (folder / "result.json").exists():
         make_shards(cell, run)
-        judged = {"qrels": collection / "qrels" / f"{made_from['split']}.tsv"}
-        texts = {"corpus": collection, "queries": collection, **judged}
         probe = {"probe_queries": PROBE_QUERIES, "probe_passages": PROBE_PASSAGES}
-        run("split.py", probe, {**texts, "output": folder / "judged"})
-        run(
-            "search.py",
-            {"method": "bm25", "depth": depth_for(made_from["measures"])},
-            {**texts, "output": folder / "bm25.trec"},
-        )
-        found = {"run": folder / "bm25.trec", **judged, **results(folder)}
-        run("evaluate.py", {"measures": made_from["measures"]}, found)
-    share = made_from["train_share"]
-    candidates = candidates_file(folder, share)
-    if not manifest_path(candidates).exists():
-        qrels, train = collection / "qrels" / "train.tsv", folder / f"train-{share!r}"
+        run("split", **texts, qrels=cell.judged, **probe, output=folder / "judged")
+        depth, found = depth_for(made_from["measures"]), folder / "bm25.trec"
+        run("search", method="bm25", **texts, qrels=cell.judged, depth=depth, output=found)
+        run("evaluate", run=found, qrels=cell.judged, measures=made_from["measures"], **results(folder))
+    if not cell.candidates.exists():
+        share, qrels = made_from["train_share"], collection / "qrels" / "train.tsv"
+        train, ranks = folder / f"train-{share!r}", TRAIN_NEGATIVES + 10
         sample = max(1, round(share * len(read_qrels(qrels))))
-        run("split.py", {"sample": sample}, {"queries": collection, "qrels": qrels, "output": train})
+        run("split", queries=collection, qrels=qrels, sample=sample, output=train)
         texts = {"corpus": collection, "queries": train / "queries.jsonl", "qrels": train / "qrels.tsv"}
-        ranks = TRAIN_NEGATIVES + 10
-        run("search.py", {"method": "bm25", "depth": ranks}, {**texts, "output": train / "bm25.trec"})
+        run("search", method="bm25", **texts, depth=ranks, output=train / "bm25.trec")
         kept = {"depth": ranks, "num_negatives": TRAIN_NEGATIVES, "random_fill": TRAIN_NEGATIVES}
-        run("mine.py", kept, {**texts, "run": train / "bm25.trec", "output": candidates})
-
-
-def bm25_made_from(cell: Cell) -> dict[str, Any]:
-    return {name: cell.made_from[name] for name in ("collection", "split", "measures")}
-
-
-def bm25_record(cell: Cell) -> dict[str, Any]:
-    """BM25's record of the cell's collection."""
-    return {**results_of(cell.data), "made_from": bm25_made_from(cell)}
+        run("mine", run=train / "bm25.trec", **texts, **kept, output=cell.candidates)
 
 
 def make_shards(cell: Cell, run: Run) -> None:
     """The collection's shards, in DATA/plain; with generated texts in DATA/shards."""
-    source, settings = (
-        {"format": "beir", "path": cell.collection},
-        {"tokenizer": "train:4096", **cell.made_from["shards"]},
-    )
-    run("build_shards.py", {**settings, "progress": False}, {**source, "output": cell.data / "plain"})
+    source = {"format": "beir", "path": cell.collection}
+    settings = {**source, "tokenizer": "train:4096", **cell.made_from["shards"], "progress": False}
+    run("build_shards", **settings, output=cell.data / "plain")
     generated = {task: cell.data / task for task in cell.made_from["generate"]}
     if generated:
         source["tokenizer"] = cell.data / "plain" / "tokenizer"
         same = {name: settings[name] for name in ("max_tokens", "with_titles") if name in settings}
         for task, output in generated.items():
-            of_task = cell.made_from["generate"][task]
-            run("generate.py", {"task": task, **same, **of_task}, {**source, "output": output})
-        joined = {**settings, "generations": [*map(str, generated.values())], "progress": False}
-        run("build_shards.py", joined, {**source, "output": cell.data / "shards"})
-
-
-def candidates_file(data: Path, share: float) -> Path:
-    return data / f"candidates-{share!r}.jsonl"
+            run("generate", task=task, **source, **same, **cell.made_from["generate"][task], output=output)
+        joined = {**settings, **source, "generations": [*generated.values()]}
+        run("build_shards", **joined, output=cell.shards)
 
 
 def depth_for(measures: Sequence[str]) -> int:
@@ -437,95 +413,47 @@ def results(folder: Path) -> dict[str, Path]:
     return {"output": folder / "result.json", "per_query": folder / "queries.jsonl"}
 
 
+def bm25_record(cell: Cell) -> dict[str, Any]:
+    """BM25's record of the cell's collection."""
+    return {**results_of(*results(cell.data).values()), "made_from": cell.bm25_made_from}
+
+
 def run_cell(cell: Cell, run: Run) -> dict[str, Any]:
     """Runs the cell's commands, each of which goes on where it stopped, and returns the cell's record."""
-    made_from, data, collection = cell.made_from, cell.data, cell.collection
-    record: dict[str, Any] = {"collection": collection.name, "variant": cell.variant, "seed": cell.seed}
+    made_from, tuned = cell.made_from, cell.tuned
+    record: dict[str, Any] = {"collection": cell.collection.name, "variant": cell.variant, "seed": cell.seed}
     encoder = cell.pretrained / "export" / "encoder"
-    shards = data / ("shards" if made_from["generate"] else "plain")
+    texts = {"corpus": cell.collection, "queries": cell.collection}
     try:
         if not encoder.exists():
-            inputs = {"shards": shards, "probe": data / "judged" / "probe", "output": cell.pretrained}
-            run("pretrain.py", {"tracking": "none", **made_from["pretrain"]}, inputs, trains=True)
+            inputs = {"shards": [cell.shards], "probe": cell.data / "judged" / "probe"}
+            run("pretrain", **{"tracking": "none", **made_from["pretrain"], **inputs, "output": cell.pretrained})
         if made_from["at_step"] is not None:
-            encoder = cell.tuned / "pretrained" / "encoder"
-            run("export.py", {"step": made_from["at_step"]}, {"run": cell.pretrained, "output": encoder.parent})
-        texts = {"corpus": collection, "queries": collection}
-        inputs = {"encoder": encoder, "candidates": candidates_file(data, made_from["train_share"]), **texts}
-        probe = {"probe_split": made_from["split"], "probe_every": NEVER, "checkpoint_every": NEVER}
-        inputs |= {"probe": collection, "output": cell.tuned}
-        run("finetune.py", {"tracking": "none", **probe, **made_from["finetune"]}, inputs, trains=True)
+            encoder = tuned / "pretrained" / "encoder"
+            run("export", run=cell.pretrained, step=made_from["at_step"], output=encoder.parent)
+        given = {"encoder": encoder, "candidates": cell.candidates, **texts, "probe": cell.collection}
+        seldom = {"probe_split": made_from["split"], "probe_every": NEVER, "checkpoint_every": NEVER}
+        run("finetune", **{"tracking": "none", **seldom, **made_from["finetune"], **given, "output": tuned})
     except CommandFailed as failed:
         if failed.code != EXIT_DIVERGED:
             raise
         return {**record, "diverged": True, "made_from": made_from}
-    model, embeddings, found = cell.tuned / "export" / "retriever", cell.tuned / "embeddings", cell.tuned / "run.trec"
-    judged = {"qrels": collection / "qrels" / f"{made_from['split']}.tsv"}
+    model, embeddings, found = tuned / "export" / "retriever", tuned / "embeddings", tuned / "run.trec"
     device = {"device": made_from["finetune"].get("device", "auto"), "precision": "float32"}
     # float32: vectors of an encoder that has learned little are nearly alike, and float16 ranks them wrongly.
-    vectors = {"dtype": "float32", **device}
-    run("encode.py", vectors, {"model": model, "corpus": collection, "output": embeddings})
-    asked = {"model": model, "embeddings": embeddings, "queries": collection, **judged, "output": found}
-    run("search.py", {"depth": depth_for(made_from["measures"]), **device}, asked)
-    run("evaluate.py", {"measures": made_from["measures"]}, {"run": found, **judged, **results(cell.tuned)})
-    before = next(line for line in read_metrics(cell.tuned) if line["kind"] == "probe")
+    run("encode", model=model, corpus=cell.collection, dtype="float32", **device, output=embeddings)
+    asked = {"queries": cell.collection, "qrels": cell.judged, "depth": depth_for(made_from["measures"])}
+    run("search", model=model, embeddings=embeddings, **asked, **device, output=found)
+    run("evaluate", run=found, qrels=cell.judged, measures=made_from["measures"], **results(tuned))
+    before = next(line for line in read_metrics(tuned) if line["kind"] == "probe")
     return {
         **record,
-        **results_of(cell.tuned),
+        **results_of(*results(tuned).values()),
         "before": {name.removeprefix("probe/"): before[name] for name in before if name.startswith("probe/")},
         **read_pretraining(cell.pretrained),
         "code": describe_code(),
         "made_from": made_from,
     }
-
-
-def results_of(folder: Path) -> dict[str, Any]:
-    """{"measures": {name: {mean, low, high}}, "per_query": the first measure's values in the order of query ids}."""
-    record, evaluation = read_results(*results(folder).values())
-    values = next(iter(evaluation.per_query.values()))
-    return {"measures": record["measures"], "per_query": [round(values[query], 6) for query in sorted(values)]}
-
-
-def read_pretraining(run_folder: Path) -> dict[str, Any]:
-    """The probe's curves, held-out losses [before, after, unigram] and the median rate, of a pre-training's metrics."""
-    curve = partial(curves, run_folder)
-    probe: dict[str, list] = {"step": []}
-    for name, (steps, values) in curve("probe", "probe/").items():
-        probe |= {"step": steps, name: [round(value, 4) for value in values]}
-    losses, unigrams = curve("held_out", "held_out/loss/"), curve("held_out", "held_out/unigram/")
-    held_out = {
-        task: [round(value, 4) for value in (values[0], values[-1], unigrams[task][1][-1])]
-        for task, (_, values) in losses.items()
-    }
-    _, rates = curve("train", "passages_per_second").get("", ([], []))
-    rate = round(sorted(rates)[len(rates) // 2], 1) if rates else None
-    return {"probe": probe, "held_out": held_out, "passages_per_second": rate}
-
-
-def describe_code() -> dict[str, Any]:
-    """Commit and versions that a result was made with."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    found = {"commit": commit or None, "python": sys.version.split()[0]}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def command_line(
-    script: str, settings: Mapping[str, Any], inputs: Mapping[str, Any], launch: Sequence[str]
-) -> list[str]:
-    """One command of a cell, as a user would type it."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in inputs.items()}
-    together = {**settings, **plain}
-    if script == "pretrain.py":
-        words = pretrain_words({**together, "shards": [together["shards"]]})
-    elif script == "finetune.py":
-        words = finetune_words(together)
-    else:
-        words = as_flags(together)
-    return [*(launch or [sys.executable]), str(LAUNCHERS / script), *words]
 
 
 def load_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -540,18 +468,7 @@ def load_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | No
     now = json.loads(json.dumps(made_from))
     if then != now:
         raise SettingsError(
-            f"{path} was made otherwise ({difference(then, now)}): give another --output, or the recipe and collection "
-            "that it was made with"
+            f"{path} was made otherwise ({differences(then, now)}): give another --output, or the recipe and "
+            "collection that it was made with"
         )
     return record
-
-
-def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first setting that differs, as a clause."""
-    for key in dict.fromkeys([*then, *now]):
-        before, after = then.get(key), now.get(key)
-        if before != after:
-            if isinstance(before, dict) and isinstance(after, dict):
-                return f"{key} {difference(before, after)}"
-            return f"{key} was {before} and is {after}"
-    raise AssertionError("no difference")

@@ -13,7 +13,6 @@ STYLES = ("-", "--", ":")
 INK = "#010203"
 """Stands for the page's text colour until the SVG is written."""
 FEWEST_FOR_MARKERS = 30
-BINS = 21
 
 
 def plot_curves(curves: Curves, xlabel: str = "optimizer step", logarithmic: bool = False) -> str:
@@ -63,26 +62,6 @@ def plot_bars(bars: Mapping[str, tuple[float, float, float]], measure: str, line
     panel.set_xlabel(measure, fontsize=9)
     panel.legend(fontsize=8, frameon=False)
     _tidy(panel)
-    return _svg(figure)
-
-
-def plot_differences(differences: Mapping[str, Sequence[float]], measure: str) -> str:
-    """SVG: each system's per-query differences sorted, and below their histogram on a logarithmic scale."""
-    pyplot = _pyplot()
-    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(7.8, 5.4), height_ratios=(3, 2))
-    widest = max((abs(value) for values in differences.values() for value in values), default=0) or 1.0
-    edges = [widest * (2 * edge / BINS - 1) for edge in range(BINS + 1)]
-    for number, (name, values) in enumerate(differences.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        share = [100 * place / max(1, len(values) - 1) for place in range(len(values))]
-        upper.plot(share, values, color=colour, linewidth=1.6, label=name)
-        lower.hist(values, bins=edges, histtype="step", color=colour, linewidth=1.4)
-    upper.axhline(0, color=INK, linewidth=0.8)
-    upper.set(xlabel="queries, sorted, per cent", ylabel=f"{measure} minus BM25's")
-    lower.set(xlabel=f"{measure} minus BM25's", ylabel="queries", yscale="log")
-    upper.legend(fontsize=8, frameon=False)
-    for panel in (upper, lower):
-        _tidy(panel)
     return _svg(figure)
 
 

@@ -1,4 +1,4 @@
-"""The report of a study (launchers/study.py): tables, tests and plots of its cells, as HTML and Markdown.
+"""The records of a study's cells (launchers/study.py), and their report: tables, tests and plots, as HTML and Markdown.
 
 Two tests compare a variant with another, both paired, both of the first measure. Over queries: Student's t-test, each
 query's values averaged over the seeds first, so that a query counts once; Holm's correction ("A Simple Sequentially
@@ -6,24 +6,65 @@ Rejective Multiple Test Procedure", 1979) covers all comparisons of the report. 
 means, which few seeds make weak.
 """
 
+import contextlib
 import json
 import math
 import os
 import statistics
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quincunx.engine.retrieval.evaluation import interval, paired_t_test
+from quincunx.engine import model_card
+from quincunx.engine.retrieval.evaluation import interval, paired_t_test, read_results
 from quincunx.engine.retrieval.report import figure, folded, table, write_report
 from quincunx.engine.retrieval.report_plots import plot_bars, plot_curves
 
+PACKAGES = ("quincunx", "torch", "transformers", "deepspeed", "bm25s", "ir-measures")
 Record = Mapping[str, Any]
 Panels = dict[str, dict[str, list[tuple[float, float]]]]
 """Collection -> line -> points (x, y)"""
+
+
+def results_of(record_file: Path, per_query_file: Path) -> dict[str, Any]:
+    """{"measures": {name: {mean, low, high}}, "per_query": the first measure's values in the order of query ids}."""
+    record, evaluation = read_results(record_file, per_query_file)
+    values = next(iter(evaluation.per_query.values()))
+    return {"measures": record["measures"], "per_query": [round(values[query], 6) for query in sorted(values)]}
+
+
+def read_pretraining(run_folder: Path) -> dict[str, Any]:
+    """The probe's curves, held-out losses [before, after, unigram] and the median rate, of a pre-training's metrics."""
+    curve = partial(model_card.curves, run_folder)
+    probe: dict[str, list] = {"step": []}
+    for name, (steps, values) in curve("probe", "probe/").items():
+        probe |= {"step": steps, name: [round(value, 4) for value in values]}
+    losses, unigrams = curve("held_out", "held_out/loss/"), curve("held_out", "held_out/unigram/")
+    held_out = {
+        task: [round(value, 4) for value in (values[0], values[-1], unigrams[task][1][-1])]
+        for task, (_, values) in losses.items()
+    }
+    _, rates = curve("train", "passages_per_second").get("", ([], []))
+    rate = round(sorted(rates)[len(rates) // 2], 1) if rates else None
+    return {"probe": probe, "held_out": held_out, "passages_per_second": rate}
+
+
+def describe_code() -> dict[str, Any]:
+    """Commit and versions that a result was made with."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    found = {"commit": commit or None, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,10 @@ def test_masters_and_retromaes_tables_have_their_rows():
         ({"variant": {}}, "unknown field variant, did you mean variants?"),
         ({"variants": {}}, "has no variants"),
         ({"variants": {"a": {"pretain": {}}}}, "variant a: unknown field pretain, did you mean pretrain?"),
-        ({"variants": {"a": {"pretrain": {"learning_rat": 1}}}}, "variant a: unknown setting --learning_rat, did you"),
+        (
+            {"variants": {"a": {"pretrain": {"learning_rat": 1}}}},
+            "variant a: Unrecognized options: --learning_rat=1; did you mean",
+        ),
         ({"variants": {"a": {"finetune": {"num_negatives": -1}}}}, "variant a: num_negatives is -1"),
         ({"variants": {"a": {"train_share": 2}}}, "train_share is 2: give a number above 0, at most 1"),
         ({"variants": {"a": {"at_step": 3}}}, "at_step is 3, where no checkpoint is written: give a multiple"),
@@ -188,7 +191,7 @@ def test_cells_come_from_real_commands_and_are_not_made_again(study, tmp_path):
     with pytest.raises(SettingsError, match=r"report.md is the report of Study tiny, this one is other: give another"):
         main(["--recipe", str(other), *words[2:]])
 
-    with pytest.raises(SettingsError, match=r"made otherwise \(finetune steps was 3 and is 4\): give another --output"):
+    with pytest.raises(SettingsError, match=r"made otherwise \(finetune.steps was 3 and is 4\): give another --output"):
         main(study(finetune={**RECIPE["finetune"], "steps": 4}))
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "cells").rglob("*.json")}
 
