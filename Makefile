@@ -13,7 +13,7 @@ help:  ## show this list
 	@.ci/venv
 
 demo: .venv/.ready  ## what pre-training is worth: from scratch, interrupted, resumed, fine-tuned, measured, under 12 minutes
-	@$(RUN) python launchers/demo.py
+	@$(RUN) bash recipes/chains/demo.sh
 
 chain: .venv/.ready  ## the fine-tuning chain on a BEIR folder: make chain DATA=FOLDER (two CPU cores, under 40 minutes)
 	@$(RUN) DATA=$(DATA) bash recipes/chains/small.sh

@@ -17,10 +17,10 @@ import numpy as np
 
 from quincunx.data_shards.artefact import written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import BadRecordError, check_text, load_json
+from quincunx.data_shards.records import BadRecordError, check_text
 from quincunx.data_shards.setting import setting
 from quincunx.engine.environment import Environment, choose_device
-from quincunx.engine.retrieval.files import read_lines
+from quincunx.engine.retrieval.files import read_lines, read_records
 
 SPLITS = ("train", "dev", "test")
 COLA_COLUMNS = ("source", "label", "note", "sentence")
@@ -186,16 +186,16 @@ def read_examples(name: str, path: str | Path, split: str, *, skip_broken: bool 
     labels: list[float] = []
     num_broken = 0
     read = _jsonl_rows if path.name.removesuffix(".gz").endswith(".jsonl") else _tsv_rows
-    for number, sentences, label in read(task, path, split):
+    for place, sentences, label in read(task, path, split):
         if sentences is None:
             if skip_broken and split != "test":
                 num_broken += 1
                 continue
             remedy = "fix or remove the line" if split == "test" else "fix the line, or pass --skip_broken_rows"
-            raise DataError(f"{path}:{number}: {label}: {remedy}")
+            raise DataError(f"{place}: {label}: {remedy}")
         texts.append(sentences)
         if split != "test":
-            labels.append(_label(task, label, f"{path}:{number}"))
+            labels.append(_label(task, label, place))
     if not texts:
         raise DataError(f"{path} holds no examples: give a {split} file of {task.title} with at least one")
     if split != "test" and len(set(labels)) == 1:
@@ -221,8 +221,8 @@ def unlike_published(name: str, split: str, examples: Examples) -> str | None:
     return f"{examples.path} has {len(examples):,} examples, GLUE's {split} file of {TASKS[name].title} {published:,}"
 
 
-def _tsv_rows(task: Task, path: Path, split: str) -> Iterator[tuple[int, list[str] | None, str]]:
-    """(line number, sentences, label as written) of every row; without sentences, what is wrong with the row."""
+def _tsv_rows(task: Task, path: Path, split: str) -> Iterator[tuple[str, list[str] | None, str]]:
+    """(place, sentences, label as written) of every row; without sentences, what is wrong with the row."""
     header: list[str] = [] if split == "test" else list(task.header)
     place = 0
     for number, line in enumerate(read_lines(path), 1):
@@ -242,7 +242,7 @@ def _tsv_rows(task: Task, path: Path, split: str) -> Iterator[tuple[int, list[st
             continue
         if len(cells) != len(header):
             columns = f"{len(cells)} column{'s' * (len(cells) != 1)}"
-            yield number, None, f"{columns} where {task.title} has {len(header)} ({', '.join(header)})"
+            yield f"{path}:{number}", None, f"{columns} where {task.title} has {len(header)} ({', '.join(header)})"
             continue
         row = dict(zip(header, cells, strict=True))
         index = row.get("index", row.get("id", str(place)))
@@ -252,23 +252,20 @@ def _tsv_rows(task: Task, path: Path, split: str) -> Iterator[tuple[int, list[st
                 "from 0 in the file's order: give the test file as GLUE publishes it"
             )
         place += 1
-        yield number, [row[column].strip() for column in task.sentences], row.get(task.label, "")
+        yield f"{path}:{number}", [row[column].strip() for column in task.sentences], row.get(task.label, "")
 
 
-def _jsonl_rows(task: Task, path: Path, split: str) -> Iterator[tuple[int, list[str], Any]]:
-    """(line number, sentences, label) of every line with sentence1, sentence2 (where the task has two) and label."""
+def _jsonl_rows(task: Task, path: Path, split: str) -> Iterator[tuple[str, list[str], Any]]:
+    """(place, sentences, label) of every line with sentence1, sentence2 (if the task has two) and label."""
     names = ["sentence1", "sentence2"][: len(task.sentences)]
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = load_json(line)
-            if record is None:
-                continue
-            if len(names) == 1 and record.get("sentence2"):
-                raise BadRecordError(f"a sentence2, and {task.title} reads one sentence")
-            sentences = [check_text(record.get(name), name) for name in names]
-        except BadRecordError as error:
-            raise DataError(f"{path}:{number}: {error}: fix or remove the line") from None
-        yield number, sentences, record.get("label")
+
+    def parse(record: dict) -> tuple[list[str], Any]:
+        if len(names) == 1 and record.get("sentence2"):
+            raise BadRecordError(f"a sentence2, and {task.title} reads one sentence")
+        return [check_text(record.get(name), name) for name in names], record.get("label")
+
+    for place, row in read_records(path, parse):
+        yield place, *row
 
 
 def _label(task: Task, given: Any, where: str) -> float:

@@ -1,6 +1,8 @@
-"""launchers/demo.py and demo_results.py: what is skipped, what fails, and what the end prints."""
+"""launchers/demo.py and demo.py: what is skipped, what fails, and what the end prints."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from quincunx.engine.retrieval.evaluation import Comparison
-from quincunx.launchers import demo, demo_results
-from quincunx.launchers.demo_results import LABELS
+from quincunx.launchers import demo
+from quincunx.launchers.demo import LABELS
 
+SCRIPT = Path(__file__).parents[2] / "recipes" / "chains" / "demo.sh"
 RIGHT_AT = {"bm25": 4, "random": 8, "mlm": 5, "ours": 1, "untuned": 2}
 """System -> rank of the right passage, for every query of `output`."""
 
@@ -37,7 +40,7 @@ def output(tmp_path) -> Path:
 
 
 def test_the_table_has_a_line_for_every_system_with_its_interval_and_what_ours_has_more(output, capsys):
-    assert demo_results.print_worth(output) == []
+    assert demo.print_worth(output) == []
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("40 held-out queries")
     for name, line in zip(LABELS, lines[2:7], strict=True):
@@ -54,7 +57,7 @@ def test_the_table_has_a_line_for_every_system_with_its_interval_and_what_ours_h
 def test_a_rival_that_is_as_good_or_better_fails_the_demo(output, rank):
     write_run(output / "ours.trec", 5, 40)
     write_run(output / "mlm.trec", rank, 40)
-    failures = demo_results.print_worth(output)
+    failures = demo.print_worth(output)
     assert [LABELS["mlm"] in failure for failure in failures] == ([True] if rank <= 5 else [])
 
 
@@ -74,14 +77,14 @@ def gain(difference: float, t_test_p: float, randomisation_p: float) -> Comparis
 
 
 def test_a_difference_counts_only_if_both_tests_say_so():
-    assert demo_results.is_better(gain(0.1, 0.009, 0.002))
-    assert not demo_results.is_better(gain(0.1, 0.011, 0.002))
-    assert not demo_results.is_better(gain(0.1, 0.002, 0.011))
-    assert not demo_results.is_better(gain(-0.1, 0.002, 0.002))
+    assert demo.is_better(gain(0.1, 0.009, 0.002))
+    assert not demo.is_better(gain(0.1, 0.011, 0.002))
+    assert not demo.is_better(gain(0.1, 0.002, 0.011))
+    assert not demo.is_better(gain(-0.1, 0.002, 0.002))
 
 
 def test_the_sentence_says_which_difference_is_not_significant():
-    text = demo_results.sentence({"random": gain(0.2, 0.001, 0.001), "mlm": gain(-0.02, 0.4, 0.3)})
+    text = demo.sentence({"random": gain(0.2, 0.001, 0.001), "mlm": gain(-0.02, 0.4, 0.3)})
     assert "+0.200 MRR@10 over random weights and -0.020 MRR@10 over MLM alone (not significant, p = 0.4)" in text
 
 
@@ -101,89 +104,94 @@ def test_a_loss_above_its_unigram_or_a_probe_that_does_not_double_fails_the_demo
         at = {"step": step, "time": 0.0}
         rows += [{**at, "kind": "held_out", **values}, {**at, "kind": "probe", "probe/mrr@10": found}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row).replace("NaN", '"nan"') + "\n" for row in rows))
-    failures = demo_results.print_learned(tmp_path)
+    failures = demo.print_learned(tmp_path)
     assert len(failures) == len(failed) and all(what in failure for what, failure in zip(failed, failures))
     printed = capsys.readouterr().out
     assert f"8.00{loss:>8.2f}     5.50" in printed and f"0.100 {probe:.3f}" in printed
 
 
-def test_what_is_there_is_not_made_again_and_a_failure_ends_the_demo_with_its_code(tmp_path, capsys):
-    made = tmp_path / "made"
-    write = f"""python -c 'open("{made}", "a").write("x")'"""
-    demo.make(tmp_path, {"made": write})
-    demo.make(tmp_path, {"made": write})
-    assert made.read_text() == "x"
-    with pytest.raises(SystemExit) as stopped:
-        demo.make(tmp_path, {"other": "python -c 'raise SystemExit(3)'"})
-    assert stopped.value.code == 3
-    assert "exit code 3 of the command python -c" in capsys.readouterr().err
-
-
-def test_side_by_side_commands_run_at_once_and_a_failure_shows_its_log(tmp_path, capsys):
-    """Each of two commands waits for what the other writes."""
-    meet = """python -c 'import pathlib, time
-pathlib.Path("{0}/{1}").write_text("")
-while not pathlib.Path("{0}/{2}").exists(): time.sleep(0.05)'"""
-    demo.make(tmp_path, {"a": meet.format(tmp_path, "a", "b"), "b": meet.format(tmp_path, "b", "a")})
-    with pytest.raises(SystemExit) as stopped:
-        demo.make(tmp_path, {"c": "python -c 'exit(\"lost a wheel\")'", "d": "python -c pass"})
-    assert stopped.value.code == 1 and "lost a wheel" in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
-def commands() -> dict[str, str]:
-    """What is made -> the command."""
-    stages = demo.stages("demo_run", 7, "deepspeed")
-    return {made: command for jobs in stages.values() for made, command in jobs.items()}
+def commands(tmp_path_factory) -> list[list[str]]:
+    """The words of every command of the demo, as its check shows them."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {"CHECK": "1", "OUTPUT": str(out), "SEED": "7", "PATH": path}
+    done = subprocess.run(["bash", SCRIPT], env=os.environ | given, capture_output=True, text=True, check=True)
+    shown = [line.removeprefix("== ").replace(str(out), "OUT") for line in done.stdout.splitlines() if "== " in line]
+    return [line.split() for line in shown]
 
 
 def test_held_out_queries_are_for_measuring_only_and_training_ones_for_training_only(commands):
-    for made, command in commands.items():
-        if made.startswith(("random/", "bm25.train", "negatives")) or ".tuned/" in made:
-            assert "shards/probe" not in command, made
-        if made.endswith((".vectors/manifest.json", ".trec")) and made != "bm25.train.trec":
-            assert "shards/probe" in command and "pairs" not in command, made
+    for words in commands:
+        command, trained = " ".join(words), words[0] in ("mine", "finetune") or "OUT/bm25.train.trec" in words
+        assert not trained or "shards/probe" not in command, command
+        if words[0] in ("encode", "search") and not trained:
+            assert "shards/probe" in command and "pairs" not in command, command
 
 
 def test_every_training_has_the_seed_and_mlm_alone_differs_from_ours_in_its_tasks_only(commands):
-    trainings = [command for made, command in commands.items() if "/export/" in made]
-    assert len(trainings) == 6 and all("--seed 7" in command for command in trainings)
-    ours, mlm = (set(commands[f"{name}/export/encoder"].split()) for name in ("ours", "mlm"))
-    assert ours ^ mlm == {"demo_run/ours", "demo_run/mlm", "--tasks", "[]", "--tracking", "none"}
+    trainings = [words for words in commands if words[0] in ("pretrain", "finetune")]
+    assert len(trainings) == 6 and all("--seed 7" in " ".join(words) for words in trainings)
+    ours, mlm, _ = (set(words) for words in trainings[:3])
+    assert ours ^ mlm == {"OUT/ours", "OUT/mlm", "--tasks", "--task_weights", "None", "--tracking", "none"}
 
 
-def test_a_run_that_was_past_the_interruption_is_not_interrupted_again(tmp_path):
-    """The command outlives the half second after which the demo looks; a signal would end it with -15."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 60, "time": 0.0, "kind": "train"}\n')
-    process = demo.start("python -c 'import time; time.sleep(1.2); raise SystemExit(5)'")
-    assert demo.interrupt(process, tmp_path, 60) == 5
+def shell(tmp_path: Path, lines: str) -> subprocess.CompletedProcess:
+    """The demo's functions, then other lines in place of its stages."""
+    text = SCRIPT.read_text().partition("\nstage build_shards")[0]
+    text = text.replace('"$(dirname "$0")/stage.sh"', str(SCRIPT.with_name("stage.sh")))
+    (tmp_path / "demo.sh").write_text(text + "\n" + lines)
+    environment = os.environ | {"OUTPUT": str(tmp_path / "out"), "CHECK": ""}
+    return subprocess.run(["bash", tmp_path / "demo.sh"], env=environment, capture_output=True, text=True, timeout=60)
 
 
-def refused(output: Path, *flags: str) -> str:
-    """What the demo says as it leaves with exit code 2."""
-    command = [sys.executable, "launchers/demo.py", "--output", str(output), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 2, done
-    return done.stderr
+TRAINING = """
+import json, pathlib, signal, sys, time
+run, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+run.mkdir(parents=True)
+(run / "run.lock").touch()
+def log(step, **record):
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "time": 0.0, **record}) + "\\n")
+def stop(*_):
+    log(step + 1, kind="event", status="preempted")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+for step in range(0, steps, 10):
+    log(step, kind="train")
+    time.sleep(0.1)
+"""
 
 
-def test_an_output_folder_with_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("years of work")
-    assert "holds something other than a demo" in refused(tmp_path)
-    assert "holds something other than a demo" in refused(tmp_path, "--keep")
-    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+def test_a_training_is_interrupted_once_and_not_again(tmp_path):
+    (tmp_path / "training.py").write_text(TRAINING)
+    command = f"interrupt 30 {tmp_path}/run {sys.executable} {tmp_path}/training.py {tmp_path}/run 5000\n"
+    done = shell(tmp_path, command + command)
+    assert done.returncode == 0, done.stderr
+    stopped = re.findall(r"Step (\d+): SIGTERM to the launcher", done.stdout)
+    assert len(stopped) == 1 and 30 <= int(stopped[0]) < 5000
+    assert done.stdout.count("The ranks saved step") == 1
 
 
-def test_what_one_seed_made_is_not_continued_with_another(tmp_path):
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "ours").mkdir()
-    (tmp_path / "ours" / "settings.yaml").write_text("seed: 42\n")
-    assert "made with --seed 42" in refused(tmp_path, "--keep", "--seed", "43")
+def test_a_training_that_fails_before_the_interruption_ends_the_demo_with_its_code(tmp_path):
+    done = shell(tmp_path, f"interrupt 30 {tmp_path}/run {sys.executable} -c 'raise SystemExit(3)'\necho after")
+    assert done.returncode == 3 and "after" not in done.stdout
+
+
+def test_commands_run_at_once_and_a_failure_shows_its_log_and_ends_with_its_code(tmp_path):
+    """Each of two commands waits for what the other writes."""
+    meet = f"meet() {{ touch {tmp_path}/$1; until [ -e {tmp_path}/$2 ]; do sleep 0.05; done; }}\n"
+    done = shell(tmp_path, meet + "beside a meet a b; beside b meet b a; all; echo met")
+    assert done.returncode == 0 and "met" in done.stdout
+    done = shell(tmp_path, "lose() { echo lost a wheel; return 4; }\nbeside c lose; beside d true; all; echo after")
+    assert done.returncode == 4 and "lost a wheel" in done.stderr and "after" not in done.stdout
 
 
 @pytest.mark.slow
 def test_the_demo_shows_what_pre_training_is_worth(tmp_path):
-    command = [sys.executable, "launchers/demo.py", "--output", str(tmp_path / "demo")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"OUTPUT": str(tmp_path / "demo"), "PATH": path}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(["bash", SCRIPT], env=environment, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "The ranks saved step" in done.stdout and "it goes on where it stopped" in done.stdout
