@@ -17,7 +17,7 @@ from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import write_shard_set
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TASKS, TaskSpec, shares_served
-from quincunx.kernels.hashing import visibility
+from quincunx.kernels.enhanced_attention import visibility
 
 CLS, SEP, MASK, VOCAB_SIZE = 101, 102, 103, 30522
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quincunx.data_shards import hashing
-from quincunx.kernels import hashing as torch_hashing
+from quincunx.kernels import enhanced_attention as torch_hashing
 
 UINT32 = st.integers(0, 2**32 - 1)
 
