@@ -92,9 +92,9 @@ def start_engine(arguments: argparse.Namespace):
 
     from quincunx.engine.deepspeed_config import fill_config, load_deepspeed_json
     from quincunx.engine.encoder import ScratchShape
-    from quincunx.engine.environment import discover_environment
     from quincunx.engine.model import build_model
     from quincunx.engine.optimizer import parameter_groups
+    from quincunx.engine.ranks import discover_environment
     from quincunx.engine.settings import PretrainSettings
 
     discover_environment({}).export()

@@ -18,7 +18,7 @@ from quincunx.data_shards.passages import Passage, read_passages
 from quincunx.data_shards.readers import list_inputs
 from quincunx.data_shards.setting import as_plain, setting
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
-from quincunx.engine.environment import Environment, choose_device
+from quincunx.engine.ranks import Environment, choose_device
 
 if TYPE_CHECKING:
     from quincunx.engine.generator import Generator, Sampling

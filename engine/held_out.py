@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quincunx.data_shards.batches import PackedBatch
-from quincunx.engine.environment import rank_and_world, sum_over_ranks
+from quincunx.engine.ranks import rank_and_world, sum_over_ranks
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.setting import names_of
-from quincunx.engine.metrics_file import numbers, read_metrics
+from quincunx.engine.run_folder import numbers, read_metrics
 from quincunx.engine.settings import PretrainSettings
 
 PLOT_FILE = "loss.png"

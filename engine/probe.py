@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quincunx.data_shards.errors import DataError
-from quincunx.engine.environment import gather_rows, rank_and_world
 from quincunx.engine.packing import batches_by_length, pack, tokenise
+from quincunx.engine.ranks import gather_rows, rank_and_world
 
 if TYPE_CHECKING:
     import torch

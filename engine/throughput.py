@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from quincunx.data_shards.batches import PackedBatch
-from quincunx.engine.environment import sum_over_ranks
 from quincunx.engine.job import Job, StepOutput
 from quincunx.engine.lean_modules import reads_rows
 from quincunx.engine.model import PretrainModel
+from quincunx.engine.ranks import sum_over_ranks
 
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIE": 756e12, "GH200": 989e12, "H100": 989e12, "A100": 312e12,

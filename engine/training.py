@@ -23,15 +23,13 @@ from quincunx.data_shards.setting import as_plain
 from quincunx.engine.checkpoint import load_checkpoint
 from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
 from quincunx.engine.deepspeed_config import lookup, precision_of
-from quincunx.engine.environment import Environment
 from quincunx.engine.job import Job
 from quincunx.engine.optimizer import compile_once, learning_rate_at, parameter_groups
+from quincunx.engine.ranks import Environment, StopRequest, Watchdog
 from quincunx.engine.resume import Resume, choose_checkpoint, fingerprint, run_state
-from quincunx.engine.run_folder import RunFolder
+from quincunx.engine.run_folder import RunFolder, Tracker, open_tracker, view_command
 from quincunx.engine.settings import RunSettings
-from quincunx.engine.signals import StopRequest, Watchdog
 from quincunx.engine.throughput import Progress, Window, peak_flops_of
-from quincunx.engine.tracking import Tracker, open_tracker, view_command
 
 
 @dataclass

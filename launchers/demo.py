@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from quincunx.data_shards.errors import EXIT_PREEMPTED
-from quincunx.engine.environment import free_port
+from quincunx.engine.ranks import free_port
 from quincunx.engine.run_folder import LOCK_FILE
 from quincunx.launchers.demo_results import print_learned, print_worth, records
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quincunx.engine.metrics_file import numbers, read_metrics
+from quincunx.engine.run_folder import numbers, read_metrics
 
 if TYPE_CHECKING:
     from quincunx.engine.retrieval.measures import Comparison

@@ -33,12 +33,12 @@ from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
 from quincunx.data_shards.tasks import TASKS
 from quincunx.engine.generate import GenerateSettings
-from quincunx.engine.metrics_file import read_metrics
 from quincunx.engine.model_card import curves
 from quincunx.engine.retrieval.evaluation import read_results
 from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
 from quincunx.engine.retrieval.judgements import read_qrels
 from quincunx.engine.retrieval.measures import measure_name
+from quincunx.engine.run_folder import read_metrics
 from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers import finetune, pretrain
 from quincunx.launchers.command_line import as_flags, parse_settings, suggestion

@@ -19,7 +19,7 @@ from quincunx.data_shards.artefact import written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.records import BadRecordError, check_text, load_json
 from quincunx.data_shards.setting import setting
-from quincunx.engine.environment import Environment, choose_device
+from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.files import read_lines
 
 SPLITS = ("train", "dev", "test")

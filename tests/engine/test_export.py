@@ -13,10 +13,10 @@ from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.bundle import BUNDLE_FILE, is_bundle, load_bundle
 from quincunx.engine.checkpoint import consolidated_state_dict, find_newest
 from quincunx.engine.export import export_run
-from quincunx.engine.metrics_file import read_metrics
 from quincunx.engine.model import PretrainModel, build_model
 from quincunx.engine.packing import pack
 from quincunx.engine.probe import load_probe
+from quincunx.engine.run_folder import read_metrics
 from quincunx.engine.tensors import text_to_tensors
 
 TASKS = ("mkp", "cmp", "npr", "dor")

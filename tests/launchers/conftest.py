@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quincunx.engine.environment import free_port
+from quincunx.engine.ranks import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHER = str(ROOT / "launchers" / "pretrain.py")

@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from quincunx.data_shards.tokenizer_training import train_wordpiece
-from quincunx.engine.environment import discover_environment
+from quincunx.engine.ranks import discover_environment
 from quincunx.engine.retrieval.candidates import Candidates, write_candidates
 from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
 from quincunx.engine.retrieval.finetuning import prepare
