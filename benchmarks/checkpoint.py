@@ -45,8 +45,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     import torch
     import torch.distributed as dist
 
-    from quincunx.engine.checkpoint import convert, step_name, verify
-    from quincunx.engine.checkpoint_save import save_checkpoint
+    from quincunx.engine.checkpoint import convert, save_checkpoint, step_name, verify
 
     engine = start_engine(arguments)
     plain_engine = engine.checkpoint_engine

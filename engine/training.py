@@ -20,13 +20,19 @@ import torch.distributed as dist
 from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError, DataError, SettingsError
 from quincunx.data_shards.hashing import fold, mix
 from quincunx.data_shards.setting import as_plain
-from quincunx.engine.checkpoint import load_checkpoint
-from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
+from quincunx.engine.checkpoint import (
+    Resume,
+    choose_checkpoint,
+    fingerprint,
+    load_checkpoint,
+    remove_leftovers,
+    run_state,
+    save_checkpoint,
+)
 from quincunx.engine.deepspeed_config import lookup, precision_of
 from quincunx.engine.job import Job
 from quincunx.engine.optimizer import compile_once, learning_rate_at, parameter_groups
 from quincunx.engine.ranks import Environment, StopRequest, Watchdog
-from quincunx.engine.resume import Resume, choose_checkpoint, fingerprint, run_state
 from quincunx.engine.run_folder import RunFolder, Tracker, open_tracker, view_command
 from quincunx.engine.settings import RunSettings
 from quincunx.engine.throughput import Progress, Window, peak_flops_of
