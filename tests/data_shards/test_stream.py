@@ -13,7 +13,7 @@ import pytest
 from quincunx.data_shards.batches import PackedBatch
 from quincunx.data_shards.block import Block, Text
 from quincunx.data_shards.block_writer import Sample
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import write_shard_set
@@ -63,7 +63,7 @@ def contents(steps: list[list[PackedBatch]]) -> list[list[list[bytes]]]:
 
 
 def stream_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("stream-")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("stream_")]
 
 
 def wait_until(condition, seconds: float = 10.0) -> bool:
@@ -153,20 +153,15 @@ def test_workers_stay_a_bounded_number_of_steps_ahead_and_end_when_the_stream_is
     assert wait_until(lambda: not stream_threads())
 
 
-@pytest.mark.parametrize("hangs", [False, True])
-def test_a_stream_left_open_does_not_keep_the_process_alive(shard_set, hangs):
-    """Nor does it change the exit code, which an abort of a worker would; a read that hangs is waited for a while."""
+def test_a_stream_left_open_does_not_keep_the_process_alive(shard_set):
+    """Nor does it change the exit code."""
     program = f"""
-        import importlib.util, sys, time
-        import quincunx.data_shards.stream
+        import importlib.util, sys
         from quincunx.data_shards.shards import open_shards
-        quincunx.data_shards.stream.LAST_STEP_SECONDS = 1.0
         spec = importlib.util.spec_from_file_location("test_stream", {__file__!r})
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         stream = module.make_stream([open_shards({shard_set.path!r})], num_workers=2)
-        step = stream.step
-        stream.step = lambda number: time.sleep(3600) if {hangs} and number else step(number)
         steps = stream.iterate(0)
         next(steps)
         print("left open")
@@ -180,12 +175,3 @@ def test_waiting_is_counted(shard_set):
     stream = make_stream([shard_set], num_workers=0)
     take(stream, 0, 5)
     assert stream.wait_seconds > 0
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"micro_batch": 5}, {"world_size": 32}, {"global_batch": 0}, {"micro_batch": 0}, {"num_workers": -1}],
-)
-def test_batches_that_do_not_divide_are_refused(shard_set, options):
-    with pytest.raises(SettingsError, match=r"multiple of|allowed"):
-        make_stream([shard_set], **options)
