@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quincunx.data_shards.stream import Stream
-from quincunx.engine.probe import Probe
+from quincunx.engine.evaluations import Probe
 from quincunx.engine.retrieval.cross_encoder import Reranker
 from quincunx.engine.retrieval.dual_encoder import Retriever
 from quincunx.engine.retrieval.examples import RerankerBatch, RetrieverBatch

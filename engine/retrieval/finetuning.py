@@ -9,8 +9,8 @@ import torch
 from quincunx.data_shards.artefact import file_digest
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.deepspeed_config import load_config
+from quincunx.engine.evaluations import load_probe
 from quincunx.engine.host_memory import return_freed_memory
-from quincunx.engine.probe import load_probe
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.candidates import iterate_candidates
 from quincunx.engine.retrieval.collection import read_passages, read_queries

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from quincunx.engine.evaluations import run_probe
 from quincunx.engine.export import MODEL_FOLDER
 from quincunx.engine.job import Evaluation
-from quincunx.engine.probe import run_probe
 from quincunx.engine.ranks import rank_and_world
 from quincunx.engine.retrieval.dual_encoder import save_retriever
 from quincunx.engine.retrieval.examples import RetrieverBatch

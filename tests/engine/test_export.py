@@ -12,10 +12,10 @@ from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.bundle import BUNDLE_FILE, is_bundle, load_bundle
 from quincunx.engine.checkpoint import consolidated_state_dict, find_newest
+from quincunx.engine.evaluations import load_probe
 from quincunx.engine.export import export_run
 from quincunx.engine.model import PretrainModel, build_model
 from quincunx.engine.packing import pack
-from quincunx.engine.probe import load_probe
 from quincunx.engine.run_folder import read_metrics
 from quincunx.engine.tensors import text_to_tensors
 
@@ -147,7 +147,7 @@ def test_a_folder_without_a_checkpoint_cannot_be_exported(tmp_path):
 
 def test_the_probe_of_the_exported_model_is_the_runs_last_probe(finished_run, bundle_model, beir_folder):
     from quincunx.data_shards.tokenizer import load_tokenizer
-    from quincunx.engine.probe import run_probe
+    from quincunx.engine.evaluations import run_probe
 
     probe = load_probe(beir_folder, load_tokenizer(str(finished_run / "export" / "encoder")), 40)
     last = [line for line in read_metrics(finished_run) if line["kind"] == "probe"][-1]
