@@ -34,9 +34,9 @@ import xxhash
 from quincunx.data_shards.artefact import file_digest, publish, sync_folder, written_whole
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.setting import as_plain, local_names, names_of
-from quincunx.engine.deepspeed_config import precision_of
 from quincunx.engine.job import Job
 from quincunx.engine.run_folder import RunFolder
+from quincunx.engine.settings import precision_of
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

@@ -6,12 +6,16 @@ stopping on request. What differs between stages (model, data, losses, evaluatio
 engine/pretraining.py has pre-training's, engine/retrieval/retriever_job.py and reranker_job.py those of fine-tuning.
 """
 
+import difflib
+import fcntl
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +33,10 @@ from quincunx.engine.checkpoint import (
     run_state,
     save_checkpoint,
 )
-from quincunx.engine.deepspeed_config import lookup, precision_of
 from quincunx.engine.job import Job
-from quincunx.engine.optimizer import compile_once, learning_rate_at, parameter_groups
 from quincunx.engine.ranks import Environment, StopRequest, Watchdog
 from quincunx.engine.run_folder import RunFolder, Tracker, open_tracker, view_command
-from quincunx.engine.settings import RunSettings
+from quincunx.engine.settings import RunSettings, lookup, precision_of
 from quincunx.engine.throughput import Progress, Window, peak_flops_of
 
 
@@ -194,6 +196,39 @@ def start(
     return run
 
 
+def compile_once(builder: Any, is_main: bool) -> None:
+    """Compiles and loads a DeepSpeed operator; later calls on this machine only load it.
+
+    torch marks a compilation with a file, which a killed process leaves behind and every later one waits for, without
+    end. Here ranks and runs take turns by the kernel's lock (flock), which dies with its holder: whoever holds it knows
+    that a mark still there is a dead process's, and removes it. For that the operators are compiled in a folder of
+    ours, ~/.cache/quincunx/torch_extensions, unless TORCH_EXTENSIONS_DIR names another.
+
+    builder: a DeepSpeed op builder (deepspeed.ops.op_builder). is_main: says on stderr that it takes a minute.
+    """
+    build = (
+        f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
+    )
+    default = Path.home() / ".cache" / "quincunx" / "torch_extensions" / build
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "quincunx.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / builder.name / "lock").unlink(missing_ok=True)
+        if is_main and not list((folder / builder.name).glob("*.so")):
+            print(f"compiling DeepSpeed's {builder.name} (once, about a minute)", file=sys.stderr, flush=True)
+        builder.load(verbose=False)
+
+
+def misspelt_keys(config: dict[str, Any]) -> list[str]:
+    """Keys of the DeepSpeed JSON that DeepSpeed ignores and that look like one it reads, as sentences."""
+    from deepspeed.runtime import constants
+
+    known = {value for value in vars(constants).values() if isinstance(value, str)}
+    nearest = {key: difflib.get_close_matches(key, known, 1, cutoff=0.85) for key in config if key not in known}
+    return [f"the DeepSpeed JSON has {key}; did you mean {near[0]}?" for key, near in nearest.items() if near]
+
+
 def train(run: Run) -> int:
     """The loop, from run.step to the last step; returns 0, 75 or 77."""
     job, settings, engine = run.job, run.job.settings, run.engine
@@ -274,6 +309,29 @@ def agree(run: Run, batches: list, failure: DataError | None) -> tuple[torch.Ten
     return mine[:-2].to(run.device, torch.float32), bool(mine[-2] > 0)
 
 
+def learning_rate_at(step: int, total_steps: int, peak: float, warmup_share: float) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear from near 0 to `peak`, then linear towards 0.
+
+    Step 0 already learns (rate peak / warm-up steps) and so does the last one. A pure function, so that a resumed run
+    needs no scheduler state.
+    """
+    warmup = round(total_steps * warmup_share)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * max(0, total_steps - step) / max(1, total_steps - warmup)
+
+
+def parameter_groups(model, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of a model's trainable parameters: matrices, which decay, and biases and norm scales, which do not."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decaying = [parameter for _, parameter in named if parameter.ndim >= 2]
+    others = [parameter for _, parameter in named if parameter.ndim < 2]
+    return [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
 def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """Seed of one forward's dropout: a resumed run at the same number of ranks draws the same."""
     return int(fold(fold(fold(mix(seed), step), micro_step), rank))
@@ -340,7 +398,7 @@ def save(run: Run, ending: bool) -> None:
 def announce(run: Run, resume: Resume | None) -> None:
     """Says on rank 0 what is about to run, and records it."""
     job, settings, environment = run.job, run.job.settings, run.environment
-    for sentence in job.warnings:
+    for sentence in (*job.warnings, *misspelt_keys(job.config)):
         run.progress.say(f"warning: {sentence}")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in job.model.parameters())
     accumulation = settings.global_batch // (job.micro_batch * environment.world_size)

@@ -8,7 +8,6 @@ import torch
 
 from quincunx.data_shards.artefact import file_digest
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.deepspeed_config import load_config
 from quincunx.engine.evaluations import load_probe
 from quincunx.engine.host_memory import return_freed_memory
 from quincunx.engine.ranks import Environment, choose_device
@@ -22,6 +21,7 @@ from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
 from quincunx.engine.retrieval.groups import Groups
 from quincunx.engine.retrieval.reranker_job import RerankerJob
 from quincunx.engine.retrieval.retriever_job import RetrieverJob
+from quincunx.engine.settings import load_config
 from quincunx.engine.training import run_training
 
 

@@ -14,8 +14,8 @@ from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.bundle import load_bundle, write_bundle
 from quincunx.engine.encoder import ScratchShape
 from quincunx.engine.model import PretrainModel, build_model
-from quincunx.engine.optimizer import parameter_groups
 from quincunx.engine.tensors import to_tensors
+from quincunx.engine.training import parameter_groups
 
 TASKS = ("mkp", "cmp", "npr", "dor")
 VOCAB = 99
