@@ -206,9 +206,7 @@ def compile_once(builder: Any, is_main: bool) -> None:
 
     builder: a DeepSpeed op builder (deepspeed.ops.op_builder). is_main: says on stderr that it takes a minute.
     """
-    build = (
-        f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
-    )
+    build = f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
     default = Path.home() / ".cache" / "quincunx" / "torch_extensions" / build
     folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     folder.mkdir(parents=True, exist_ok=True)

@@ -302,22 +302,6 @@ def test_the_same_text_is_packed_from_blocks_of_any_size(tmp_path, tokenizer_fol
             assert parts_of(other, row) == parts_of(batches[0], row)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"encoder_mask_rate": 0.0}, "encoder_mask_rate"),
-        ({"decoder_mask_rate": 1.0}, "decoder_mask_rate"),
-        ({"corruption": "none"}, "80-10-10, mask"),
-        ({"neighbour": "previous"}, "next, halves"),
-        ({"max_tokens": 2}, "max_tokens"),
-        ({"tasks": ("mkp", "mkp")}, "once"),
-    ],
-)
-def test_settings_out_of_range_are_refused_by_name(shard_set, changes, named):
-    with pytest.raises(SettingsError, match=named):
-        make_packer([shard_set], **changes)
-
-
 def test_shard_sets_of_two_tokenizers_are_refused(shard_set, other_shard_set, monkeypatch):
     foreign = replace(other_shard_set.manifest, tokenizer_digest="0" * 32)
     monkeypatch.setattr(other_shard_set, "manifest", foreign)
@@ -337,9 +321,3 @@ def test_a_tasks_share_is_that_of_the_passages_with_its_text_and_none_is_refused
     assert shares_served([bare, counts], [1, 3], ["npr"], "next") == [pytest.approx(shares[2] * 3 / 4)]
     twice = {field: 2 * count for field, count in bare.items()}
     assert shares_served([twice, counts], [1, 1], ["npr"], "next") == [pytest.approx(shares[2] / 2)]
-
-
-@pytest.mark.parametrize("fields", [{"name": "mlp"}, {"decoder": "causal"}, {"weight": -1.0}, {"weight": float("nan")}])
-def test_a_task_that_does_not_exist_is_refused(fields):
-    with pytest.raises(SettingsError):
-        TaskSpec(**({"name": "mkp", "decoder": "masked"} | fields))
