@@ -1,17 +1,22 @@
 """One encoder, its shallow decoders, the LM head they share, and the loss of a micro-batch.
 
 Letters: B passages, S sequences of a task, T tokens of a text, M labelled rows of a task, N labelled rows of all, D
-channels, P longest text of the decoders.
+channels, E embedding channels (E < D in small ELECTRAs), V words, P longest text of the decoders.
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
-from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.decoders import (
     DecoderLayer,
@@ -24,12 +29,15 @@ from quincunx.engine.decoders import (
 )
 from quincunx.engine.encoder import PackedEncoder, ScratchShape, load_encoder
 from quincunx.engine.lean_modules import encoder_layers
-from quincunx.engine.lm_head import LMHead, TiedRows, make_lm_head, norm_eps
 from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, cls_and_labels, cls_rows, empty_task
 from quincunx.kernels.launching import Implementation
+from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
 
 SHARED = "shared"
 """Name of the decoder that all tasks share; no task is called so."""
+BUNDLE_FILE = "bundle.json"
+DECODERS_FILE = "decoders.safetensors"
+BUNDLE_VERSION = 1
 
 
 class StepOutput(NamedTuple):
@@ -43,6 +51,66 @@ class StepOutput(NamedTuple):
     """int64 [1 + tasks], labelled tokens whose word got the highest score."""
     counts: torch.Tensor
     """int64 [1 + tasks], labelled tokens."""
+
+
+class LMHead(nn.Module):
+    """Transform (dense, activation, LayerNorm) and tied output projection with a bias, up to the loss.
+
+    Letters: N labelled rows, D hidden channels, E embedding channels (E < D in small ELECTRAs), V words.
+    """
+
+    def __init__(self, hidden: int, embedding: int, vocab_size: int, activation: str, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(hidden, embedding)
+        self.activation = ACT2FN[activation]
+        self.norm = nn.LayerNorm(embedding, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """[N, D] -> [N, E], what the word embeddings are compared with."""
+        return self.norm(self.activation(self.dense(hidden_ND)))
+
+    def forward(
+        self,
+        hidden_ND: torch.Tensor,
+        output_weight_VE: torch.Tensor,
+        labels_N: torch.Tensor,
+        row_weights_N: torch.Tensor,
+        task_slices: Sequence[tuple[int, int]],
+        kernels: Implementation,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weighted loss, each task's sum of negative log-likelihoods, and correct rows: see `linear_cross_entropy`.
+
+        `output_weight_VE` is the word embedding's weight as `TiedRows` returns it.
+        """
+        return linear_cross_entropy(
+            self.transform(hidden_ND), output_weight_VE, self.bias, labels_N, row_weights_N, task_slices, impl=kernels
+        )
+
+
+class TiedRows(torch.autograd.Function):
+    """Rows [T, E] of the tied weight, and the weight [V, E] itself for the output projection.
+
+    Both gradients meet here: the rows' is added into the projection's in place. Under ZeRO-3 the weight is partitioned;
+    DeepSpeed gathers it for the module in whose forward it is read.
+    """
+
+    @staticmethod
+    def forward(ctx, weight_VE, ids_T):
+        ctx.save_for_backward(ids_T)
+        return weight_VE.index_select(0, ids_T), weight_VE.view_as(weight_VE)
+
+    @staticmethod
+    def backward(ctx, rows_gradient_TE, gradient_VE):
+        (ids_T,) = ctx.saved_tensors
+        if rows_gradient_TE.is_cuda:
+            # Sorts, and sums a word's rows in float32: thousands of [MASK]s would be lost in bf16, and index_add_ adds
+            # in any order.
+            rows_gradient_VE = torch.ops.aten.embedding_dense_backward(
+                rows_gradient_TE, ids_T, len(gradient_VE), padding_idx=-1, scale_grad_by_freq=False
+            )
+            return gradient_VE.add_(rows_gradient_VE), None
+        return gradient_VE.index_add_(0, ids_T, rows_gradient_TE), None
 
 
 class PretrainModel(nn.Module):
@@ -248,3 +316,88 @@ def build_model(
         for decoder in model.decoders.values():
             copy_last_layers(decoder, encoder_layers(packed.model))
     return model
+
+
+def make_lm_head(
+    config: PretrainedConfig, vocab_size: int, embedding: int, weights: dict[str, torch.Tensor] | None
+) -> LMHead:
+    """The head of an encoder: with the `weights` of its checkpoint (`encoder.head_weights`), or fresh (std 0.02).
+
+    A checkpoint without a bias somewhere (ModernBERT's dense and norm) gets one of zeros.
+    """
+    activation = getattr(config, "classifier_activation", None) or getattr(config, "hidden_act", "gelu")
+    head = LMHead(config.hidden_size, embedding, vocab_size, activation, norm_eps(config))
+    nn.init.normal_(head.dense.weight, std=getattr(config, "initializer_range", 0.02))
+    nn.init.zeros_(head.dense.bias)
+    if weights is not None:
+        head.load_state_dict(weights, strict=False)
+    return head
+
+
+def norm_eps(config: PretrainedConfig) -> float:
+    """Epsilon of the encoder's LayerNorms."""
+    return getattr(config, "layer_norm_eps", None) or getattr(config, "norm_eps", 1e-12)
+
+
+def write_bundle(folder: Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
+    """Adds LM head and decoders to an encoder's folder, which makes it a bundle (engine/export.py).
+
+    weights: every parameter of the PretrainModel outside the encoder, by its name there. description: plain values for
+    bundle.json; load_bundle reads `tasks` ({name: "masked" | "enhanced"}) and `shared_decoder` (absent: false).
+    """
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / DECODERS_FILE)
+    content = {"format": "quincunx-bundle", "version": BUNDLE_VERSION, **description}
+    (folder / BUNDLE_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def is_bundle(name: str) -> bool:
+    """Whether the `encoder` setting names a bundle."""
+    return (Path(name) / BUNDLE_FILE).is_file()
+
+
+def load_bundle(model: PretrainModel, folder: Path, report: Callable[[str], None] = print) -> None:
+    """Fills a PretrainModel's LM head and decoders from a bundle; its encoder is loaded already.
+
+    report: told which decoders of the run the bundle lacks; they keep their fresh weights.
+
+    Raises:
+        CheckpointError: a damaged bundle, one of a newer version, weights of another shape or decoder kind, or one
+            decoder for all tasks on one side and one for each on the other.
+    """
+    try:
+        content = json.loads((folder / BUNDLE_FILE).read_text())
+        version, tasks = content["version"], content["tasks"]
+        weights = load_file(folder / DECODERS_FILE)
+    except Exception as error:  # safetensors has an error class of its own for a damaged file
+        raise CheckpointError(f"the bundle {folder} cannot be read ({error}): export it again") from error
+    if version > BUNDLE_VERSION:
+        raise CheckpointError(
+            f"the bundle {folder} has format {version}, this quincunx reads {BUNDLE_VERSION}: update it"
+        )
+    shared = content.get("shared_decoder", False)
+    if tasks and model.tasks and shared != model.shared_decoder:
+        raise CheckpointError(
+            f"the bundle {folder} has one decoder for {'all tasks' if shared else 'each task'}, the recipe does not: "
+            f"set --shared_decoder {str(shared).lower()}, or start from the plain encoder folder"
+        )
+    if shared and tasks:  # its decoder serves any task
+        tasks = dict.fromkeys([task.name for task in model.tasks], next(iter(tasks.values())))
+    for task in model.tasks:
+        if tasks.get(task.name, task.decoder) != task.decoder:
+            raise CheckpointError(
+                f"the bundle {folder} has a decoder of kind {tasks[task.name]} for {task.name}, the recipe asks for "
+                f"{task.decoder}: set --decoder {tasks[task.name]}, or start from the plain encoder folder"
+            )
+    fresh = [task.name for task in model.tasks if task.name not in tasks]
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+    fresh_decoders = tuple(f"decoders.{model.decoder_name(task)}." for task in fresh)
+    wanted = {name for name in own if not name.startswith(fresh_decoders)}
+    wrong = [name for name in sorted(wanted) if name not in weights or weights[name].shape != own[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"the bundle {folder} does not fit the recipe's decoders ({wrong[0]} is missing or of another shape): use "
+            f"its settings, which stand in {BUNDLE_FILE}, or start from the plain encoder folder"
+        )
+    model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    if fresh:
+        report(f"the bundle {folder} has no decoder for {', '.join(fresh)}: they start from fresh weights")

@@ -21,12 +21,11 @@ from quincunx.data_shards.shards import ShardSet, open_shards
 from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
-from quincunx.engine.bundle import is_bundle, load_bundle
 from quincunx.engine.evaluations import HeldOut, Probe, load_held_out, load_probe, run_held_out, run_probe
 from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
 from quincunx.engine.host_memory import return_freed_memory
 from quincunx.engine.job import Evaluation
-from quincunx.engine.model import PretrainModel, StepOutput, build_model
+from quincunx.engine.model import PretrainModel, StepOutput, build_model, is_bundle, load_bundle
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.run_folder import RunFolder
 from quincunx.engine.settings import PretrainSettings, find_idle_settings, load_config

@@ -91,7 +91,7 @@ def tests_table(systems: Mapping[str, tuple]) -> str:
 
 def training_of(chain: Path, plots: dict[str, str]) -> list[str]:
     """Loss and probe curves of every run folder, with first and last values."""
-    from quincunx.engine.model_card import curves
+    from quincunx.engine.export import curves
     from quincunx.engine.retrieval.report import figure, table
     from quincunx.engine.retrieval.report_plots import plot_curves
     from quincunx.engine.run_folder import METRICS_FILE

@@ -32,8 +32,8 @@ from quincunx.data_shards.artefact import file_digest, manifest_path
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
 from quincunx.data_shards.tasks import TASKS
+from quincunx.engine.export import curves
 from quincunx.engine.generate import GenerateSettings
-from quincunx.engine.model_card import curves
 from quincunx.engine.retrieval.evaluation import read_results
 from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
 from quincunx.engine.retrieval.judgements import read_qrels

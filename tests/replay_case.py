@@ -33,8 +33,7 @@ from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.decoders import BERT_LAYER_NAMES, layer_weights
 from quincunx.engine.encoder import PACKED, PackedEncoder, head_weights
 from quincunx.engine.lean_modules import make_lean
-from quincunx.engine.lm_head import make_lm_head
-from quincunx.engine.model import PretrainModel
+from quincunx.engine.model import PretrainModel, make_lm_head
 from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, labels_to_tensors, text_to_tensors
 from quincunx.kernels.launching import Implementation
 

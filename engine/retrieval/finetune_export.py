@@ -13,8 +13,7 @@ from typing import Any
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.setting import names_of
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
-from quincunx.engine.export import MODEL_FOLDER
-from quincunx.engine.model_card import PLOT_FILE, plot_losses, probe_table
+from quincunx.engine.export import MODEL_FOLDER, PLOT_FILE, plot_losses, probe_table
 from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker
 from quincunx.engine.retrieval.dual_encoder import load_retriever, save_retriever
 from quincunx.engine.retrieval.finetune_settings import FinetuneSettings

@@ -10,11 +10,10 @@ import torch
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
-from quincunx.engine.bundle import BUNDLE_FILE, is_bundle, load_bundle
 from quincunx.engine.checkpoint import consolidated_state_dict, find_newest
 from quincunx.engine.evaluations import load_probe
 from quincunx.engine.export import export_run
-from quincunx.engine.model import PretrainModel, build_model
+from quincunx.engine.model import BUNDLE_FILE, PretrainModel, build_model, is_bundle, load_bundle
 from quincunx.engine.packing import pack
 from quincunx.engine.run_folder import read_metrics
 from quincunx.engine.tensors import text_to_tensors

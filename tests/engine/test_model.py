@@ -11,9 +11,8 @@ import torch
 from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
 from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.tasks import TaskSpec
-from quincunx.engine.bundle import load_bundle, write_bundle
 from quincunx.engine.encoder import ScratchShape
-from quincunx.engine.model import PretrainModel, build_model
+from quincunx.engine.model import PretrainModel, build_model, load_bundle, write_bundle
 from quincunx.engine.tensors import to_tensors
 from quincunx.engine.training import parameter_groups
 
