@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 
-from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make_text
 from quincunx.data_shards.block import token_dtype
 from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import SettingsError
@@ -25,6 +26,7 @@ from quincunx.data_shards.masks import (
     pack_enhanced,
     pack_masked,
 )
+from quincunx.data_shards.order import Rows
 from quincunx.data_shards.shards import ShardSet
 from quincunx.data_shards.tasks import (
     CORRUPTION_CODE,
@@ -82,15 +84,15 @@ class Packer:
     def vocab_size(self) -> int:
         return self.vocabulary.size
 
-    def pack(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> PackedBatch:
-        """The batch of R rows: datasets int16 [R], epochs int32 [R], sample ids int64 [R] of the split.
+    def pack(self, rows: Rows) -> Batch:
+        """The batch of some rows of the order (R of them).
 
         Raises:
             DataError: a block that cannot be read.
         """
-        texts, num_cut = self.gather(datasets, epochs, sample_ids)
-        hidden = np.zeros((len(sample_ids), self.limit), bool)
-        encoder = pack_masked(
+        texts, num_cut = self.gather(rows)
+        hidden = np.zeros((len(rows.sample_ids), self.limit), bool)
+        input_ids, bounds, _, positions, labels = pack_masked(
             texts,
             self.vocabulary,
             PASSAGE,
@@ -102,43 +104,51 @@ class Packer:
             True,
             hidden,
         )
-        return PackedBatch(
-            encoder=PackedText(*encoder[:2]),
-            encoder_label_positions=encoder[3],
-            encoder_labels=encoder[4],
-            tasks={task.name: self._pack_task(task, texts, hidden) for task in self.tasks},
-            sample_ids=sample_ids,
-            datasets=datasets,
-            epochs=epochs,
+        contexts, tasks = {}, {}
+        for task in self.tasks:
+            self._pack_task(task, texts, hidden, contexts, tasks)
+        return Batch(
+            encoder=make_text(input_ids, bounds),
+            encoder_labels=make_labels(positions, labels, bounds),
+            contexts=contexts,
+            tasks=tasks,
+            rows=rows,
             num_cut_texts=num_cut,
         )
 
-    def _pack_task(self, task: TaskSpec, texts: Texts, hidden: np.ndarray) -> PackedTask:
+    def _pack_task(
+        self, task: TaskSpec, texts: Texts, hidden: np.ndarray, contexts: dict[str, Context], tasks: dict[str, Task]
+    ) -> None:
         text, code, draw = TEXT_INDEX[task.kind.field], task.kind.code, DRAWS[task.kind.draw]
         rate = self.decoder_mask_rate
         if task.decoder == "enhanced":
+            name = task.kind.field
             columns = pack_enhanced(texts, self.vocabulary, text, code, draw, rate, hidden)
         else:
-            corruption_code = DECODER_CORRUPTION_CODE + code
+            name, corruption_code = task.name, DECODER_CORRUPTION_CODE + code
             columns = pack_masked(
                 texts, self.vocabulary, text, code, corruption_code, draw, rate, self.only_mask, False, hidden
             )
-        return PackedTask(PackedText(*columns[:2]), *columns[2:])
+        input_ids, bounds, passages, positions, labels, *rule = columns
+        if name not in contexts:
+            contexts[name] = Context(make_text(input_ids, bounds), torch.tensor(passages, dtype=torch.int64))
+        tasks[task.name] = Task(name, make_labels(positions, labels, bounds), *map(torch.from_numpy, rule))
 
-    def gather(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> tuple[Texts, int]:
+    def gather(self, rows: Rows) -> tuple[Texts, int]:
         """The texts of the rows, and how many of them were cut at max_tokens."""
+        datasets, epochs, sample_ids = rows
         shape = (len(TEXT_INDEX), len(sample_ids), self.limit)
         tokens, starts = np.empty(shape, token_dtype(self.vocab_size)), np.empty(shape, bool)
         lengths = np.zeros(shape[:2], np.int32)
         num_cut = 0
         for dataset in np.unique(datasets):
             shard_set, block_starts = self.shard_sets[dataset], self.block_starts[dataset]
-            rows = np.flatnonzero(datasets == dataset)
-            blocks = np.searchsorted(block_starts, sample_ids[rows], side="right") - 1
+            places = np.flatnonzero(datasets == dataset)
+            blocks = np.searchsorted(block_starts, sample_ids[places], side="right") - 1
             by_block = np.argsort(blocks, kind="stable")
-            rows, blocks = rows[by_block], blocks[by_block]
-            indices = sample_ids[rows] - block_starts[blocks]
-            for low, high in pairwise([*np.flatnonzero(np.diff(blocks, prepend=-1)), len(rows)]):
+            places, blocks = places[by_block], blocks[by_block]
+            indices = sample_ids[places] - block_starts[blocks]
+            for low, high in pairwise([*np.flatnonzero(np.diff(blocks, prepend=-1)), len(places)]):
                 block = shard_set.read_block(self.split, int(blocks[low]))
                 num_cut += _gather_block(
                     block.token_ids,
@@ -146,7 +156,7 @@ class Packer:
                     block.offsets,
                     block.has_next,
                     indices[low:high],
-                    rows[low:high],
+                    places[low:high],
                     self.texts_wanted,
                     tokens,
                     starts,

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any, Protocol
 
-import numpy as np
-
 from quincunx.data_shards.order import Order, Rows
 
 STEPS_AHEAD_PER_WORKER = 2
@@ -21,8 +19,8 @@ STEPS_AHEAD_PER_WORKER = 2
 class Packs(Protocol):
     """What makes micro-batches, purely and from any thread: data_shards/packer.py, engine/retrieval/examples.py."""
 
-    def pack(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> Any:
-        """The micro-batch of some rows of the order (order.Rows, each [B]); it counts its num_cut_texts."""
+    def pack(self, rows: Rows) -> Any:
+        """The micro-batch of some rows of the order; it counts its num_cut_texts."""
 
 
 class Stream:
@@ -61,7 +59,7 @@ class Stream:
         """
         rows = self.order.rank_batch(step, self.global_batch, self.rank, self.world_size)
         return [
-            self.packer.pack(*Rows(*(column[start : start + self.micro_batch] for column in rows)))
+            self.packer.pack(Rows(*(column[start : start + self.micro_batch] for column in rows)))
             for start in range(0, len(rows.sample_ids), self.micro_batch)
         ]
 

@@ -24,17 +24,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from quincunx.data_shards.batches import PackedBatch
+from quincunx.data_shards.batches import Batch, Text, batches_by_length, join_texts, to_device
 from quincunx.data_shards.errors import DataError
-from quincunx.engine.packing import batches_by_length, pack, tokenise
+from quincunx.data_shards.order import Rows
+from quincunx.data_shards.tokenizer import tokenise
 from quincunx.engine.ranks import gather_rows, rank_and_world, sum_over_ranks
-from quincunx.engine.tensors import TensorText, text_to_tensors, to_tensors
 
 if TYPE_CHECKING:
     from quincunx.data_shards.packer import Packer
 
-Batch = TypeVar("Batch")
-Encode = Callable[[TensorText, str], torch.Tensor]
+Item = TypeVar("Item")
+Encode = Callable[[Text, str], torch.Tensor]
 
 UNIGRAM_PASSAGES = 4096  # training passages that label frequencies are counted on
 UNIGRAM_IN_A_ROW = 16  # of them side by side: each place is a block to be read, far away if shards are remote
@@ -46,7 +46,7 @@ QUERIES_A_SEARCH = 256
 QRELS_NAMES = ("test.tsv", "dev.tsv", "train.tsv")
 
 
-def shared_out(batches: Sequence[Batch]) -> Iterator[tuple[Batch, bool]]:
+def shared_out(batches: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
     """This rank's batches, and whether each counts.
 
     Rank r takes batches r, r + ranks, ...; one that has a batch fewer takes the last once more, which does not count.
@@ -73,7 +73,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 class HeldOut:
     """Packed held-out passages, the same on every rank."""
 
-    batches: list[PackedBatch]
+    batches: list[Batch]
     unigram: dict[str, float]
     """nats per labelled token of each task ("mlm" first) under its label frequencies in training; tasks with labels"""
 
@@ -111,16 +111,14 @@ def spread_samples(packer: "Packer", num_passages: int, in_a_row: int = 1) -> tu
     return datasets, np.concatenate(ids) if ids else np.empty(0, np.int64)
 
 
-def pack_all(packer: "Packer", datasets: np.ndarray, samples: np.ndarray, micro_batch: int) -> list[PackedBatch]:
+def pack_all(packer: "Packer", datasets: np.ndarray, samples: np.ndarray, micro_batch: int) -> list[Batch]:
     """The samples in their order, `micro_batch` a batch, as epoch 0 masks them."""
-    return [
-        packer.pack(datasets[cut], np.zeros(len(samples[cut]), np.int32), samples[cut])
-        for start in range(0, len(samples), micro_batch)
-        for cut in [slice(start, start + micro_batch)]
-    ]
+    epochs = np.zeros(len(samples), np.int32)
+    cuts = [slice(start, start + micro_batch) for start in range(0, len(samples), micro_batch)]
+    return [packer.pack(Rows(datasets[cut], epochs[cut], samples[cut])) for cut in cuts]
 
 
-def unigram_cross_entropy(batches: list[PackedBatch], trained: list[PackedBatch], vocab_size: int) -> dict[str, float]:
+def unigram_cross_entropy(batches: list[Batch], trained: list[Batch], vocab_size: int) -> dict[str, float]:
     """Nats per labelled token of `batches` under the label frequencies of `trained`, task by task."""
     counts = count_labels(trained, vocab_size)
     unigram = {}
@@ -130,15 +128,15 @@ def unigram_cross_entropy(batches: list[PackedBatch], trained: list[PackedBatch]
     return unigram
 
 
-def labels_by_task(batches: list[PackedBatch]) -> dict[str, np.ndarray]:
-    """int32 labels of all batches, the encoder's ("mlm") first."""
-    labels = {"mlm": np.concatenate([batch.encoder_labels for batch in batches])}
+def labels_by_task(batches: list[Batch]) -> dict[str, np.ndarray]:
+    """int64 labels of all batches, the encoder's ("mlm") first."""
+    labels = {"mlm": torch.cat([batch.encoder_labels.ids for batch in batches]).numpy()}
     for task in batches[0].tasks:
-        labels[task] = np.concatenate([batch.tasks[task].labels for batch in batches])
+        labels[task] = torch.cat([batch.tasks[task].labels.ids for batch in batches]).numpy()
     return labels
 
 
-def count_labels(batches: list[PackedBatch], vocab_size: int) -> dict[str, np.ndarray]:
+def count_labels(batches: list[Batch], vocab_size: int) -> dict[str, np.ndarray]:
     """How often each id is a label of the encoder ("mlm") and of each task, int64 [vocab_size]."""
     return {name: np.bincount(ids, minlength=vocab_size) for name, ids in labels_by_task(batches).items()}
 
@@ -171,7 +169,7 @@ def run_held_out(model: Any, held_out: HeldOut, device: torch.device) -> dict[st
     unweighted = torch.ones(len(names), device=device)
     with evaluating(model):
         for batch, counts in shared_out(held_out.batches):
-            output = model(to_tensors(batch, device), unweighted)
+            output = model(to_device(batch, device), unweighted)
             if counts:
                 totals += torch.stack([x.to(totals) for x in (output.nll_sums, output.correct, output.counts)])
     nll_sums, correct, counts = sum_over_ranks(totals).tolist()
@@ -282,7 +280,7 @@ def encode_texts(encode: Encode, probe: Probe, device: torch.device) -> torch.Te
     vectors = []
     for batch, counts in shared_out(probe.batches):
         kind = "passage" if batch[0] < len(probe.doc_ids) else "query"
-        encoded = encode(text_to_tensors(pack([probe.texts[index] for index in batch]), device), kind).float()
+        encoded = encode(to_device(join_texts([probe.texts[index] for index in batch]), device), kind).float()
         vectors.append(encoded if counts else encoded[:0])
     world = rank_and_world()[1]
     shares = [sum(map(len, probe.batches[other::world])) for other in range(world)]

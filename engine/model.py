@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from quincunx.data_shards.batches import Batch, Context, Text
 from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.decoders import (
@@ -27,9 +28,7 @@ from quincunx.engine.decoders import (
     copy_last_layers,
     decode_enhanced,
 )
-from quincunx.engine.encoder import PackedEncoder, ScratchShape, load_encoder
-from quincunx.engine.lean_modules import encoder_layers
-from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, cls_and_labels, cls_rows, empty_task
+from quincunx.engine.encoder import PackedEncoder, ScratchShape, encoder_layers, load_encoder
 from quincunx.kernels.launching import Implementation
 from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -179,61 +178,54 @@ class PretrainModel(nn.Module):
     def decoder_of(self, task: str) -> MaskedDecoder | EnhancedDecoder:
         return self.decoders[self.decoder_name(task)]
 
-    def encode(self, text: TensorText) -> torch.Tensor:
+    def encode(self, text: Text) -> torch.Tensor:
         """Sentence vectors [S, D]: final hidden states of [CLS], no pooler."""
-        word_vectors = self.encoder.word_embeddings(text.input_ids)
-        return self.encoder(word_vectors, text.positions, text.cu_seqlens, text.max_length, cls_rows(text))
+        return self.encoder(self.encoder.word_embeddings(text.input_ids), text).index_select(0, text.starts)
 
-    def forward(self, batch: TensorBatch, label_counts: torch.Tensor) -> StepOutput:
+    def forward(self, batch: Batch, label_counts: torch.Tensor) -> StepOutput:
         """Loss of one micro-batch.
 
         `label_counts` [1 + tasks] holds each task's labelled tokens in the whole global batch (all ranks, all
         micro-batches), so that the losses of the micro-batches sum to the global batch's. A task without rows here adds
         0 and zero gradients (every parameter takes part in every forward, which ZeRO and all-reduce rely on).
         """
-        assert label_counts.shape == self.lambdas.shape and batch.tasks.keys() <= set(self.task_names)
-        tasks = [batch.tasks.get(task.name) or empty_task(batch.encoder.input_ids.device) for task in self.tasks]
-        rows, output_weight_VE = self._labelled_rows(batch, tasks)
-        counts = [len(part) for part in rows]
+        assert label_counts.shape == self.lambdas.shape and tuple(batch.tasks) == self.task_names[1:]
+        rows, output_weight_VE = self._labelled_rows(batch)
+        counts = batch.num_labels()
         bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        labels_N = torch.cat([batch.encoder_labels.labels, *(task.labels.labels for task in tasks)])
+        labels_N = torch.cat([batch.encoder_labels.ids, *(task.labels.ids for task in batch.tasks.values())])
         per_row = self.lambdas.float() / label_counts.to(self.lambdas.device, torch.float32).clamp(min=1)
         row_weights_N = torch.cat([per_row[t].expand(count) for t, count in enumerate(counts)])
         task_slices, rows_ND = list(itertools.pairwise(bounds)), torch.cat(rows)
         found = self.lm_head(rows_ND, output_weight_VE, labels_N, row_weights_N, task_slices, self.kernels)
         return StepOutput(*found, torch.tensor(counts))
 
-    def _labelled_rows(self, batch: TensorBatch, tasks: list[TensorTask]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _labelled_rows(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Final hidden states [M, D] of the labelled rows, the encoder's and every task's; the head's weight [V, E]."""
-        texts = list({id(task.text): task.text for task in tasks}.values())
-        ids = torch.cat([batch.encoder.input_ids, *(text.input_ids for text in texts)])
+        contexts = batch.contexts
+        ids = torch.cat([batch.encoder.input_ids, *(context.text.input_ids for context in contexts.values())])
         words_TE, output_weight_VE = TiedRows.apply(self.encoder.word_embeddings.weight, ids)
-        text, num_encoder = batch.encoder, len(batch.encoder.input_ids)
-        encoder_words_TE, words_TE = words_TE.split([num_encoder, len(ids) - num_encoder])
-        read, cls_B, labels_M = cls_and_labels(text, batch.encoder_labels)
-        hidden_RD = self.encoder(encoder_words_TE, text.positions, text.cu_seqlens, text.max_length, read)
-        h_BD = hidden_RD.index_select(0, cls_B)
-        embedded = self._embed(texts, words_TE) if tasks else {}
-        shared: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        streams = {}
-        for spec, task in zip(self.tasks, tasks, strict=True):
-            key = (id(task.text), id(task.passage_index))
-            if key not in shared:
-                h_SD = h_BD.index_select(0, task.passage_index)
-                shared[key] = (h_SD, embedded[id(task.text)].index_copy(0, task.text.starts, h_SD))
-            streams[spec.name] = DecoderStream(task, *shared[key])
+        encoder_words_TE, words_TE = words_TE.split([batch.num_tokens, len(ids) - batch.num_tokens])
+        hidden_TD = self.encoder(encoder_words_TE, batch.encoder)
+        h_BD = hidden_TD.index_select(0, batch.encoder.starts)
+        embedded = self._embed(contexts, words_TE) if contexts else {}
+        read = {}
+        for name, context in contexts.items():
+            h_SD = h_BD.index_select(0, context.passage_index)
+            read[name] = context.text, h_SD, embedded[name].index_copy(0, context.text.starts, h_SD)
+        streams = {name: DecoderStream(task, *read[task.context]) for name, task in batch.tasks.items()}
         decoded = self._decode(streams)
-        rows = [hidden_RD.index_select(0, labels_M)]
+        rows = [hidden_TD.index_select(0, batch.encoder_labels.positions)]
         return rows + [decoded[spec.name] for spec in self.tasks], output_weight_VE
 
-    def _embed(self, texts: list[TensorText], words_TE: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The embedding layer over all decoder texts at once, by the text's identity: [T, D] each."""
+    def _embed(self, contexts: dict[str, Context], words_TE: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The embedding layer over all decoders' texts at once: [T, D] by the context's name."""
+        texts = [context.text for context in contexts.values()]
         positions = torch.cat([text.positions for text in texts])
         embedded = self.encoder.embed(words_TE, positions)
         if self.encoder.position_embeddings is None:
             embedded = embedded + self.position_table(positions)
-        parts = embedded.split([len(text.input_ids) for text in texts])
-        return {id(text): part for text, part in zip(texts, parts, strict=True)}
+        return dict(zip(contexts, embedded.split([len(text.input_ids) for text in texts]), strict=True))
 
     def _decode(self, streams: dict[str, DecoderStream]) -> dict[str, torch.Tensor]:
         """Hidden states [M, D] of the labelled rows by task."""
@@ -241,16 +233,15 @@ class PretrainModel(nn.Module):
         for spec in self.tasks:
             decoder, stream = self.decoder_of(spec.name), streams[spec.name]
             if spec.decoder == "masked":
-                decoded[spec.name] = decoder(stream.context_TD, stream.task)
+                decoded[spec.name] = decoder(stream.context_TD, stream.text, stream.task.labels)
             elif self.query_stream == "embedded":
-                text = stream.task.text
-                query_TD = self.encoder.embed(stream.h_SD.index_select(0, text.sequences), text.positions)
-                decoded[spec.name] = decoder.decode_embedded(query_TD, stream)
+                h_TD = stream.h_SD.index_select(0, stream.text.sequences)
+                decoded[spec.name] = decoder.decode_embedded(self.encoder.embed(h_TD, stream.text.positions), stream)
             else:
                 enhanced.append(spec.name)
         if enhanced:
             members = [streams[name] for name in enhanced]
-            positions_PD = self._positions(max(stream.task.text.max_length for stream in members))
+            positions_PD = self._positions(max(stream.text.max_length for stream in members))
             decoders = [self.decoder_of(name) for name in enhanced]
             decoded |= zip(enhanced, decode_enhanced(decoders, members, positions_PD, self.kernels), strict=True)
         return decoded

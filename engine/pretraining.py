@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quincunx.data_shards.batches import PackedBatch
+from quincunx.data_shards.batches import Batch, to_device
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
@@ -23,13 +23,11 @@ from quincunx.data_shards.tasks import TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.evaluations import HeldOut, Probe, load_held_out, load_probe, run_held_out, run_probe
 from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
-from quincunx.engine.host_memory import return_freed_memory
 from quincunx.engine.job import Evaluation
 from quincunx.engine.model import PretrainModel, StepOutput, build_model, is_bundle, load_bundle
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.run_folder import RunFolder
 from quincunx.engine.settings import PretrainSettings, find_idle_settings, load_config
-from quincunx.engine.tensors import to_tensors
 from quincunx.engine.throughput import training_flops
 from quincunx.engine.training import run_training
 from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
@@ -89,17 +87,17 @@ class PretrainJob:
     def write_model_files(self, folder: Path) -> None:
         save_model_files(folder, self.model, self.shard_sets[0].tokenizer_folder)
 
-    def num_labels(self, batch: PackedBatch) -> list[int]:
+    def num_labels(self, batch: Batch) -> list[int]:
         return batch.num_labels()
 
     def forward_passes(
-        self, engine: Any, batches: list[PackedBatch], label_counts: torch.Tensor, seeds: list[int]
+        self, engine: Any, batches: list[Batch], label_counts: torch.Tensor, seeds: list[int]
     ) -> Iterator[StepOutput]:
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
-            yield engine(to_tensors(batch, label_counts.device), label_counts)
+            yield engine(to_device(batch, label_counts.device), label_counts)
 
-    def flops(self, batch: PackedBatch) -> float:
+    def flops(self, batch: Batch) -> float:
         return training_flops(self.model, batch)
 
     def sample_ids(self, step: int) -> dict[str, list]:
@@ -155,8 +153,6 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
     )
     model = make_model(settings, tasks, shard_sets[0], report)
     report(f"kernels: {describe_kernels(settings, cuda, model)}")
-    if not cuda:
-        return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
     held_out = None
     if settings.held_out_every:
         held_out = load_held_out(packers["heldout"], packers["train"], settings.held_out_passages, micro_batch)

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from quincunx.data_shards.batches import PackedBatch
+from quincunx.data_shards.batches import Batch
 from quincunx.engine.job import Job, StepOutput
-from quincunx.engine.lean_modules import reads_rows
 from quincunx.engine.model import PretrainModel
 from quincunx.engine.ranks import sum_over_ranks
 
@@ -81,21 +80,21 @@ class Window:
         return {name: float(value) for name, value in metrics.items()}
 
 
-def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
+def training_flops(model: PretrainModel, batch: Batch) -> float:
     """FLOPs of forward and backward (three times the forward) of one micro-batch, matrix products only.
 
     Recomputation (gradient checkpointing) does not count, as usual for MFU. benchmarks/flops.py counts what is run.
     """
     width = model.encoder.config.hidden_size
-    labels = np.searchsorted(batch.encoder_label_positions, batch.encoder.cu_seqlens)
-    multiply_adds = encoder_multiply_adds(model.encoder.model, np.diff(batch.encoder.cu_seqlens), 1 + np.diff(labels))
+    multiply_adds = encoder_multiply_adds(model.encoder.model, np.diff(batch.encoder.cu_seqlens))
     rows = float(sum(batch.num_labels()))
     words = model.encoder.word_embeddings
     multiply_adds += rows * (words.num_embeddings + width) * words.embedding_dim
     for spec in model.tasks:
         task = batch.tasks[spec.name]
-        tokens, labels = float(len(task.text.input_ids)), float(len(task.labels))
-        lengths = np.diff(task.text.cu_seqlens).astype(np.float64)
+        text = batch.contexts[task.context].text
+        tokens, labels = float(len(text.input_ids)), float(len(task.labels.ids))
+        lengths = np.diff(text.cu_seqlens).astype(np.float64)
         squares = (lengths**2).sum()
         layers = model.decoder_of(spec.name).layers
         inner = layers[0].intermediate.out_features
@@ -108,21 +107,16 @@ def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
     return 3 * 2 * multiply_adds
 
 
-def encoder_multiply_adds(model: nn.Module, lengths: np.ndarray, read: np.ndarray | None = None) -> float:
-    """Multiply-adds of one forward of a Hugging Face encoder over texts of these lengths, matrix products only.
-
-    `read`: how many rows of each text are read in the end (None: all), which is what its last layer finishes.
-    """
+def encoder_multiply_adds(model: nn.Module, lengths: np.ndarray) -> float:
+    """Multiply-adds of one forward of a Hugging Face encoder over texts of these lengths, matrix products only."""
     config = model.config
-    width, layers = config.hidden_size, config.num_hidden_layers
+    width = config.hidden_size
     inner = getattr(config, "intermediate_size", getattr(config, "hidden_dim", 4 * width))
     is_plain = hasattr(config, "hidden_act") or hasattr(config, "hidden_dim")  # as BERT's and DistilBERT's
     inner *= 1 if is_plain else 1.5  # a gated feed-forward has three matrices
     lengths = lengths.astype(np.float64)
-    read = lengths if read is None or not reads_rows(model) else read.astype(np.float64)
-    whole = (layers - 1) * ((4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum())
-    last = (2 * width**2 + 2 * width * inner) * read.sum() + 2 * width * (lengths * read).sum()
-    return whole + 2 * width**2 * lengths.sum() + last
+    of_a_layer = (4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum()
+    return config.num_hidden_layers * of_a_layer
 
 
 def peak_flops_of(device: torch.device, world_size: int, precision: str) -> float | None:

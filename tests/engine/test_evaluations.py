@@ -18,7 +18,6 @@ from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.encoder import ScratchShape
 from quincunx.engine.evaluations import load_held_out, load_probe, pack_all, run_held_out, run_probe, spread_samples
 from quincunx.engine.model import PretrainModel, build_model
-from quincunx.engine.tensors import to_tensors
 
 ROOT = Path(__file__).parents[2]
 TASKS = [TaskSpec(name="mkp", decoder="masked"), TaskSpec(name="dor", decoder="enhanced")]
@@ -58,7 +57,7 @@ def test_losses_are_means_over_all_labelled_tokens_whatever_the_batches(shards):
 
     (batch,) = pack_all(held_out, *spread_samples(held_out, 20), 20)
     with torch.no_grad():
-        output = model.eval()(to_tensors(batch, CPU), torch.tensor(batch.num_labels(), dtype=torch.float32))
+        output = model.eval()(batch, torch.tensor(batch.num_labels(), dtype=torch.float32))
     for row, task in enumerate(("mlm", "mkp", "dor")):
         assert small[f"held_out/loss/{task}"] == pytest.approx(
             float(output.nll_sums[row]) / batch.num_labels()[row], rel=1e-5

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quincunx.data_shards.batches import join_texts
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
@@ -14,9 +15,7 @@ from quincunx.engine.checkpoint import consolidated_state_dict, find_newest
 from quincunx.engine.evaluations import load_probe
 from quincunx.engine.export import export_run
 from quincunx.engine.model import BUNDLE_FILE, PretrainModel, build_model, is_bundle, load_bundle
-from quincunx.engine.packing import pack
 from quincunx.engine.run_folder import read_metrics
-from quincunx.engine.tensors import text_to_tensors
 
 TASKS = ("mkp", "cmp", "npr", "dor")
 SHORT_AND_LONG = 12
@@ -49,7 +48,7 @@ def packed_vectors(bundle_model, finished_run, texts) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(finished_run / "export" / "encoder")
     ids = [tokenizer(text, truncation=True, max_length=40, return_tensors="np")["input_ids"][0] for text in texts]
     with torch.no_grad():
-        return bundle_model.encode(text_to_tensors(pack([row.astype("int32") for row in ids])))
+        return bundle_model.encode(join_texts([row.astype("int32") for row in ids]))
 
 
 def test_the_bundle_gives_back_every_weight_of_the_checkpoint(finished_run, bundle_model):
