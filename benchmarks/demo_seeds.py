@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from quincunx.engine.retrieval.judgements import read_qrels, read_run
-from quincunx.engine.retrieval.measures import compare, evaluate
+from quincunx.engine.retrieval.evaluation import compare, evaluate
 from quincunx.engine.retrieval.report import alone
 from quincunx.engine.retrieval.report_plots import plot_curves
+from quincunx.engine.retrieval.trec import read_qrels, read_run
 from quincunx.launchers.demo_results import LABELS, MEASURE, records
 from quincunx.launchers.study_cells import describe_code
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from quincunx.engine.retrieval.embeddings import Embeddings, open_embeddings
-from quincunx.engine.retrieval.index import Index, IndexOptions
-from quincunx.engine.retrieval.top_results import recall_against_exact
+from quincunx.engine.retrieval.index import Index, recall_against_exact
+from quincunx.engine.retrieval.search import IndexOptions
 
 DEPTH = 100
 NOISE = 0.03  # standard deviation a channel; vectors of length 1 in 384 channels have 0.05

@@ -17,8 +17,8 @@ import numpy as np
 
 from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
-from quincunx.engine.retrieval.judgements import read_qrels
 from quincunx.engine.retrieval.study_report import spearman
+from quincunx.engine.retrieval.trec import read_qrels
 from quincunx.launchers.study_cells import Cell, make_cells, read_recipe
 
 DEPTH = 10

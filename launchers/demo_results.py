@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from quincunx.engine.run_folder import numbers, read_metrics
 
 if TYPE_CHECKING:
-    from quincunx.engine.retrieval.measures import Comparison
+    from quincunx.engine.retrieval.evaluation import Comparison
 
 LABELS = {
     "bm25": "BM25, words alone",
@@ -60,8 +60,8 @@ def print_learned(run_folder: Path) -> list[str]:
 
 def print_worth(output: Path) -> list[str]:
     """The table: MRR@10 with intervals, and how much more ours has, with interval and p. Then one sentence."""
-    from quincunx.engine.retrieval.judgements import read_qrels, read_run
-    from quincunx.engine.retrieval.measures import compare, evaluate, interval
+    from quincunx.engine.retrieval.evaluation import compare, evaluate, interval
+    from quincunx.engine.retrieval.trec import read_qrels, read_run
 
     qrels = read_qrels(output / "shards" / "probe" / "qrels" / "test.tsv")
     found = {name: evaluate(read_run(output / f"{name}.trec"), qrels, [MEASURE]) for name in LABELS}
@@ -69,7 +69,7 @@ def print_worth(output: Path) -> list[str]:
     header = f"{f'{len(qrels)} held-out queries':<34}{'MRR@10':>8}{'95 % interval':>17}"
     print(f"{header}{'ours minus it':>15}{'95 % interval':>19}{'p':>9}\n" + "-" * 102)
     for name, evaluation in found.items():
-        low, high = interval(evaluation.per_query[MEASURE])
+        low, high = interval(evaluation.per_query[MEASURE].values())
         line = f"{LABELS[name]:<34}{evaluation.means[MEASURE]:>8.3f}{f'{low:.3f} to {high:.3f}':>17}"
         if gain := gains.get(name):
             line += f"{gain.difference:>+15.3f}{f'{gain.low:+.3f} to {gain.high:+.3f}':>19}{p_of(gain):>9.1g}"

@@ -11,7 +11,7 @@ Values are ir-measures' own. See docs/evaluation.md.
 from dataclasses import dataclass
 from typing import Literal
 
-from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.data_shards.errors import DataError, exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.launchers.command_line import parse_settings
 
@@ -58,47 +58,58 @@ class EvaluateSettings:
             problems.append("nothing to judge by: give --qrels, or --answers with --corpus, or all of them")
         if self.answers is not None and self.corpus is None:
             problems.append("answer match reads the passages: give --corpus beside --answers")
+        for name in ("measures", "answer_depths"):
+            if not getattr(self, name):
+                problems.append(f"{name} is given without a value: give at least one, or leave it out")
+        for name, endings in (("output", (".json",)), ("per_query", (".jsonl", ".tsv"))):
+            path = getattr(self, name)
+            if path is not None and not path.endswith(endings):
+                problems.append(f"{name} is {path}: give a name ending in {' or '.join(endings)}")
         return problems
 
 
 def main() -> None:
     settings = parse_settings(EvaluateSettings, __doc__.split("\n")[0])
-    inputs = {name: getattr(settings, name) for name in ("run", "qrels", "compare", "answers")}
-    inputs = {name: path for name, path in inputs.items() if path is not None}
-    from quincunx.engine.retrieval import evaluation
+    from quincunx.engine.retrieval import evaluation, trec
+    from quincunx.engine.retrieval.answers import answer_hits
     from quincunx.engine.retrieval.collection import read_passages, read_queries
-    from quincunx.engine.retrieval.measures import measure_name
+    from quincunx.engine.retrieval.files import refuse_input
 
-    measures = tuple(measure_name(name, settings.relevant_from) for name in settings.measures)
-    read = inputs | {name: path for name in ("queries", "corpus") if (path := getattr(settings, name)) is not None}
-    evaluation.check_outputs(settings.output, settings.per_query, read)
+    measures = [evaluation.measure_name(name, settings.relevant_from) for name in settings.measures]
+    inputs = {name: getattr(settings, name) for name in ("run", "qrels", "compare", "answers", "queries", "corpus")}
+    for written in filter(None, (settings.output, settings.per_query)):
+        refuse_input(written, inputs)
     queries = read_queries(settings.queries) if settings.queries is not None else None
     # Answers are searched in the text alone, as DPR does; for ids it makes no difference.
     passages = read_passages(settings.corpus, titles=False) if settings.corpus is not None else None
     drop = settings.unknown_ids == "drop"
-    qrels, dropped = None, {}
+    qrels, answers, dropped = None, None, {}
     if settings.qrels is not None:
-        qrels, dropped["qrels"] = evaluation.load_qrels(settings.qrels, queries, passages, drop, settings.no_positives)
-    answers = None
+        hint = "choose --no_positives keep (they count 0) or drop"
+        qrels, dropped["qrels"] = trec.load_qrels(settings.qrels, queries, passages, drop, settings.no_positives, hint)
     if settings.answers is not None:
-        answers, dropped["answers"] = evaluation.load_answers(settings.answers, queries, drop)
-    judgement = evaluation.Judgement(
-        qrels=qrels,
-        measures=measures,
-        relevant_from=settings.relevant_from,
-        answers=answers,
-        passages=passages,
-        answer_depths=settings.answer_depths,
-        answer_regex=settings.answer_regex,
-    )
+        found = trec.read_answers(settings.answers)
+        answers, dropped["answers"] = trec.check_against(found, queries, None, settings.answers, drop)
+    if None not in (qrels, answers) and qrels.keys() != answers.keys():
+        raise DataError(
+            f"the qrels judge {len(qrels)} queries and the answers are of {len(answers)}, of which "
+            f"{len(qrels.keys() & answers.keys())} are the same: give both of the same queries, or one at a time"
+        )
     results = []
     for name in ("run", "compare"):
-        if name in inputs:
-            run, dropped[name] = evaluation.load_run(
-                inputs[name], queries, passages, drop, settings.ignore_identical_ids
-            )
-            results.append(evaluation.judge(run, judgement))
-    record = evaluation.make_record(results[0], inputs, settings.relevant_from, *results[1:]) | {"dropped": dropped}
+        if inputs[name] is None:
+            continue
+        run, dropped[name] = trec.check_against(trec.read_run(inputs[name]), queries, passages, inputs[name], drop)
+        if settings.ignore_identical_ids:
+            dropped[name]["identical_ids"] = sum(scores.pop(id, None) is not None for id, scores in run.items())
+        parts = []
+        if qrels is not None:
+            parts.append(evaluation.evaluate(run, qrels, measures, settings.relevant_from))
+        if answers is not None:
+            parts.append(answer_hits(run, answers, passages, settings.answer_depths, settings.answer_regex))
+        results.append(evaluation.joined(parts))
+    made_from = {name: inputs[name] for name in ("run", "qrels", "compare", "answers") if inputs[name] is not None}
+    record = evaluation.make_record(results[0], made_from, settings.relevant_from, *results[1:]) | {"dropped": dropped}
     print(evaluation.format_table(record))
     for source, counts in dropped.items():
         for what, count in counts.items():

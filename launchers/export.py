@@ -35,7 +35,7 @@ def main() -> None:
             raise SettingsError(
                 "step is for pre-training runs: a fine-tuned model is exported from its newest checkpoint"
             )
-        from quincunx.engine.retrieval.finetune_export import export_finetuned
+        from quincunx.engine.retrieval.finetuning import export_finetuned
 
         print(f"Exported {settings.run}: {export_finetuned(Path(settings.run), output)[0].parent}")
         return

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
 from quincunx.engine.ranks import discover_environment, one_voice, without_local_rank
-from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
+from quincunx.engine.retrieval.finetuning import FinetuneSettings, finetune
 from quincunx.engine.settings import find_config_problems
 from quincunx.launchers.command_line import parse_settings
 
@@ -41,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             default_config=DEFAULT_RECIPE,
             find_more=partial(find_config_problems, world_size=environment.world_size),
         )
-        from quincunx.engine.retrieval.finetuning import finetune
-
         return finetune(settings, environment)
 
 

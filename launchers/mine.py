@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from quincunx.data_shards.errors import DataError, exit_with_one_sentence
 from quincunx.data_shards.setting import setting
+from quincunx.engine.retrieval.candidates import CANDIDATES, ENDINGS
 from quincunx.engine.retrieval.files import input_digest, refuse_input
 from quincunx.engine.retrieval.mining import MiningRules
 from quincunx.launchers.command_line import parse_settings
@@ -43,6 +44,8 @@ class MineSettings(MiningRules):
         for name, without in (("margin", 0.0), ("margin_from", "best")):
             if self.teacher_scores is None and getattr(self, name) != without:
                 problems.append(f"{name} counts from a teacher's scores: give --teacher_scores, or leave it out")
+        if not self.output.endswith(ENDINGS):
+            problems.append(f"candidates cannot be written to {self.output}: give a name in {' or '.join(ENDINGS)}")
         return problems
 
 
@@ -51,11 +54,11 @@ def main() -> None:
     read = ("run", "qrels", "corpus", "queries", "answers", "teacher_scores")
     refuse_input(settings.output, {name: getattr(settings, name) for name in read})
     from quincunx.data_shards.artefact import artefact
-    from quincunx.engine.retrieval.candidates import KIND, iterate_candidates, write_candidates
+    from quincunx.engine.retrieval.candidates import iterate_candidates, write_candidates
     from quincunx.engine.retrieval.collection import read_passages, read_queries
-    from quincunx.engine.retrieval.judgements import check_against, read_answers, read_qrels
-    from quincunx.engine.retrieval.mining import TeacherScores, mine, stream_run
+    from quincunx.engine.retrieval.mining import TeacherScores, mine
     from quincunx.engine.retrieval.progress import counted
+    from quincunx.engine.retrieval.trec import check_against, read_answers, read_qrels, stream_run
 
     drop = settings.unknown_ids == "drop"
     qrels = read_qrels(settings.qrels)
@@ -74,7 +77,7 @@ def main() -> None:
             "together"
         )
     counts: dict[str, int] = {}
-    with artefact(settings.output, KIND, made_from, single=True, remake=settings.remake) as work:
+    with artefact(settings.output, CANDIDATES, made_from, single=True, remake=settings.remake) as work:
         if work is None:
             print(f"{settings.output} is there, made from these files by these rules: nothing to do")
             return
@@ -91,7 +94,7 @@ def main() -> None:
         print(f"  {name.replace('_', ' '):{width}}  {count:,}")
     for what, count in unknown.items():
         if count:
-            print(f"  {count:,} judgements of unknown {what} were left out")
+            print(f"  {count:,} judgements of {what.replace('_', ' ')} were left out")
 
 
 if __name__ == "__main__":

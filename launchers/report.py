@@ -71,7 +71,7 @@ def results_table(systems: Mapping[str, tuple]) -> str:
 
 def tests_table(systems: Mapping[str, tuple]) -> str:
     """Every system against the one before it and against the first, over the same queries."""
-    from quincunx.engine.retrieval.measures import compare
+    from quincunx.engine.retrieval.evaluation import compare
     from quincunx.engine.retrieval.report import folded, table
 
     names, rows = list(systems), []

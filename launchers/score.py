@@ -16,6 +16,7 @@ from typing import Literal
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.engine.ranks import Environment, discover_environment, one_voice, without_local_rank
+from quincunx.engine.retrieval.candidates import CANDIDATES, ENDINGS
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -61,8 +62,8 @@ class ScoreSettings:
             problems.append("give either --candidates or --run, the pairs to score")
         if self.depth is not None and self.run is None:
             problems.append("depth is of a --run; --candidates are scored whole: leave --depth out")
-        if self.candidates is not None and Path(self.output).suffix not in (".jsonl", ".parquet"):
-            problems.append(f"candidates cannot be written to {self.output}: give a name in .jsonl or .parquet")
+        if self.candidates is not None and not self.output.endswith(ENDINGS):
+            problems.append(f"candidates cannot be written to {self.output}: give a name in {' or '.join(ENDINGS)}")
         return problems
 
 
@@ -80,7 +81,7 @@ def score(settings: ScoreSettings, environment: Environment) -> None:
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.cross_encoder import load_reranker
     from quincunx.engine.retrieval.files import input_digest
-    from quincunx.engine.retrieval.scoring import CANDIDATES, RUN, Source, score_source
+    from quincunx.engine.retrieval.scoring import RUN, Source, score_source
 
     device, precision = device_and_precision(settings.device, settings.precision, environment)
     path, kind = (settings.run, RUN) if settings.candidates is None else (settings.candidates, CANDIDATES)

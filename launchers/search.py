@@ -10,27 +10,29 @@ See docs/search.md.
 
 import signal
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
+from quincunx.engine.retrieval.search import (
+    OPTIONS,
+    Finder,
+    IndexKind,
+    IndexOptions,
+    bm25_finder,
+    dense_finder,
+    judged_queries,
+    search_to_run,
+)
 from quincunx.launchers.command_line import parse_settings
-
-if TYPE_CHECKING:
-    from quincunx.engine.retrieval.finding import Finder
 
 DEPTH_OF_A_RUN = 1000
 DEPTH_FOR_A_PERSON = 10
 RECALL_QUERIES = 100
-OF_INDEXES = {
-    "ivfpq": ("num_lists", "num_probes", "code_bytes"),
-    "hnsw": ("links", "ef_construction", "ef_search"),
-}
-"""Settings that one kind of index has."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
+class SearchSettings(IndexOptions):
     """Settings of a search."""
 
     method: Literal["dense", "bm25"] = "dense"
@@ -53,20 +55,8 @@ class SearchSettings:
     """Make the output anew if it is there; what was there is moved aside."""
     depth: int | None = setting(None, low=1)
     """Passages a query (None: 1000 in a run, 10 for a person)."""
-    index: Literal["exact", "flat", "ivfpq", "hnsw"] = "exact"
+    index: IndexKind = "exact"
     """Dense: exact (torch), or faiss's flat, ivfpq, hnsw; the last two are kept in the embeddings' folder."""
-    num_lists: int | None = setting(None, low=1)
-    """ivfpq: lists (None: by the number of passages)."""
-    num_probes: int = setting(32, low=1)
-    """ivfpq: lists that a query looks through."""
-    code_bytes: int | None = None
-    """ivfpq: bytes a vector (None: a quarter of its channels)."""
-    links: int = setting(32, low=1)
-    """hnsw: links a vector."""
-    ef_construction: int = setting(200, low=1)
-    """hnsw: candidates while building."""
-    ef_search: int = setting(256, low=1)
-    """hnsw: candidates while searching."""
     shard_rows: int | None = setting(None, low=1)
     """ivfpq, hnsw: vectors of one index, searched one after the other (None: one for all)."""
     measure_recall: bool = True
@@ -111,25 +101,27 @@ class SearchSettings:
 
     def unused(self) -> list[str]:
         """Settings that this method and index do not have."""
-        names = {"bm25": ("k1", "b")} | OF_INDEXES
-        names["dense"] = ("model", "embeddings", "index", "measure_recall", "pooling", "normalise", "max_tokens")
-        idle = [name for kind, own in names.items() if kind not in (self.method, self.index) for name in own]
-        return idle if self.index in OF_INDEXES else [*idle, "shard_rows"]
+        own = {
+            "bm25": ("k1", "b"),
+            "dense": ("model", "embeddings", "index", "measure_recall", "pooling", "normalise", "max_tokens"),
+            **{kind: (*options["building"], *options["searching"]) for kind, options in OPTIONS.items()},
+        }
+        idle = [name for kind, names in own.items() if kind not in (self.method, self.index) for name in names]
+        return idle if OPTIONS[self.index]["building"] else [*idle, "shard_rows"]
 
 
-def open_finder(settings: SearchSettings) -> "Finder":
+def open_finder(settings: SearchSettings) -> Finder:
     """Loads the model, embeddings, index and passages of a search."""
-    from quincunx.engine.retrieval import finding
     from quincunx.engine.retrieval.collection import read_passages
 
     passages = read_passages(settings.corpus, titles=settings.titles) if settings.corpus is not None else None
     if settings.method == "bm25":
-        return finding.bm25_finder(passages, settings.k1, settings.b)
+        return bm25_finder(passages, settings.k1, settings.b)
     from quincunx.engine.generate import device_and_precision
     from quincunx.engine.ranks import discover_environment
     from quincunx.engine.retrieval.dual_encoder import load_retriever
     from quincunx.engine.retrieval.embeddings import open_embeddings
-    from quincunx.engine.retrieval.index import Index, IndexOptions
+    from quincunx.engine.retrieval.index import Index
 
     device, precision = device_and_precision(settings.device, settings.precision, discover_environment())
     retriever = load_retriever(
@@ -143,26 +135,17 @@ def open_finder(settings: SearchSettings) -> "Finder":
         model_digest=retriever.digest,
         collection_digest=passages.digest if passages is not None else None,
     )
-    options = IndexOptions(**{option.name: getattr(settings, option.name) for option in fields(IndexOptions)})
     index = Index(
-        embeddings,
-        settings.index,
-        options=options,
-        device=device,
-        shard_rows=settings.shard_rows,
-        report=print,
+        embeddings, settings.index, options=settings, device=device, shard_rows=settings.shard_rows, report=print
     )
-    return finding.dense_finder(
-        settings.model, retriever, embeddings, passages, index, device=device, precision=precision
-    )
+    return dense_finder(settings.model, retriever, embeddings, passages, index, device=device, precision=precision)
 
 
 def main() -> None:
     settings = parse_settings(SearchSettings, __doc__.split("\n")[0])
     from quincunx.engine.retrieval.collection import read_queries
     from quincunx.engine.retrieval.files import refuse_input
-    from quincunx.engine.retrieval.finding import judged_queries, search_to_run
-    from quincunx.engine.retrieval.judgements import read_qrels
+    from quincunx.engine.retrieval.trec import read_qrels
 
     if settings.output is None:
         from quincunx.engine.retrieval.search_page import search_on_terminal, serve_page

@@ -34,10 +34,9 @@ from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
 from quincunx.data_shards.tasks import TASKS
 from quincunx.engine.export import curves
 from quincunx.engine.generate import GenerateSettings
-from quincunx.engine.retrieval.evaluation import read_results
-from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
-from quincunx.engine.retrieval.judgements import read_qrels
-from quincunx.engine.retrieval.measures import measure_name
+from quincunx.engine.retrieval.evaluation import measure_name, read_results
+from quincunx.engine.retrieval.finetuning import FinetuneSettings
+from quincunx.engine.retrieval.trec import read_qrels
 from quincunx.engine.run_folder import read_metrics
 from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers import finetune, pretrain

@@ -10,24 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from quincunx.data_shards.errors import DataError, SettingsError
+import regex
+
+from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.judgements import Run
-from quincunx.engine.retrieval.measures import Evaluation
+from quincunx.engine.retrieval.evaluation import Evaluation, count_queries
+from quincunx.engine.retrieval.files import first_of
+from quincunx.engine.retrieval.trec import Run, best_first
 
-MAX_NAMED = 3
-
-
-@lru_cache(maxsize=1)
-def _word_pattern() -> Any:
-    import regex
-
-    return regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
 def words(text: str) -> list[str]:
     """Lower-cased words and single other characters of the NFD-normalised text."""
-    return [word.lower() for word in _word_pattern().findall(unicodedata.normalize("NFD", text))]
+    return [word.lower() for word in WORD.findall(unicodedata.normalize("NFD", text))]
 
 
 def _as_phrase(text: str) -> str:
@@ -42,15 +38,13 @@ def _answer_phrase(answer: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def _answer_pattern(answer: str) -> Any:
-    import regex
-
     try:
         return regex.compile(
             unicodedata.normalize("NFD", answer), flags=regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
         )
     except regex.error as error:
         raise DataError(
-            f"the answer {answer!r} is no regular expression ({error}): mend it or match plain text"
+            f"the answer {answer!r} is no regular expression ({error}): fix it or match plain text"
         ) from None
 
 
@@ -80,14 +74,13 @@ def answer_ranks(
     """
     ranks: dict[str, int | None] = {}
     for query_id, wanted in answers.items():
-        scores = run.get(query_id, {})
-        best = sorted(scores, key=lambda id: (-scores[id], id))[:depth]
+        best = best_first(run.get(query_id, {}), depth)
         rows = passages.rows(best)
         if (rows < 0).any():
             unknown = [id for id, row in zip(best, rows) if row < 0]
             raise DataError(
-                f"the run names passages that {passages.name} does not have (first: {', '.join(unknown[:MAX_NAMED])}): "
-                "give the corpus that was searched"
+                f"the run names passages that {passages.name} does not have {first_of(unknown)}: give the corpus that "
+                "was searched"
             )
         texts = map(passages.text_at, rows)
         ranks[query_id] = next((rank for rank, text in enumerate(texts, 1) if has_answer(text, wanted, is_regex)), None)
@@ -103,19 +96,13 @@ def answer_hits(
 ) -> Evaluation:
     """AnswerHit@d for each depth d: is an answer in one of the best d passages (1 or 0), per question and on average.
 
-    See answer_ranks for arguments and errors.
+    See answer_ranks for arguments and errors; DataError too if the run answers none of the questions.
     """
-    if not depths or min(depths) < 1:
-        raise SettingsError(f"answer depths are {list(depths)}: give whole numbers from 1")
-    if not run.keys() & answers.keys():
-        raise DataError(
-            f"the run answers none of the {len(answers)} questions that have answers (its first is "
-            f"{next(iter(run), None)!r}, theirs {next(iter(answers), None)!r}): give the files that belong together"
-        )
+    counts = count_queries(run, answers)
     ranks = answer_ranks(run, answers, passages, max(depths), is_regex)
     per_query = {
         f"AnswerHit@{depth}": {id: float(rank is not None and rank <= depth) for id, rank in ranks.items()}
         for depth in depths
     }
     means = {name: sum(values.values()) / len(values) for name, values in per_query.items()}
-    return Evaluation(means, per_query)
+    return Evaluation(means, per_query, counts)

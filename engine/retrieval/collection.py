@@ -5,8 +5,8 @@ The formats, one example line each, stand in docs/evaluation.md. The parsers of 
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ import xxhash
 
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.readers import list_inputs
-from quincunx.data_shards.records import BadRecordError, Row, check_id, check_text, load_json, parse_dpr, parse_msmarco
-from quincunx.engine.retrieval.files import read_lines
-from quincunx.engine.retrieval.questions import read_questions
+from quincunx.data_shards.records import BadRecordError, check_id, check_text, parse_dpr
+from quincunx.engine.retrieval.files import in_groups, read_lines, read_questions, read_records
 
 PASSAGE_FORMATS = {"beir": "beir", "msmarco": "msmarco", "dpr": "dpr", "jsonl": "documents", "parquet": "parquet"}
 """Format of passages -> the format whose files `readers.list_inputs` finds."""
-QUERY_FORMATS = ("beir", "jsonl", "tsv", "dpr")
+QUERY_FORMATS = {".jsonl": "jsonl", ".tsv": "tsv", ".txt": "tsv", ".json": "dpr", ".csv": "dpr"}
+"""Ending of a file of queries -> its format."""
+PASSAGE_COLUMNS = ("_id", "id", "title", "text")
 CHUNK_ROWS = 1 << 16
 
 
@@ -35,7 +36,8 @@ class Collection:
         """ids, texts: pyarrow LargeStringArray of one length, without offset. See make_collection."""
         self.name = name
         self._ids, self._texts = ids, texts
-        hashes = np.fromiter((_hash(id) for part in _slices(ids) for id in part), np.uint64, len(ids))
+        chunks = (ids.slice(start, CHUNK_ROWS).to_pylist() for start in range(0, len(ids), CHUNK_ROWS))
+        hashes = np.fromiter((_hash(id) for chunk in chunks for id in chunk), np.uint64, len(ids))
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
         same = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
@@ -124,7 +126,7 @@ def _hash(id: str) -> int:
     return xxhash.xxh3_64_intdigest(id.encode())
 
 
-def _string_array(texts: list[str]) -> Any:
+def _string_array(texts: Iterable[str]) -> Any:
     import pyarrow
 
     return pyarrow.array(texts, pyarrow.large_string())
@@ -138,36 +140,18 @@ def _indices(rows: Sequence[int] | np.ndarray) -> Any:
     return pyarrow.array(rows)
 
 
-def _slices(array: Any) -> Iterator[list[str]]:
-    for start in range(0, len(array), CHUNK_ROWS):
-        yield array.slice(start, CHUNK_ROWS).to_pylist()
-
-
 def make_collection(ids: Iterable[str], texts: Iterable[str], name: str) -> Collection:
-    """A collection of ids and their texts, in order.
-
-    Raises:
-        DataError: nothing in it, or an id twice.
-    """
+    """A collection of ids and their texts, in order. Raises DataError for nothing in it, or an id twice."""
     return _collect(zip(ids, texts, strict=True), name)
 
 
 def _collect(pairs: Iterable[tuple[str, str]], name: str) -> Collection:
     import pyarrow
 
-    id_parts, text_parts, ids, texts = [], [], [], []
-    for id, text in pairs:
-        ids.append(id)
-        texts.append(text)
-        if len(ids) == CHUNK_ROWS:
-            id_parts.append(_string_array(ids))
-            text_parts.append(_string_array(texts))
-            ids, texts = [], []
-    id_parts.append(_string_array(ids))
-    text_parts.append(_string_array(texts))
-    if not sum(map(len, id_parts)):
+    parts = [tuple(map(_string_array, zip(*chunk))) for chunk in in_groups(pairs, CHUNK_ROWS)]
+    if not parts:
         raise DataError(f"{name} holds no texts: give a file with at least one record")
-    return Collection(pyarrow.concat_arrays(id_parts), pyarrow.concat_arrays(text_parts), name)
+    return Collection(*(pyarrow.concat_arrays(column) for column in zip(*parts)), name)
 
 
 def read_passages(path: str | Path, *, format: str | None = None, titles: bool = True) -> Collection:
@@ -187,13 +171,11 @@ def read_passages(path: str | Path, *, format: str | None = None, titles: bool =
     format = format or _guess_passage_format(path)
     if format not in PASSAGE_FORMATS:
         raise SettingsError(f"the format of passages {format!r} is not known: give one of {', '.join(PASSAGE_FORMATS)}")
+    parse = partial({"msmarco": _msmarco_passage, "dpr": _dpr_passage}.get(format, _json_passage), titles)
+    is_json = format in ("beir", "jsonl")
     files = [file for source in list_inputs(PASSAGE_FORMATS[format], path) for file in source.files]
-    if format == "parquet":
-        pairs = (pair for file in files for pair in _parquet_passages(file, titles))
-    else:
-        parse = {"msmarco": _msmarco_passage, "dpr": _dpr_passage}.get(format, _json_passage)
-        pairs = (pair for file in files for pair in _parsed_lines(file, parse, titles))
-    return _collect(pairs, path)
+    records = (read_records(file, parse, json_lines=is_json, columns=PASSAGE_COLUMNS) for file in files)
+    return _collect((passage for own in records for _, passage in own), path)
 
 
 def _guess_passage_format(path: str) -> str:
@@ -207,55 +189,36 @@ def _guess_passage_format(path: str) -> str:
     if name.endswith((".tsv", ".txt")):
         first = next(read_lines(given), "") if given.is_file() else ""
         return "dpr" if first.rstrip("\r\n").split("\t") == ["id", "text", "title"] else "msmarco"
-    for format, ending in (("jsonl", ".jsonl"), ("parquet", ".parquet")):
-        if name.endswith(ending):
+    for format in ("jsonl", "parquet"):
+        if name.endswith(f".{format}"):
             return format
     raise SettingsError(f"the format of {path} is not clear from its name: give one of {', '.join(PASSAGE_FORMATS)}")
 
 
-def _parsed_lines(file: Path, parse: Callable, *arguments: Any) -> Iterator[Any]:
-    """What `parse` makes of each line, without the Nones; a bad record becomes a DataError with file and line."""
-    for number, line in enumerate(read_lines(file), 1):
-        try:
-            parsed = parse(line, *arguments)
-        except BadRecordError as error:
-            raise DataError(f"{file}:{number}: {error}; mend or remove the record") from None
-        if parsed is not None:
-            yield parsed
+def _passage(titles: bool, id: str, title: str, text: str) -> tuple[str, str]:
+    return id, (f"{title} {text}" if titles and title and text else text or title)
 
 
-def _msmarco_passage(line: str, titles: bool) -> tuple[str, str] | None:
-    """records.parse_msmarco without its Document, which would be most of the time of 8.8 M lines."""
+def _msmarco_passage(titles: bool, line: str) -> tuple[str, str] | None:
+    """What records.parse_msmarco reads, without its Document, which would be most of the time of 8.8 M lines."""
+    if not line.strip():
+        return None
     columns = line.split("\t")
-    if len(columns) not in (2, 3) or not columns[0].isalnum():
-        return _pair_of(parse_msmarco(line), titles)  # blank, bad, or an id to look at
-    text, title = columns[-1].strip(), columns[1].strip() if len(columns) == 3 else ""
-    return columns[0], (f"{title} {text}" if title and text and titles else text or title)
+    if len(columns) not in (2, 3):
+        raise BadRecordError(f"{len(columns)} tab-separated columns, 2 (pid, text) or 3 (pid, title, text) are needed")
+    return _passage(titles, check_id(columns[0], "pid"), "".join(columns[1:-1]).strip(), columns[-1].strip())
 
 
-def _dpr_passage(line: str, titles: bool) -> tuple[str, str] | None:
-    return _pair_of(parse_dpr(line), titles)
-
-
-def _pair_of(row: Row | None, titles: bool) -> tuple[str, str] | None:
+def _dpr_passage(titles: bool, line: str) -> tuple[str, str] | None:
+    row = parse_dpr(line)
     if row is None:
         return None
-    document = row.document
-    text = document.paragraphs[0] if document.paragraphs else ""
-    return document.doc_id, (f"{document.title} {text}" if titles and document.title else text)
+    return _passage(titles, row.document.doc_id, row.document.title, "".join(row.document.paragraphs))
 
 
-def _json_passage(line: str, titles: bool) -> tuple[str, str] | None:
-    record = load_json(line)
-    return None if record is None else _passage_of(record, titles)
-
-
-def _passage_of(record: dict, titles: bool) -> tuple[str, str]:
-    id = check_id(_first(record, "_id", "id"), "the id")
+def _json_passage(titles: bool, record: dict) -> tuple[str, str]:
     title, text = check_text(record.get("title") or "", "title"), check_text(_first(record, "text"), "text")
-    if not text:
-        return id, title
-    return id, (f"{title} {text}" if titles and title else text)
+    return _passage(titles, check_id(_first(record, "_id", "id"), "the id"), title, text)
 
 
 def _first(record: dict, *names: str) -> Any:
@@ -264,23 +227,6 @@ def _first(record: dict, *names: str) -> Any:
         if name in record:
             return record[name]
     raise BadRecordError(f"no field {' or '.join(names)} among {sorted(record)}")
-
-
-def _parquet_passages(file: Path, titles: bool) -> Iterator[tuple[str, str]]:
-    import pyarrow.parquet as parquet
-    from pyarrow import ArrowException
-
-    try:
-        table = parquet.ParquetFile(file)
-        columns = [name for name in ("_id", "id", "title", "text") if name in table.schema_arrow.names]
-        batches = table.iter_batches(columns=columns)
-        for number, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
-            try:
-                yield _passage_of(record, titles)
-            except BadRecordError as error:
-                raise DataError(f"{file}: row {number}: {error}; mend or remove the record") from None
-    except ArrowException as error:
-        raise DataError(f"{file} is not Parquet ({error}): check the file") from None
 
 
 def read_queries(path: str | Path, format: str | None = None) -> Collection:
@@ -294,31 +240,25 @@ def read_queries(path: str | Path, format: str | None = None) -> Collection:
     Raises: as read_passages.
     """
     given = Path(path).expanduser()
-    name = given.name.removesuffix(".gz")
     if format is None:
-        endings = {".jsonl": "jsonl", ".tsv": "tsv", ".txt": "tsv", ".json": "dpr", ".csv": "dpr"}
-        format = "beir" if given.is_dir() else endings.get(Path(name).suffix)
-    if format not in QUERY_FORMATS:
-        raise SettingsError(f"the format of the queries {path} is {format}: give one of {', '.join(QUERY_FORMATS)}")
+        format = "beir" if given.is_dir() else QUERY_FORMATS.get(Path(given.name.removesuffix(".gz")).suffix)
+    if format not in (allowed := ("beir", *dict.fromkeys(QUERY_FORMATS.values()))):
+        raise SettingsError(f"the format of the queries {path} is {format}: give one of {', '.join(allowed)}")
     if given.is_dir():
         files = [file for file in (given / "queries.jsonl", given / "queries.jsonl.gz") if file.is_file()]
         if not files:
             raise DataError(f"{path} has no queries.jsonl: give a BEIR folder or a file of queries")
         given = files[0]
     if format == "dpr":
-        questions = (question for question, _ in read_questions(given))
-        return _collect(((str(number), question) for number, question in enumerate(questions)), str(path))
-    return _collect(_parsed_lines(given, _tsv_query if format == "tsv" else _json_query), str(path))
+        questions = read_questions(given, lambda record: record["question"])
+        return _collect(((str(number), text) for number, (_, text) in enumerate(questions)), str(path))
+    parse = _tsv_query if format == "tsv" else _json_query
+    return _collect((query for _, query in read_records(given, parse, json_lines=format != "tsv")), str(path))
 
 
-def _json_query(line: str) -> tuple[str, str] | None:
-    record = load_json(line)
-    if record is None:
-        return None
-    return (
-        check_id(_first(record, "query_id", "_id", "id"), "the id"),
-        check_text(_first(record, "query", "text"), "the query"),
-    )
+def _json_query(record: dict) -> tuple[str, str]:
+    id, text = _first(record, "query_id", "_id", "id"), _first(record, "query", "text")
+    return check_id(id, "the id"), check_text(text, "the query")
 
 
 def _tsv_query(line: str) -> tuple[str, str] | None:

@@ -7,7 +7,7 @@ CrossEncoder on the exported folder (tests/engine/retrieval/test_cross_encoder.p
 Letters: T tokens of all pairs, S pairs, D channels, C labels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.encoder import PACKED, PackedEncoder, fetch_pretrained, final_rows
 from quincunx.engine.lean_modules import make_lean
-from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack
-from quincunx.engine.retrieval.dual_encoder import Precision, mean_pool
-from quincunx.engine.retrieval.files import folder_written_whole
-from quincunx.engine.tensors import TensorText, cls_rows, text_to_tensors
+from quincunx.engine.packing import pack
+from quincunx.engine.retrieval.dual_encoder import mean_pool, run_packed, save_tokenizer, save_weights
+from quincunx.engine.retrieval.sentence_folder import folder_written_whole
+from quincunx.engine.tensors import TensorText, cls_rows
 
 FAMILIES = ("bert", "roberta", "electra", "xlm-roberta", "modernbert")
 ACTIVATION = "torch.nn.modules.linear.Identity"
@@ -137,8 +137,16 @@ def load_reranker(
     _check_weights(name, model, report["missing_keys"], has_head, allow_fresh_head)
     encoder = CrossEncoder(model)
     tokenizer = load_tokenizer(name)
-    own_limit = tokenizer.init_kwargs.get("model_max_length") or encoder.max_length  # load_tokenizer lifts the other
-    max_tokens = _pair_length(name, encoder, own_limit, max_tokens)
+    if max_tokens is None:
+        own_limit = (
+            tokenizer.init_kwargs.get("model_max_length") or encoder.max_length
+        )  # load_tokenizer lifts the other
+        max_tokens = min(own_limit, encoder.max_length)
+    elif not 8 <= max_tokens <= encoder.max_length:
+        raise SettingsError(
+            f"max_tokens is {max_tokens}, reranker {name!r} takes pairs of 8 to {encoder.max_length} tokens; set "
+            "max_tokens in that range"
+        )
     tokenizer.backend_tokenizer.encode_special_tokens = False  # text that spells [SEP] is one, as for its other users
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise SettingsError(
@@ -148,7 +156,7 @@ def load_reranker(
     make_lean(model, dropout)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Reranker(encoder, tokenizer, max_tokens, _digest(encoder, tokenizer))
+    return Reranker(encoder.eval(), tokenizer, max_tokens, _digest(encoder, tokenizer))
 
 
 def _check_weights(name: str, model: nn.Module, missing: list[str], has_head: bool, allow_fresh_head: bool) -> None:
@@ -169,18 +177,6 @@ def _check_weights(name: str, model: nn.Module, missing: list[str], has_head: bo
         )
 
 
-def _pair_length(name: str, encoder: CrossEncoder, own_limit: int, max_tokens: int | None) -> int:
-    """The longest pair in tokens: as asked, else the tokenizer's own limit and the model's positions."""
-    if max_tokens is None:
-        return min(own_limit, encoder.max_length)
-    if not 8 <= max_tokens <= encoder.max_length:
-        raise SettingsError(
-            f"max_tokens is {max_tokens}, reranker {name!r} takes pairs of 8 to {encoder.max_length} tokens; set "
-            "max_tokens in that range"
-        )
-    return max_tokens
-
-
 def _digest(model: CrossEncoder, tokenizer: Any) -> str:
     digest = xxhash.xxh3_64()
     for name, weight in sorted(model.state_dict().items()):
@@ -191,26 +187,16 @@ def _digest(model: CrossEncoder, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def save_reranker(
-    folder: Path,
-    model: CrossEncoder,
-    state: dict[str, torch.Tensor] | None,
-    tokenizer: Any,
-    *,
-    max_tokens: int,
-    card: str,
-) -> None:
+def save_reranker(folder: Path, reranker: Reranker, state: dict[str, torch.Tensor] | None = None, *, card: str) -> None:
     """Writes a folder that load_reranker, transformers and sentence-transformers' CrossEncoder load; replaces one.
 
-    state: weights as `model.state_dict()` names them (a consolidated checkpoint's); None takes the model's own.
-    card: README.md.
+    state: weights by their names in the model (a consolidated checkpoint's); None takes the model's own. card:
+    README.md.
 
     CrossEncoder(folder).predict gives the raw logits: the folder names the identity as its activation. Raises
-    SettingsError where `folder` exists and is no model folder.
+    SettingsError if `folder` exists and is no model folder.
     """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
+    model = reranker.model
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise SettingsError(f"{folder} holds something else than a model: give a new folder, or move that one away")
     with folder_written_whole(folder) as staging:
@@ -219,14 +205,8 @@ def save_reranker(
         config.dtype = "float32"
         config.sentence_transformers = {"activation_fn": ACTIVATION}
         config.save_pretrained(staging)
-        own = model.state_dict() if state is None else state
-        weights = {name.removeprefix("model."): weight.float().contiguous().cpu() for name, weight in own.items()}
-        expected = {name.removeprefix("model.") for name in model.state_dict()}
-        assert weights.keys() == expected, f"not this model's weights: {sorted(weights.keys() ^ expected)[:3]}"
-        save_file(weights, staging / "model.safetensors", {"format": "pt"})
-        limit, tokenizer.model_max_length = tokenizer.model_max_length, max_tokens
-        tokenizer.save_pretrained(staging)
-        tokenizer.model_max_length = limit
+        save_weights(staging, model.model, model.state_dict() if state is None else state, "model.")
+        save_tokenizer(staging, reranker.tokenizer, reranker.max_tokens)
         (staging / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -263,43 +243,18 @@ def pack_pairs(
 
 
 def score_pairs(
-    reranker: Reranker,
-    pairs: Sequence[tuple[str, str]],
-    device: torch.device | str = "cpu",
-    batch_tokens: int = BATCH_TOKENS,
-    progress: Callable[[int], None] | None = None,
-    precision: Precision = "float32",
-) -> np.ndarray:
-    """float32 [N] (or [N, C]): the logits of (query, passage) pairs, in their order; the rest as score_tokenised."""
-    queries, passages = zip(*pairs, strict=True) if len(pairs) else ((), ())
-    ids, types, _ = tokenise_pairs(reranker.tokenizer, queries, passages, reranker.max_tokens)
-    return score_tokenised(reranker.model, ids, types, device, batch_tokens, progress, precision)
+    reranker: Reranker, queries: Sequence[str], passages: Sequence[str], **options: Any
+) -> tuple[np.ndarray, int]:
+    """(float32 [N] or [N, C], the logits of the pairs (queries[n], passages[n]); how many of them were cut).
 
-
-def score_tokenised(
-    model: CrossEncoder,
-    ids: list[np.ndarray],
-    types: list[np.ndarray] | None,
-    device: torch.device | str = "cpu",
-    batch_tokens: int = BATCH_TOKENS,
-    progress: Callable[[int], None] | None = None,
-    precision: Precision = "float32",
-) -> np.ndarray:
-    """float32 [N] (or [N, C]): the logits of N pairs as tokenise_pairs gives them.
-
-    Pairs are packed longest first, at most `batch_tokens` tokens together. `precision` "bfloat16" runs under autocast.
-    `progress` is told the number of pairs of every batch done. Leaves the model on `device`, in evaluation mode.
+    options: device, batch_tokens, precision and progress of run_packed.
     """
-    model, device = model.to(device).eval(), torch.device(device)
-    scores = np.empty((len(ids),) if model.num_labels == 1 else (len(ids), model.num_labels), np.float32)
-    batches, logits = batches_by_length(ids, batch_tokens), []
-    for batch in batches:
-        packed = text_to_tensors(pack([ids[n] for n in batch]), device)
-        types_T = None if types is None else torch.from_numpy(np.concatenate([types[n] for n in batch])).to(device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            logits.append(model(packed, types_T).float())
-        if progress is not None:
-            progress(len(batch))
-    if batches:
-        scores[np.concatenate(batches)] = torch.cat(logits).cpu().numpy()  # one copy: a GPU never waits before
-    return scores
+    model = reranker.model
+    ids, types, num_cut = tokenise_pairs(reranker.tokenizer, queries, passages, reranker.max_tokens)
+
+    def score(pairs: TensorText, batch: np.ndarray) -> torch.Tensor:
+        types_T = None if types is None else torch.from_numpy(np.concatenate([types[n] for n in batch]))
+        return model(pairs, None if types_T is None else types_T.to(pairs.input_ids.device))
+
+    shape = () if model.num_labels == 1 else (model.num_labels,)
+    return run_packed(model, score, ids, shape, **options), num_cut

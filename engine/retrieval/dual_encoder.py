@@ -8,7 +8,6 @@ Letters: T tokens, S sequences, B queries, N passages, D channels.
 """
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,13 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.encoder import PackedEncoder, load_encoder
 from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack, tokenise
-from quincunx.engine.retrieval.files import folder_written_whole
-from quincunx.engine.retrieval.sentence_folder import fetch_folder, read_sentence_folder, write_sentence_folder
+from quincunx.engine.retrieval.sentence_folder import (
+    Tower,
+    fetch_folder,
+    folder_written_whole,
+    read_sentence_folder,
+    write_sentence_folder,
+)
 from quincunx.engine.tensors import TensorText, cls_rows, text_to_tensors
 
 CPU_BATCH_TOKENS = 4096
@@ -123,9 +127,9 @@ class Retriever:
 
 
 def model_digest(model: DualEncoder, tokenizer: Any, prompts: tuple[str, str] = ("", "")) -> str:
-    """xxh3_64 (16 hex digits): who shares it gives equal vectors for texts that are not cut.
+    """xxh3_64 (16 hex digits) of weights, pooling, normalisation, tokenizer and prompts.
 
-    Of weights, pooling, normalisation, tokenizer and the prompts of queries and passages.
+    Models with equal digests give equal vectors (for texts within the length limits).
     """
     said = f"{model.pooling} {model.normalise} {tokenizer_digest(tokenizer)}"
     if any(prompts):
@@ -145,41 +149,58 @@ def encode_texts(
     device: torch.device | str = "cpu",
     batch_tokens: int | None = None,
     precision: Precision = "float32",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], Any] | None = None,
 ) -> np.ndarray:
-    """float32 [texts, D], in the order of `texts`; the model is moved to `device` and left in the mode it was in.
-
-    batch_tokens: most tokens of one packed forward; None: 8192, on a CPU 4096, which stay nearer its caches.
-    precision: bfloat16 runs the encoder under autocast. progress: told how many texts each forward encoded.
-    """
-    model = retriever.model.to(device)
+    """float32 [texts, D], in the order of `texts`; further arguments as run_packed has them."""
     prompt = retriever.prompt(kind)
-    rows = tokenise(
-        [prompt + text for text in texts] if prompt else texts, retriever.tokenizer, retriever.max_tokens(kind)
-    )
-    if batch_tokens is None:
-        batch_tokens = CPU_BATCH_TOKENS if torch.device(device).type == "cpu" else BATCH_TOKENS
-    batches = batches_by_length(rows, batch_tokens)
+    rows = tokenise([prompt + text for text in texts], retriever.tokenizer, retriever.max_tokens(kind))
+    model = retriever.model
+
+    def encode(text: TensorText, batch: np.ndarray) -> torch.Tensor:
+        return model.encode_packed(text, kind)
+
+    options = {"device": device, "batch_tokens": batch_tokens, "precision": precision, "progress": progress}
+    return run_packed(model, encode, rows, (model.width,), **options)
+
+
+def run_packed(
+    model: nn.Module,
+    forward: Callable[[TensorText, np.ndarray], torch.Tensor],
+    rows: Sequence[np.ndarray],
+    shape: tuple[int, ...],
+    *,
+    device: torch.device | str = "cpu",
+    batch_tokens: int | None = None,
+    precision: Precision = "float32",
+    progress: Callable[[int], Any] | None = None,
+) -> np.ndarray:
+    """float32 [rows, *shape]: what `forward` makes of token rows, packed longest first, in the order of `rows`.
+
+    forward: takes a packed text and the numbers of its rows. model: moved to `device` and left in the mode it was in.
+    batch_tokens: maximum number of tokens of one forward; None: 8192, on a CPU 4096, which stay nearer its caches.
+    precision: bfloat16 runs under autocast. progress: told how many rows each forward has read.
+    """
+    device = torch.device(device)
+    batches = batches_by_length(rows, batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS))
+    results = np.empty((len(rows), *shape), np.float32)
     if not batches:
-        return np.empty((0, model.width), np.float32)
-    encoded = []
-    was_training = model.training
+        return results
+    was_training = model.to(device).training
     model.eval()
     try:
         with (
             torch.no_grad(),  # not inference_mode, whose tensors ZeRO-3 cannot gather into
-            torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16"),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
         ):
+            found = []
             for batch in batches:
-                text = text_to_tensors(pack([rows[index] for index in batch]), device)
-                encoded.append(model.encode_packed(text, kind).float())
+                found.append(forward(text_to_tensors(pack([rows[n] for n in batch]), device), batch).float())
                 if progress is not None:
                     progress(len(batch))
     finally:
         model.train(was_training)
-    vectors = np.empty((len(rows), model.width), np.float32)
-    vectors[np.concatenate(batches)] = torch.cat(encoded).cpu().numpy()  # one copy, so that a GPU never waits before
-    return vectors
+    results[np.concatenate(batches)] = torch.cat(found).cpu().numpy()  # one copy, so that a GPU never waits before
+    return results
 
 
 def load_retriever(
@@ -201,51 +222,38 @@ def load_retriever(
     Raises:
         SettingsError: not found, modules that are not supported, or more tokens than the encoder has positions.
     """
-    folder = fetch_folder(name)
-    layout = read_sentence_folder(folder)
-    passage_folder = layout.passage.folder if layout else folder
-    tokenizer = _tokenizer_for_search(str(passage_folder), layout is not None and layout.passage.lower_case)
+    layout = read_sentence_folder(fetch_folder(name))
+    tokenizer = _tokenizer_for_search(layout.passage)
     options = {"dropout": dropout, "gradient_checkpointing": gradient_checkpointing, "vocab_size": len(tokenizer)}
-    passage = load_encoder(str(passage_folder), **options)[0]
-    query = load_encoder(str(layout.query.folder), **options)[0] if layout and layout.query else None
-    if query is not None:
-        other = _tokenizer_for_search(str(layout.query.folder), layout.query.lower_case)
-        if tokenizer_digest(other) != tokenizer_digest(tokenizer):
-            raise SettingsError(f"the two towers of {name} have different tokenizers; give one where they agree")
+    passage = load_encoder(str(layout.passage.folder), **options)[0]
+    query = load_encoder(str(layout.query.folder), **options)[0] if layout.query else None
+    if query is not None and tokenizer_digest(_tokenizer_for_search(layout.query)) != tokenizer_digest(tokenizer):
+        raise SettingsError(f"the two towers of {name} have different tokenizers; give one where they agree")
     limits = {}
     for kind, encoder, given, said in (
-        ("query", query or passage, max_query_tokens, layout and layout.max_query_tokens),
-        ("passage", passage, max_passage_tokens, layout and layout.max_passage_tokens),
+        ("query", query or passage, max_query_tokens, layout.max_query_tokens),
+        ("passage", passage, max_passage_tokens, layout.max_passage_tokens),
     ):
         if given is not None and not 3 <= given <= encoder.max_length:
             raise SettingsError(
                 f"max_{kind}_tokens is {given}; {name} reads 3 to {encoder.max_length} tokens: give a number among them"
             )
-        limits[kind] = given or min(said or encoder.max_length, encoder.max_length)
-    prompts = (layout.query_prompt, layout.passage_prompt) if layout else ("", "")
-    model = DualEncoder(
-        passage,
-        query,
-        pooling or (layout.passage.pooling if layout else "cls"),
-        (layout.passage.normalise if layout else True) if normalise is None else normalise,
-    )
+        limits[f"max_{kind}_tokens"] = given or min(said or encoder.max_length, encoder.max_length)
+    normalise = layout.passage.normalise if normalise is None else normalise
+    model = DualEncoder(passage, query, pooling or layout.passage.pooling, normalise)
+    prompts = (layout.query_prompt, layout.passage_prompt)
+    digest = model_digest(model, tokenizer, prompts)
     return Retriever(
-        model=model.eval(),
-        tokenizer=tokenizer,
-        max_query_tokens=limits["query"],
-        max_passage_tokens=limits["passage"],
-        digest=model_digest(model, tokenizer, prompts),
-        query_prompt=prompts[0],
-        passage_prompt=prompts[1],
+        model.eval(), tokenizer, **limits, digest=digest, query_prompt=prompts[0], passage_prompt=prompts[1]
     )
 
 
-def _tokenizer_for_search(name: str, lower_case: bool) -> Any:
+def _tokenizer_for_search(tower: Tower) -> Any:
     """The tokenizer as its users know it: a text that spells a special token gets that token."""
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(str(tower.folder))
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = False
-    if lower_case:
+    if tower.lower_case:
         backend.normalizer = normalizers.Sequence(
             [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
         )
@@ -253,53 +261,40 @@ def _tokenizer_for_search(name: str, lower_case: bool) -> Any:
 
 
 def save_retriever(
-    folder: Path,
-    model: DualEncoder,
-    state: dict[str, torch.Tensor] | None,
-    tokenizer: Any,
-    *,
-    max_query_tokens: int,
-    max_passage_tokens: int,
-    query_prompt: str = "",
-    passage_prompt: str = "",
-    card: str,
+    folder: Path, retriever: Retriever, state: dict[str, torch.Tensor] | None = None, *, card: str
 ) -> None:
     """Writes a folder that SentenceTransformer and load_retriever load; replaces `folder` at once, when all is written.
 
-    state: weights by their names in `model` (a checkpoint's), None for those it has. card: README.md. One encoder for
+    state: weights by their names in the model (a checkpoint's), None for those it has. card: README.md. One encoder for
     both sides has one max_seq_length in sentence-transformers, the larger of the two: only load_retriever cuts queries
     at max_query_tokens.
     """
-    state = model.state_dict() if state is None else state
+    model = retriever.model
     with folder_written_whole(folder) as staging:
-        places = write_sentence_folder(
-            staging,
-            width=model.width,
-            pooling=model.pooling,
-            normalise=model.normalise,
-            max_query_tokens=max_query_tokens,
-            max_passage_tokens=max_passage_tokens,
-            query_prompt=query_prompt,
-            passage_prompt=passage_prompt,
-            separate=not model.shared,
-        )
-        for kind, place in places.items():
+        for kind, (place, max_tokens) in write_sentence_folder(staging, retriever).items():
             encoder = model.tower(kind).model
-            prefix = f"{kind}.model."
-            weights = {
-                key.removeprefix(prefix): value.detach().float().cpu().contiguous()
-                for key, value in state.items()
-                if key.startswith(prefix)
-            }
-            assert set(weights) == set(encoder.state_dict()), "the state is not of this model"
-            save_file(weights, place / "model.safetensors", {"format": "pt"})
+            save_weights(place, encoder, model.state_dict() if state is None else state, f"{kind}.model.")
             config = copy.deepcopy(encoder.config)
             config.architectures, config.dtype = [type(encoder).__name__], torch.float32
             config.save_pretrained(place)
-            own_tokenizer = copy.deepcopy(tokenizer)
-            own_tokenizer.backend_tokenizer.encode_special_tokens = False
-            own_tokenizer.model_max_length = json.loads((place / "sentence_bert_config.json").read_text())[
-                "max_seq_length"
-            ]
-            own_tokenizer.save_pretrained(place)
+            save_tokenizer(place, retriever.tokenizer, max_tokens)
         (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_weights(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], prefix: str) -> None:
+    """Writes the weights of `state` that have this prefix, which must be those of `model`, in float32."""
+    weights = {
+        name.removeprefix(prefix): weight.detach().float().cpu().contiguous()
+        for name, weight in state.items()
+        if name.startswith(prefix)
+    }
+    assert weights.keys() == model.state_dict().keys(), "the state is not of this model"
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def save_tokenizer(folder: Path, tokenizer: Any, max_tokens: int) -> None:
+    """Writes a tokenizer as its users know it, whatever a run does with its own."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    tokenizer.model_max_length = max_tokens
+    tokenizer.save_pretrained(folder)

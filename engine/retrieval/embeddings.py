@@ -7,7 +7,7 @@ manifest.json        what they were made from (data_shards/artefact.py)
 Letters: N rows, D channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,6 @@ from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.progress import progress_bar
 
 if TYPE_CHECKING:
-    import torch
-
     from quincunx.engine.retrieval.dual_encoder import Retriever
 
 KIND = "embeddings"
@@ -85,19 +83,21 @@ def write_embeddings(
     *,
     environment: Environment,
     details: dict[str, Any],
-    dtype: str = "float16",
     part_rows: int,
-    batch_tokens: int | None = None,
-    device: "torch.device | str" = "cpu",
+    dtype: str = "float16",
     precision: str = "float32",
     patience_seconds: float = 3600.0,
     remake: bool = False,
+    **encoding: Any,
 ) -> bool:
     """Encodes a collection into `folder`; every rank calls this.
 
-    kind: "query" or "passage". details: for the manifest, not compared. Returns whether this rank is the one that
-    finished them. Raises DataError for a vector that is not finite, and as artefact.
+    kind: "query" or "passage". details: for the manifest, not compared. encoding: device and batch_tokens of
+    encode_texts. Returns whether this rank is the one that finished them. Raises DataError for a vector that is not
+    finite, and as artefact.
     """
+    from quincunx.engine.retrieval.dual_encoder import encode_texts
+
     ids = collection.ids()
     if any("\n" in id or "\r" in id for id in ids):
         raise DataError(f"{collection.name} has ids with line breaks in them: rename those records")
@@ -115,18 +115,23 @@ def write_embeddings(
         "precision": precision,
         "part_rows": part_rows,
     }
-    encoding = {"device": device, "batch_tokens": batch_tokens, "precision": precision}
     place = {"rank": environment.rank, "world_size": environment.world_size}
     with artefact(folder, KIND, made_from, remake=remake, **place) as work:
         if work is None:
             return False
-        starts = range(0, len(collection), part_rows)
-        own = [start for n, start in enumerate(starts) if n % work.world_size == work.rank and not work.is_done(n)]
-        total = sum(min(part_rows, len(collection) - start) for start in own)
-        with progress_bar(total, "encoding", "text", show=work.leads) as bar:
-            for number in work.missing(len(starts)):
-                rows = range(starts[number], min(starts[number] + part_rows, len(collection)))
-                vectors = encode_rows(retriever, collection, rows, kind, dtype, bar.update, encoding)
+        parts = [range(start, min(start + part_rows, len(ids))) for start in range(0, len(ids), part_rows)]
+        own = [n for n in range(work.rank, len(parts), work.world_size) if not work.is_done(n)]
+        with progress_bar(sum(len(parts[n]) for n in own), "encoding", "text", show=work.leads) as bar:
+            for number in work.missing(len(parts)):
+                texts = collection.texts(parts[number])
+                vectors = encode_texts(retriever, texts, kind, precision=precision, progress=bar.update, **encoding)
+                with np.errstate(over="ignore"):  # what does not fit is named below
+                    vectors = vectors.astype(dtype, copy=False)
+                for bad in np.flatnonzero(~np.isfinite(vectors).all(1))[:1]:
+                    raise DataError(
+                        f"the vector of {kind} {ids[parts[number][bad]]} is not finite in {dtype}: the model has "
+                        "diverged, or its vectors need --dtype float32"
+                    )
                 with work.part(number, ".npy") as file:
                     np.save(file, vectors, allow_pickle=False)
         if work.leads:
@@ -135,30 +140,6 @@ def write_embeddings(
                 file.write("".join(f"{id}\n" for id in ids).encode("utf-8"))
             work.details = {**details, "empty_rows": collection.empty_rows.tolist()}
         return work.leads
-
-
-def encode_rows(
-    retriever: "Retriever",
-    collection: Collection,
-    rows: range,
-    kind: str,
-    dtype: str,
-    progress: Callable[[int], Any],
-    encoding: dict[str, Any],
-) -> np.ndarray:
-    """[rows, D] of `dtype`: the vectors of some texts. encoding: device, batch_tokens and precision of encode_texts."""
-    from quincunx.engine.retrieval.dual_encoder import encode_texts
-
-    vectors = encode_texts(retriever, collection.texts(rows), kind, progress=progress, **encoding)
-    with np.errstate(over="ignore"):  # what does not fit is named below
-        vectors = vectors.astype(dtype, copy=False)
-    if not np.isfinite(vectors).all():
-        row = rows[int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])]
-        raise DataError(
-            f"the vector of {kind} {collection.id_at(row)} is not finite in {dtype}: the model has diverged, or its "
-            "vectors need --dtype float32"
-        )
-    return vectors
 
 
 def open_embeddings(

@@ -1,186 +1,238 @@
-"""One evaluation, from files to a record: which queries count, every mean with its interval, a second run beside it.
+"""A run measured against judgements: every mean with its interval, a second run beside it, and the record of it all.
 
-The record is what launchers/evaluate.py writes as JSON (docs/evaluation.md) and what reports are made of.
+Values are ir-measures' own; its command line on the same files prints the same. Intervals are percentile bootstraps
+over queries; the tests between two runs are Student's paired t-test and Fisher's randomisation test (Smucker, Allan,
+Carterette, "A Comparison of Statistical Significance Tests for Information Retrieval Evaluation", CIKM 2007). The
+record is what launchers/evaluate.py writes as JSON (docs/evaluation.md) and what reports are made of.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
+
+import numpy as np
 
 from quincunx.data_shards.artefact import file_digest, written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.engine.retrieval.answers import answer_hits
-from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.files import read_lines, refuse_input
-from quincunx.engine.retrieval.judgements import (
-    Qrels,
-    Run,
-    check_against,
-    check_positives,
-    read_answers,
-    read_qrels,
-    read_run,
-    without_positives,
-)
-from quincunx.engine.retrieval.measures import (
-    BOOTSTRAP_SEED,
-    DEFAULT_MEASURES,
-    LEVEL,
-    RANDOMISATION_SEED,
-    RESAMPLES,
-    Comparison,
-    Evaluation,
-    compare,
-    evaluate,
-    intervals,
-)
+from quincunx.engine.retrieval.files import read_records
+from quincunx.engine.retrieval.trec import Qrels, Run
 
-PER_QUERY_ENDINGS = (".jsonl", ".tsv")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What runs are judged by; at least one of qrels and answers.
-
-    qrels              None: answers only
-    relevant_from      lowest grade that counts as relevant for RR, AP, R, P, Success
-    answers, passages  for answer match: answers by query id, and the passages without titles
-    """
-
-    qrels: Qrels | None = None
-    measures: tuple[str, ...] = DEFAULT_MEASURES
-    relevant_from: int = 1
-    answers: Mapping[str, list[str]] | None = None
-    passages: Collection | None = None
-    answer_depths: tuple[int, ...] = (20, 100)
-    answer_regex: bool = False
+ALIASES = {"MRR": "RR", "MAP": "AP", "Recall": "R", "Precision": "P", "NDCG": "nDCG", "ndcg": "nDCG"}
+LEVEL = 0.95
+RESAMPLES = 10_000
+BOOTSTRAP_SEED = 20_230_601
+RANDOMISATION_SEED = 20_230_602
+CHUNK_CELLS = 1 << 22
 
 
 @dataclass(frozen=True)
-class Result:
-    """A run's evaluations (by qrels, by answers; over queries of their own) and whom they count."""
+class Evaluation:
+    """A run's values.
 
-    evaluations: tuple[Evaluation, ...]
+    means      measure -> mean over the queries
+    per_query  measure -> query id -> value
+    counts     queries that are judged, answered, missing (judged, not in the run: they count 0) and unjudged (in the
+               run, not judged: they do not count); of qrels too: below_relevant_from (no passage of that grade: RR, AP,
+               R, P count 0)
+    """
+
+    means: dict[str, float]
+    per_query: dict[str, dict[str, float]]
     counts: dict[str, int] = field(default_factory=dict)
 
-    def means(self) -> dict[str, float]:
-        return {name: mean for evaluation in self.evaluations for name, mean in evaluation.means.items()}
 
-    def per_query(self) -> dict[str, dict[str, float]]:
-        return {name: values for evaluation in self.evaluations for name, values in evaluation.per_query.items()}
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs on the same queries in one measure; differences are first minus second.
+
+    low, high          95 % bootstrap interval of the mean difference
+    t_test_p           two-sided paired t-test; None with fewer than two queries
+    randomisation_p    two-sided sign-flip test of the mean difference, 10,000 draws
+    wins losses ties   queries where the first is better, worse, equal
+    """
+
+    mean: float
+    other_mean: float
+    difference: float
+    low: float
+    high: float
+    t_test_p: float | None
+    randomisation_p: float
+    wins: int
+    losses: int
+    ties: int
 
 
-def load_qrels(
-    path: str,
-    queries: Collection | None = None,
-    passages: Collection | None = None,
-    drop_unknown: bool = False,
-    on_no_positives: str = "stop",
-) -> tuple[Qrels, dict[str, int]]:
-    """Qrels whose ids are known and whose queries have positives, and the counts of what was dropped.
+def measure_name(name: str, relevant_from: int = 1) -> str:
+    """The name ir-measures uses: MRR@10 is RR@10, MAP is AP, Recall@100 is R@100.
 
-    on_no_positives: a query that no passage of grade 1 or more is judged for can only count 0: stop refuses the file,
-        keep counts it (as ir-measures does), drop leaves it out.
+    relevant_from: the lowest grade that counts as relevant wherever a measure knows only relevant or not (RR, AP, R, P,
+        Success; TREC DL: 2). nDCG uses the grades themselves. A name with a rel of its own keeps it.
 
     Raises:
-        DataError: unknown ids, queries without positives, or nothing left; see check_against, check_positives.
+        SettingsError: not a measure, or one that the installed ir-measures cannot compute.
     """
-    qrels = read_qrels(path)
-    hint = ", or leave such lines out with --unknown_ids drop"
-    qrels, dropped = check_against(qrels, queries, passages, path, drop_unknown, hint)
-    counts = {"unknown_queries": dropped["queries"], "unknown_passages": dropped["passages"]}
-    lacking = without_positives(qrels)
-    if lacking and on_no_positives == "stop":
-        check_positives(qrels, path, hint=", or choose --no_positives keep (they count 0) or drop")
-    if lacking and on_no_positives == "drop":
-        qrels = {query_id: grades for query_id, grades in qrels.items() if query_id not in set(lacking)}
-        if not qrels:
-            raise DataError(f"{path} judges no passage as relevant to any query: give other qrels")
-    counts["queries_without_positives"] = len(lacking)
-    return qrels, counts
+    return str(_measure(name, relevant_from))
 
 
-def load_answers(
-    path: str, queries: Collection | None = None, drop_unknown: bool = False
-) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Answers of known queries, and the counts of what was dropped. Raises DataError as read_answers, check_against."""
-    hint = ", or leave such lines out with --unknown_ids drop"
-    answers, dropped = check_against(read_answers(path), queries, None, path, drop_unknown, hint)
-    return answers, {"unknown_queries": dropped["queries"]}
+def _measure(name: str, relevant_from: int) -> Any:
+    import ir_measures
 
-
-def load_run(
-    path: str,
-    queries: Collection | None = None,
-    passages: Collection | None = None,
-    drop_unknown: bool = False,
-    drop_identical: bool = False,
-) -> tuple[Run, dict[str, int]]:
-    """A run whose ids are known, and the counts of what was dropped. Raises DataError as read_run, check_against.
-
-    drop_identical: without passages that have their query's id, as BEIR evaluates.
-    """
-    hint = ", or leave such lines out with --unknown_ids drop"
-    run, dropped = check_against(read_run(path), queries, passages, path, drop_unknown, hint)
-    counts = {"unknown_queries": dropped["queries"], "unknown_passages": dropped["passages"]}
-    if drop_identical:
-        counts["identical_ids"] = sum(scores.pop(query_id, None) is not None for query_id, scores in run.items())
-    return run, counts
-
-
-def judge(run: Run, judgement: Judgement) -> Result:
-    """Every measure of one run.
-
-    counts: judged, answered, missing (judged, not in the run: they count 0), unjudged (in the run, not judged: they do
-        not count), below_relevant_from (no passage of that grade: RR, AP, R, P count 0).
-
-    Raises: as measures.evaluate and answers.answer_hits; DataError where no grade reaches relevant_from.
-    """
-    evaluations = []
-    if judgement.qrels is not None:
-        evaluations.append(evaluate(run, judgement.qrels, judgement.measures, judgement.relevant_from))
-    if judgement.answers is not None:
-        assert judgement.passages is not None, "answer match reads passages"
-        evaluations.append(
-            answer_hits(run, judgement.answers, judgement.passages, judgement.answer_depths, judgement.answer_regex)
+    word = re.match(r"\w+", name)
+    plain = name.strip()
+    if word and word[0] in ALIASES:
+        plain = ALIASES[word[0]] + plain[len(word[0]) :]
+    try:
+        measure = ir_measures.parse_measure(plain)
+        if relevant_from != 1 and "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
+            measure = measure(rel=relevant_from)
+        measure.validate_params()
+        supported = measure.params.get("cutoff", 1) >= 1 and ir_measures.DefaultPipeline.supports(measure)
+        supported = supported and not measure.NAME.startswith("Num")  # sums over queries: no mean, no interval
+    except (ValueError, NameError, KeyError, TypeError, SyntaxError, AssertionError):
+        supported = False
+    if not supported:
+        raise SettingsError(
+            f"the measure {name!r} cannot be computed: give names of ir-measures like RR@10, nDCG@10, AP, R@100, P@10, "
+            "Success@20, RR(rel=2)@10"
         )
-    if not evaluations:
-        raise SettingsError("nothing to judge by: give --qrels, or --answers with --corpus, or all of them")
-    judged = judgement.qrels if judgement.qrels is not None else judgement.answers
-    if judgement.answers is not None and judgement.answers.keys() != judged.keys():
-        raise DataError(
-            f"the qrels judge {len(judged)} queries and the answers are of {len(judgement.answers)}, of which "
-            f"{len(judged.keys() & judgement.answers.keys())} are the same: give both of the same queries, or evaluate "
-            "by one at a time"
-        )
+    return measure
+
+
+def evaluate(run: Run, qrels: Qrels, measures: Sequence[str], relevant_from: int = 1) -> Evaluation:
+    """Values of a run under ir-measures' names, per judged query and on average.
+
+    A judged query that the run does not answer counts 0; a query without judgements does not count. relevant_from: as
+    in measure_name.
+
+    Raises:
+        SettingsError: an unknown measure, or one that cannot be computed on these files.
+        DataError: the run answers none of the judged queries, or no grade reaches relevant_from.
+    """
+    import ir_measures
+
+    parsed = list(dict.fromkeys(_measure(name, relevant_from) for name in measures))
+    counts = count_queries(run, qrels)
+    below = sum(max(grades.values()) < relevant_from for grades in qrels.values())
+    if below == len(qrels) and relevant_from > 1:
+        raise DataError(f"no passage is judged {relevant_from} or more: give a smaller relevant_from")
+    try:
+        found = ir_measures.calc(parsed, qrels, run)
+    except (CalledProcessError, ZeroDivisionError) as error:
+        raise SettingsError(
+            f"ir-measures cannot compute all of {', '.join(map(str, parsed))} on these files ({error}): leave out the "
+            "measure that fails"
+        ) from None
+    per_query: dict[str, dict[str, float]] = {str(measure): dict.fromkeys(qrels, 0.0) for measure in parsed}
+    for value in found.per_query:
+        assert value.query_id in qrels
+        per_query[str(value.measure)][value.query_id] = float(value.value)
+    return Evaluation(
+        {str(measure): float(found.aggregated[measure]) for measure in parsed},
+        per_query,
+        {**counts, "below_relevant_from": below},
+    )
+
+
+def count_queries(run: Run, judged: Mapping[str, Any]) -> dict[str, int]:
+    """An evaluation's counts. Raises DataError if the run answers none of the judged queries."""
     answered = len(judged.keys() & run.keys())
-    counts = {
-        "judged": len(judged),
-        "answered": answered,
-        "missing": len(judged) - answered,
-        "unjudged": len(run) - answered,
-    }
-    if judgement.qrels is not None:
-        below = len(without_positives(judgement.qrels, judgement.relevant_from))
-        if below == len(judgement.qrels) and judgement.relevant_from > 1:
-            raise DataError(f"no passage is judged {judgement.relevant_from} or more: give a smaller relevant_from")
-        counts["below_relevant_from"] = below
-    return Result(tuple(evaluations), counts)
+    if not answered:
+        raise DataError(
+            f"the run answers none of the {len(judged)} judged queries (its first is {next(iter(run), None)!r}, theirs "
+            f"{next(iter(judged), None)!r}): give files of one set of queries"
+        )
+    missing, unjudged = len(judged) - answered, len(run) - answered
+    return {"judged": len(judged), "answered": answered, "missing": missing, "unjudged": unjudged}
+
+
+def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The measures of several evaluations of one run (by qrels, by answers), with the counts of the first."""
+    means = {name: mean for evaluation in evaluations for name, mean in evaluation.means.items()}
+    per_query = {name: values for evaluation in evaluations for name, values in evaluation.per_query.items()}
+    return Evaluation(means, per_query, evaluations[0].counts)
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over queries: 10,000 resamples, always the same seed."""
+    from scipy.stats import bootstrap
+
+    values = np.fromiter(values, np.float64)
+    if len(values) < 2:
+        return float(values.mean()), float(values.mean())
+    batch = max(1, CHUNK_CELLS // len(values))
+    options = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "method": "percentile", "batch": batch}
+    low, high = bootstrap((values,), np.mean, **options, rng=np.random.default_rng(BOOTSTRAP_SEED)).confidence_interval
+    return float(low), float(high)
+
+
+def paired_t_test(differences: np.ndarray) -> float | None:
+    """Two-sided p of Student's paired t-test; 1 if all differences are 0, None with fewer than two queries."""
+    from scipy.stats import ttest_1samp
+
+    if len(differences) < 2:
+        return None
+    if differences.std() == 0:
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(ttest_1samp(differences, 0).pvalue)
+
+
+def randomisation_test(differences: np.ndarray) -> float:
+    """Two-sided p of Fisher's randomisation test: 10,000 draws of random signs, all of them if there are fewer."""
+    from scipy.stats import permutation_test
+
+    def mean_difference(first, second, axis=-1):
+        return (first - second).mean(axis)
+
+    batch = max(1, CHUNK_CELLS // len(differences))
+    options = {"permutation_type": "samples", "n_resamples": RESAMPLES, "vectorized": True, "batch": batch}
+    rng = np.random.default_rng(RANDOMISATION_SEED)
+    samples = (differences, np.zeros_like(differences))
+    return float(permutation_test(samples, mean_difference, **options, rng=rng).pvalue)
+
+
+def compare(first: Evaluation, second: Evaluation) -> dict[str, Comparison]:
+    """Every measure of the first evaluation against the second's, over the same queries.
+
+    Raises:
+        DataError: the two are not of the same queries and measures.
+    """
+    compared = {}
+    for name, values in first.per_query.items():
+        if values.keys() != second.per_query.get(name, {}).keys():
+            raise DataError("the two runs are not evaluated on the same queries and measures: give both the same qrels")
+        differences = np.array([value - second.per_query[name][query] for query, value in values.items()])
+        low, high = interval(differences)
+        compared[name] = Comparison(
+            mean=first.means[name],
+            other_mean=second.means[name],
+            difference=float(differences.mean()),
+            low=low,
+            high=high,
+            t_test_p=paired_t_test(differences),
+            randomisation_p=randomisation_test(differences),
+            wins=int((differences > 0).sum()),
+            losses=int((differences < 0).sum()),
+            ties=int((differences == 0).sum()),
+        )
+    return compared
 
 
 def make_record(
-    result: Result, made_from: Mapping[str, str], relevant_from: int, other: Result | None = None
+    evaluation: Evaluation, made_from: Mapping[str, str], relevant_from: int, other: Evaluation | None = None
 ) -> dict[str, Any]:
     """The evaluation as one JSON object.
 
     made_from: "run", "qrels", "compare", "answers" -> path; their digests are taken here.
     """
-    bounds = {name: pair for evaluation in result.evaluations for name, pair in intervals(evaluation).items()}
+    bounds = {name: interval(values.values()) for name, values in evaluation.per_query.items()}
     record: dict[str, Any] = {
         "files": {name: {"path": path, "digest": file_digest(path)} for name, path in made_from.items()},
-        "queries": result.counts,
+        "queries": evaluation.counts,
         "relevant_from": relevant_from,
         "interval": {
             "method": "percentile bootstrap over queries",
@@ -190,24 +242,16 @@ def make_record(
         },
         "measures": {
             name: {"mean": mean, "low": bounds[name][0], "high": bounds[name][1]}
-            for name, mean in result.means().items()
+            for name, mean in evaluation.means.items()
         },
     }
     if other is not None:
         record["comparison"] = {
             "queries": other.counts,
             "randomisation": {"draws": RESAMPLES, "seed": RANDOMISATION_SEED},
-            "measures": {name: asdict(compared) for name, compared in compare_results(result, other).items()},
+            "measures": {name: asdict(compared) for name, compared in compare(evaluation, other).items()},
         }
     return record
-
-
-def compare_results(result: Result, other: Result) -> dict[str, Comparison]:
-    """measures.compare, evaluation by evaluation."""
-    compared: dict[str, Comparison] = {}
-    for mine, others in zip(result.evaluations, other.evaluations, strict=True):
-        compared |= compare(mine, others)
-    return compared
 
 
 def format_table(record: Mapping[str, Any]) -> str:
@@ -253,41 +297,33 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     ]
 
 
-def check_outputs(output: str | None, per_query: str | None, inputs: Mapping[str, str]) -> None:
-    """Raises SettingsError where an output has a wrong ending or is one of the inputs; called before any work."""
-    if per_query is not None and Path(per_query).suffix not in PER_QUERY_ENDINGS:
-        raise SettingsError(f"per_query is {per_query}: give a name ending in {' or '.join(PER_QUERY_ENDINGS)}")
-    if output is not None and Path(output).suffix != ".json":
-        raise SettingsError(f"output is {output}: give a name ending in .json")
-    for written in filter(None, (output, per_query)):
-        refuse_input(written, inputs)
-
-
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     with written_whole(path) as file:
         file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_per_query(path: str | Path, result: Result, other: Result | None = None) -> None:
-    """One line a query with every measure (empty or absent where a measure does not judge the query).
+def write_per_query(path: str | Path, evaluation: Evaluation, other: Evaluation | None = None) -> None:
+    """One line a query with every measure (empty or absent if a measure does not judge the query).
 
     .jsonl: {"query_id", "values": {measure: value}, "other": {measure: value} with a second run}; .tsv: columns
     query_id, each measure, then "other MEASURE".
     """
-    mine, others = result.per_query(), other.per_query() if other is not None else {}
-    queries = list(dict.fromkeys(query_id for values in mine.values() for query_id in values))
+    sides = {"values": evaluation.per_query} | ({"other": other.per_query} if other is not None else {})
+    queries = dict.fromkeys(query_id for values in evaluation.per_query.values() for query_id in values)
     with written_whole(path) as file:
         if Path(path).suffix == ".tsv":
-            file.write("\t".join(["query_id", *mine, *(f"other {name}" for name in others)]) + "\n")
+            names = [name if side == "values" else f"other {name}" for side, of in sides.items() for name in of]
+            file.write("\t".join(["query_id", *names]) + "\n")
         for query_id in queries:
-            values = {name: of[query_id] for name, of in mine.items() if query_id in of}
-            beside = {name: of[query_id] for name, of in others.items() if query_id in of}
             if Path(path).suffix == ".tsv":
-                cells = [*(values.get(name, "") for name in mine), *(beside.get(name, "") for name in others)]
-                file.write("\t".join([query_id, *map(str, cells)]) + "\n")
+                cells = (str(values.get(query_id, "")) for of in sides.values() for values in of.values())
+                file.write("\t".join([query_id, *cells]) + "\n")
             else:
-                line = {"query_id": query_id, "values": values} | ({"other": beside} if other is not None else {})
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                line = {
+                    side: {name: values[query_id] for name, values in of.items() if query_id in values}
+                    for side, of in sides.items()
+                }
+                file.write(json.dumps({"query_id": query_id, **line}, ensure_ascii=False) + "\n")
 
 
 def read_results(record_file: str | Path, per_query_file: str | Path) -> tuple[dict[str, Any], Evaluation]:
@@ -297,8 +333,7 @@ def read_results(record_file: str | Path, per_query_file: str | Path) -> tuple[d
         values: dict[str, dict[str, float]] = {name: {} for name in record["measures"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{record_file} is not a record of evaluate.py: evaluate again") from None
-    for line in read_lines(per_query_file):
-        query = json.loads(line)
+    for _, query in read_records(per_query_file, lambda record: record):
         for name, value in query["values"].items():
             values[name][query["query_id"]] = value
     return record, Evaluation({name: found["mean"] for name, found in record["measures"].items()}, values)

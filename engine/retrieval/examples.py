@@ -1,31 +1,199 @@
 """Fine-tuning batches: queries in groups with a positive and hard negatives, drawn purely and tokenised on the fly.
 
-The order of queries is data_shards/order.py's, the threads are data_shards/stream.py's, the draws groups.py's;
-`stream_examples` joins them with one of the two packers below. Which queries form step t, and in which order, is a pure
-function of (seed, t) and the number of queries; ranks share the step's queries out, each a contiguous part.
+Which queries form step t, and in which order, is a pure function of (seed, t) and the number of queries
+(data_shards/order.py); ranks share the step's queries out, each a contiguous part. An epoch takes every query once, in
+an order of its own. Steps do not stop at its end: if the number of queries is no multiple of the global batch, the last
+queries of an epoch share a step with the first of the next, so that none is lost. A query can stand twice in such a
+step; `known_positives` (losses.py) keeps it from being its own negative.
 
-An epoch takes every query once, in an order of its own. Steps do not stop at its end: where the number of queries is no
-multiple of the global batch, the last queries of an epoch share a step with the first of the next, so that none is
-lost. A query can stand twice in such a step; `known_positives` (losses.py) keeps it from being its own negative.
+A draw of a query's candidates is a pure function of (seed, query id, epoch). A query's list is permuted once, and epoch
+e takes the places e n to (e + 1) n - 1 of it, round and round: no candidate stands twice in a group while there are
+enough, and none comes again before all have come. A query with fewer negatives than its group takes gets all of them
+and random passages of the collection that are no positives of it, afresh each epoch; if teacher's scores are asked for,
+which random passages have not, it gets its own negatives again.
 
 Letters: B queries of a micro-batch, G passages of a query's group (its positive first), T tokens, P the most positives
 that any query has.
 """
 
 import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from quincunx.data_shards.batches import PackedText
-from quincunx.data_shards.order import Order
+from quincunx.data_shards.compiled import compiled
+from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.hashing import fold, text_key
+from quincunx.data_shards.order import Order, permute_point
 from quincunx.data_shards.stream import Stream
 from quincunx.engine.packing import pack, tokenise
+from quincunx.engine.retrieval.candidates import Candidates, check_negatives, check_scores
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.groups import Groups
+from quincunx.engine.retrieval.files import first_of, in_groups
 
+POSITIVE, NEGATIVE, RANDOM = 1, 2, 3
+QUERIES_AT_ONCE = 4096
 CACHED_TEXTS = 1 << 18
+
+
+class Groups:
+    """Training queries with their candidates, as rows of two collections. See the head of this file.
+
+    num_hard_negatives: G - 1. with_scores: every candidate must have its teacher's score, and draws carry it.
+
+    Raises:
+        DataError: no queries, a query or passage that the collections do not have, a missing score, with scores a query
+            without negatives, or no passages to fill a group with.
+    """
+
+    def __init__(
+        self,
+        candidates: Iterable[Candidates],
+        queries: Collection,
+        passages: Collection,
+        *,
+        num_hard_negatives: int,
+        seed: int,
+        with_scores: bool = False,
+    ):
+        assert num_hard_negatives >= with_scores
+        self.queries, self.passages, self.group = queries, passages, 1 + num_hard_negatives
+        query_ids, positives, negatives = [], [], []
+        for part in in_groups(candidates, QUERIES_AT_ONCE):  # so that only arrays of them all stand in memory
+            if with_scores:
+                check_scores(part, "the list of candidates")
+                check_negatives(part, "the list of candidates")
+            query_ids += [row.query_id for row in part]
+            positives.append(_flatten(part, "positives", passages, with_scores))
+            negatives.append(_flatten(part, "negatives", passages, with_scores))
+        if not query_ids:
+            raise DataError("there are no training queries: give candidates of at least one")
+        self.query_rows = _known_rows(queries, query_ids, "queries")
+        """int64 [queries], row in the collection of queries."""
+        self._positives, self._negatives = _join(positives), _join(negatives)
+        hashes = [xxhash.xxh3_64_intdigest(query_id.encode()) >> 1 for query_id in query_ids]
+        self._keys = _query_keys(seed, np.array(hashes, np.int64))
+        self._repeat = with_scores
+        self.max_positives = int(self._positives.sizes.max())
+        """P"""
+        few = self._negatives.sizes < num_hard_negatives
+        self.num_filled = int(few.sum())
+        """Queries with fewer negatives than a group takes, whose groups are filled up."""
+        if not with_scores and (few & (self._positives.sizes + num_hard_negatives > len(passages))).any():
+            raise DataError(
+                f"{passages.name} has {len(passages)} passages, too few to fill groups of {self.group}: lower "
+                "num_negatives or give more passages"
+            )
+
+    def __len__(self) -> int:
+        return len(self.query_rows)
+
+    def draw(self, epochs: np.ndarray, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The groups of B queries: passage rows int64 [B, G], and teacher's scores float32 [B, G] or None.
+
+        sample_ids: places in the list of candidates.
+        """
+        keys, positives, negatives = self._keys[sample_ids], self._positives, self._negatives
+        first = _draw_places(keys, POSITIVE, epochs, positives.sizes[sample_ids], 1, True)
+        others = _draw_places(keys, NEGATIVE, epochs, negatives.sizes[sample_ids], self.group - 1, self._repeat)
+        first += positives.starts[sample_ids, None]
+        at = np.where(others < 0, -1, others + negatives.starts[sample_ids, None])
+        rows = np.concatenate([positives.rows[first], np.where(at < 0, -1, _take(negatives.rows, at))], 1)
+        rows = rows.astype(np.int64)
+        _fill(rows, keys, epochs, self.positives(sample_ids), len(self.passages))
+        if not self._repeat:
+            return rows, None
+        return rows, np.concatenate([positives.scores[first], negatives.scores[at]], 1)
+
+    def positives(self, sample_ids: np.ndarray) -> np.ndarray:
+        """int64 [B, P], the rows of all positives of each query, filled with -1."""
+        at = np.arange(self.max_positives)[None]
+        there = at < self._positives.sizes[sample_ids, None]
+        at = np.where(there, self._positives.starts[sample_ids, None] + at, 0)
+        return np.where(there, self._positives.rows[at], -1).astype(np.int64)
+
+
+class _Lists(NamedTuple):
+    """One list a query, laid end to end."""
+
+    rows: np.ndarray
+    """int32 [entries], row in the collection of passages."""
+    scores: np.ndarray | None
+    """float32 [entries]"""
+    sizes: np.ndarray
+    """int64 [queries]"""
+    starts: np.ndarray
+    """int64 [queries]"""
+
+
+def _flatten(candidates: Sequence[Candidates], side: str, passages: Collection, with_scores: bool) -> _Lists:
+    assert len(passages) < 2**31
+    ids = [id for row in candidates for id in getattr(row, side)]
+    scores = [row.scores[id] for row in candidates for id in getattr(row, side)] if with_scores else None
+    scores = None if scores is None else np.array(scores, np.float32)
+    sizes = np.array([len(getattr(row, side)) for row in candidates], np.int64)
+    return _Lists(_known_rows(passages, ids, "passages").astype(np.int32), scores, sizes, np.cumsum(sizes) - sizes)
+
+
+def _join(parts: Sequence[_Lists]) -> _Lists:
+    sizes = np.concatenate([part.sizes for part in parts])
+    scores = None if parts[0].scores is None else np.concatenate([part.scores for part in parts])
+    return _Lists(np.concatenate([part.rows for part in parts]), scores, sizes, np.cumsum(sizes) - sizes)
+
+
+def _known_rows(collection: Collection, ids: list[str], kind: str) -> np.ndarray:
+    rows = collection.rows(ids)
+    if (rows < 0).any():
+        unknown = [ids[at] for at in np.flatnonzero(rows < 0)]
+        raise DataError(
+            f"{len(unknown)} candidates' {kind} are not in {collection.name} {first_of(unknown)}: give the collection "
+            "that the candidates were made from"
+        )
+    return rows
+
+
+def _take(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    return values[at] if len(values) else np.zeros(at.shape, values.dtype)
+
+
+@compiled
+def _query_keys(seed, hashes):
+    keys = np.empty(len(hashes), np.uint32)
+    for n in range(len(hashes)):
+        keys[n] = text_key(seed, 0, hashes[n], 0)
+    return keys
+
+
+@compiled
+def _draw_places(keys, purpose, epochs, sizes, count, repeat):
+    """int64 [B, count], places in lists of these sizes: distinct while there are enough, then -1, or all over again."""
+    places = np.full((len(keys), count), -1, np.int64)
+    for n in range(len(keys)):
+        key, size = fold(keys[n], purpose), sizes[n]
+        for i in range(count):
+            if size >= count or repeat:
+                places[n, i] = permute_point(key, (np.int64(epochs[n]) * count + i) % size, size)
+            elif i < size:
+                places[n, i] = permute_point(key, i, size)
+    return places
+
+
+@compiled
+def _fill(rows_BG, keys, epochs, positives_BP, num_passages):
+    """Replaces every -1 by a random passage that is neither in the group nor a positive of the query."""
+    for n in range(len(rows_BG)):
+        key = fold(fold(keys[n], RANDOM), epochs[n])
+        turn = 0
+        for i in range(rows_BG.shape[1]):
+            while rows_BG[n, i] < 0:
+                row = np.int64(fold(key, turn)) * num_passages >> 32
+                turn += 1
+                if not (rows_BG[n] == row).any() and not (positives_BP[n] == row).any():
+                    rows_BG[n, i] = row
 
 
 class GroupedBatch:
@@ -157,30 +325,14 @@ class RerankerPacker:
         )
 
 
-def stream_examples(
-    packer: RetrieverPacker | RerankerPacker,
-    *,
-    seed: int,
-    global_batch: int,
-    micro_batch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 1,
-) -> Stream:
-    """One rank's micro-batches, step by step; global_batch and micro_batch count queries. Raises as Stream does.
+def stream_examples(packer: RetrieverPacker | RerankerPacker, *, seed: int, **shares: int) -> Stream:
+    """One rank's micro-batches, step by step; shares: global_batch, micro_batch (both count queries), rank, world_size
+    and num_workers of Stream, which raises if they do not divide.
 
     `stream.order.global_batch(step, global_batch).sample_ids` are the step's queries, as places in the candidates.
     """
     order = Order(seed, [np.ones(len(packer.groups), np.int64)])  # blocks of one query: the whole epoch is permuted
-    return Stream(
-        packer,
-        order,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-    )
+    return Stream(packer, order, **shares)
 
 
 class _TokenCache:

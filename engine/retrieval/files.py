@@ -1,16 +1,24 @@
-"""Files of the retrieval chain, read line by line with file and line in every complaint."""
+"""Files of the field, record by record: every complaint names the file and the line, row or record."""
 
-import contextlib
+import ast
+import csv
 import gzip
-import os
-import shutil
+import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 from quincunx.data_shards.artefact import file_digest
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import BadRecordError, load_json
+from quincunx.data_shards.records import BadRecordError, check_text, load_json
+
+Item = TypeVar("Item")
+CHUNK = 1 << 24
+MAX_RECORD = 1 << 28
+"""Characters of one question with its passages; DPR's have about 100,000."""
+MAX_NAMED = 3
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
@@ -19,67 +27,137 @@ def read_lines(path: str | Path) -> Iterator[str]:
     Raises:
         DataError: no such file, not UTF-8, or damaged gzip.
     """
-    path = Path(path)
-    opener = gzip.open if path.name.endswith(".gz") else open
+    opener = gzip.open if str(path).endswith(".gz") else open
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix("\ufeff")
-                yield line
-    except OSError as error:
-        if isinstance(error, gzip.BadGzipFile):
-            raise DataError(f"{path} is a damaged gzip file ({error}): fetch it again") from None
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (EOFError, zlib.error) as error:
+                yield line.removeprefix("\ufeff") if number == 1 else line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is a damaged gzip file ({error}): fetch it again") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 after line {number} ({error.reason}): convert it") from None
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """(line number from 1, object) of each line of a JSONL file that is not blank. Raises DataError (file:line)."""
-    for number, line in enumerate(read_lines(path), 1):
+def read_records(
+    path: str | Path, parse: Callable[[Any], Any], *, json_lines: bool | None = None, columns: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """(where it stands, what `parse` makes of it) of each record, without the Nones.
+
+    A record is an object of a JSON-lines file (told by its ending, or by `json_lines`), a row of a .parquet file (of
+    `columns` those that it has; none given: all), else a line.
+
+    Raises:
+        DataError: as read_lines; a record for which `parse` raises BadRecordError.
+    """
+    records, place = read_lines(path), ":"
+    if str(path).endswith(".parquet"):
+        records, place = _parquet_rows(path, columns), ": row "
+    elif json_lines or (json_lines is None and str(path).removesuffix(".gz").endswith(".jsonl")):
+        own, parse = parse, lambda line: None if (record := load_json(line)) is None else own(record)
+    yield from _parsed(path, records, parse, place)
+
+
+def _parsed(path: str | Path, records: Iterable[Any], parse: Callable[[Any], Any], place: str) -> Iterator:
+    for number, record in enumerate(records, 1):
         try:
-            record = load_json(line)
+            parsed = parse(record)
         except BadRecordError as error:
-            raise DataError(f"{path}:{number}: {error}; fix or remove the record") from None
-        if record is not None:
-            yield number, record
+            raise DataError(f"{path}{place}{number}: {error}; fix or remove the record") from None
+        if parsed is not None:
+            yield f"{path}{place}{number}", parsed
+
+
+def _parquet_rows(path: str | Path, columns: Sequence[str]) -> Iterator[dict]:
+    import pyarrow.parquet as parquet
+    from pyarrow import ArrowException
+
+    try:
+        table = parquet.ParquetFile(path)
+        wanted = [name for name in columns if name in table.schema_arrow.names] or None
+        for batch in table.iter_batches(columns=wanted):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}): fetch it or make it again") from None
+
+
+def read_questions(path: str | Path, parse: Callable[[dict], Any]) -> Iterator[tuple[str, Any]]:
+    """(where it stands, what `parse` makes of it) of each question of DPR's files: .json, a list of objects that
+    have a question, or .csv with question and answers.
+
+    The list is read object by object, so that a file of gigabytes costs the memory of one question.
+
+    Raises:
+        DataError: not such a file; a record for which `parse` raises BadRecordError.
+    """
+
+    def parse_object(record: Any) -> Any:
+        if not isinstance(record, dict):
+            raise BadRecordError(f"a JSON {type(record).__name__}, an object is needed")
+        return parse({**record, "question": check_text(record.get("question"), "question")})
+
+    def parse_line(line: str) -> Any:
+        if not line.strip():
+            return None
+        try:
+            question, answers = next(csv.reader([line.rstrip("\r\n")], delimiter="\t"))
+            record = {"question": question.strip(), "answers": ast.literal_eval(answers)}
+        except (ValueError, TypeError, SyntaxError, csv.Error) as error:
+            raise BadRecordError(f"not a question, a tab and a list of answers ({error})") from None
+        return parse(record)
+
+    if str(path).removesuffix(".gz").endswith(".csv"):
+        return read_records(path, parse_line)
+    return _parsed(path, _json_list(path), parse_object, ": record ")
+
+
+def _json_list(path: str | Path) -> Iterator[Any]:
+    """The elements of a JSON file that is one list."""
+    decode = json.JSONDecoder().raw_decode
+    opener = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            text, at, opened, more = "", 0, False, True
+            while True:
+                while at < len(text) and (text[at].isspace() or text[at] == "," or (text[at] == "[" and not opened)):
+                    opened = opened or text[at] == "["
+                    at += 1
+                if opened and text[at : at + 1] == "]":
+                    return
+                if not opened and at < len(text):
+                    raise DataError(f"{path} is not a JSON list: a list of objects with a question is needed")
+                try:
+                    element, at = decode(text, at)
+                except ValueError as error:
+                    if not more or len(text) - at > MAX_RECORD:
+                        raise DataError(f"{path} is not whole JSON ({error.msg}): fetch it again") from None
+                    chunk = file.read(CHUNK)
+                    text, at, more = text[at:] + chunk, 0, bool(chunk)
+                    continue
+                yield element
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of `size`; the last one may be shorter."""
+    rest = iter(items)
+    while group := list(islice(rest, size)):
+        yield group
+
+
+def first_of(names: Iterable[str]) -> str:
+    """`(first: a, b, c)`, for messages."""
+    return f"(first: {', '.join(list(names)[:MAX_NAMED])})"
 
 
 def refuse_input(output: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
-    """Raises SettingsError where an output is one of the inputs (by the names of their flags)."""
+    """Raises SettingsError if an output is one of the inputs (by the names of their flags)."""
     for name, path in inputs.items():
         if path is not None and Path(output).resolve() == Path(path).resolve():
             raise SettingsError(f"{output} is the {name} itself: give another name to write to")
-
-
-@contextlib.contextmanager
-def folder_written_whole(folder: str | Path) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of `folder` when the block ends well.
-
-    A kill between the two renames leaves the old one beside it, as .NAME.replaced. Raises SettingsError where nothing
-    can be written there.
-    """
-    folder = Path(folder)
-    staging, replaced = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.replaced")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise SettingsError(f"{folder} cannot be written: {error.strerror}") from None
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(staging, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def input_digest(path: str | Path) -> str:

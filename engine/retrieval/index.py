@@ -5,7 +5,7 @@ flat    the same search by faiss
 ivfpq   faiss: lists around centroids, each vector in a few bytes (Jegou et al. 2011); searches some of the lists
 hnsw    faiss: a graph of neighbours over whole vectors (Malkov and Yashunin 2016)
 
-faiss is imported here only. Equal scores are ordered by row, so a search in shards gives what one index gives.
+faiss is imported here only. Results are ordered by score, then by row: a search in shards gives what one index gives.
 Letters: Q queries, N rows, D channels, K results.
 """
 
@@ -13,9 +13,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,39 +25,15 @@ from quincunx.data_shards.artefact import file_digest, written_whole
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.embeddings import Embeddings
 from quincunx.engine.retrieval.progress import FEW_QUERIES, counted
-from quincunx.engine.retrieval.top_results import Best, in_order, top_rows
+from quincunx.engine.retrieval.search import OPTIONS, IndexKind, IndexOptions
 
-IndexKind = Literal["exact", "flat", "ivfpq", "hnsw"]
 QUERIES_AT_ONCE = 256
 BLOCK_ROWS = 2**17
 """Rows of one matrix product; parts are taken together up to so many."""
 RESIDENT_BYTES = 2**31
 """Vectors up to this size stay in memory (float32) between searches."""
-OPTIONS = {
-    "ivfpq": (("num_lists", "code_bytes"), ("num_probes",)),
-    "hnsw": (("links", "ef_construction"), ("ef_search",)),
-}
-"""Options of building, options of searching."""
 LEAST_A_CENTROID = 39
 """Vectors a centroid that faiss wants for training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexOptions:
-    """How an approximate index is built and searched; the defaults of num_lists and code_bytes depend on N and D."""
-
-    num_lists: int | None = None
-    """ivfpq: lists; None: 4 sqrt(N), but 39 vectors a list at least."""
-    num_probes: int = 32
-    """ivfpq: lists that a query looks through."""
-    code_bytes: int | None = None
-    """ivfpq: bytes a vector, a divisor of D; None: the largest one up to D / 4."""
-    links: int = 32
-    """hnsw: links a vector."""
-    ef_construction: int = 200
-    """hnsw: candidates while building."""
-    ef_search: int = 256
-    """hnsw: candidates while searching; at least K are taken."""
 
 
 class Index:
@@ -156,7 +132,8 @@ class Index:
     def shard(self, number: int) -> Any:
         """The faiss index of a shard: read where it was kept, else built and kept."""
         first, stop = self.shards[number][0], self.shards[number][-1] + 1
-        description = self._describe(first, stop)
+        digests = json.dumps(self.embeddings.manifest.get("parts", [])[first:stop])
+        description = {**self._options("building"), "parts": xxhash.xxh3_128_hexdigest(digests.encode())}
         path = None
         if self.embeddings.folder is not None:
             path = self.embeddings.folder / f"index-{self.kind}-{number:05d}.faiss"
@@ -180,17 +157,14 @@ class Index:
             return self.faiss.index_cpu_to_all_gpus(index)
         return index
 
+    def _options(self, *when: str) -> dict[str, Any]:
+        """The kind with its options of "building" and "searching"."""
+        return {"kind": self.kind} | {n: asdict(self.options)[n] for w in when for n in OPTIONS[self.kind][w]}
+
     def described(self) -> dict[str, Any]:
         """The kind, and every option that has a part in its results."""
-        options = {name: asdict(self.options)[name] for names in OPTIONS.get(self.kind, ()) for name in names}
-        return {"kind": self.kind, **options, "shards": len(self.shards) if self.approximate else 1}
-
-    def _describe(self, first: int, stop: int) -> dict[str, Any]:
-        """All that decides a shard's index."""
-        names, _ = OPTIONS[self.kind]
-        digests = self.embeddings.manifest.get("parts", [])[first:stop]
-        options = {name: asdict(self.options)[name] for name in names}
-        return {"kind": self.kind, **options, "parts": xxhash.xxh3_128_hexdigest(json.dumps(digests).encode())}
+        options = self._options("building", "searching")
+        return {**options, "shards": len(self.shards) if self.approximate else 1}
 
     def _build(self, first: int, stop: int) -> Any:
         faiss, width = self.faiss, self.embeddings.width
@@ -286,3 +260,56 @@ def _keep(faiss: Any, index: Any, path: Path, description: dict[str, Any]) -> No
     os.replace(staging, path)
     with written_whole(path.with_suffix(".json")) as file:
         json.dump({**description, "digest": file_digest(path)}, file)
+
+
+class Best:
+    """The best K results so far of every query; shards are added in the order of their rows."""
+
+    def __init__(self, num_queries: int, depth: int, device: torch.device | str = "cpu"):
+        self.depth = depth
+        self.scores_QK = torch.full((num_queries, depth), -torch.inf, device=device)
+        self.rows_QK = torch.full((num_queries, depth), -1, dtype=torch.int64, device=device)
+
+    def add(self, scores_QK: torch.Tensor, rows_QK: torch.Tensor) -> None:
+        """Merges the results of a shard, in order and with rows above all before; -inf and -1 where there are none.
+
+        The sort is stable: earlier rows stay before later ones of the same score.
+        """
+        scores = torch.cat([self.scores_QK, scores_QK], dim=1)
+        rows = torch.cat([self.rows_QK, rows_QK], dim=1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        self.scores_QK = scores[:, : self.depth]
+        self.rows_QK = rows.gather(1, order[:, : self.depth])
+
+
+def in_order(scores_QK: torch.Tensor, rows_QK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same results by score, equal scores by row."""
+    rows_QK, order = rows_QK.sort(dim=1)
+    scores_QK, by_score = scores_QK.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return scores_QK, rows_QK.gather(1, by_score)
+
+
+def top_rows(scores_QN: torch.Tensor, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores [Q, K], rows [Q, K]) of the K = min(depth, N) best, in order.
+
+    Of equal scores at the end the first rows are taken; torch's topk takes any.
+    """
+    depth = min(depth, scores_QN.shape[1])
+    scores_QK, rows_QK = scores_QN.topk(depth, dim=1)
+    last_Q1 = scores_QK[:, -1:]
+    tied = ((scores_QN >= last_Q1).sum(dim=1) > depth).nonzero()[:, 0].tolist()
+    for query in tied:
+        rows = (scores_QN[query] >= last_Q1[query]).nonzero()[:, 0]
+        order = scores_QN[query, rows].sort(descending=True, stable=True).indices[:depth]
+        rows_QK[query] = rows[order]
+        scores_QK[query] = scores_QN[query, rows_QK[query]]
+    return in_order(scores_QK, rows_QK)
+
+
+def recall_against_exact(rows_QK: np.ndarray, exact_QK: np.ndarray) -> float:
+    """Share of the exact results that are among the approximate ones; both int64 [Q, K], -1 where there is none."""
+    found = wanted = 0
+    for rows, exact in zip(rows_QK, exact_QK, strict=True):
+        real = exact[exact >= 0]
+        found, wanted = found + int(np.isin(real, rows).sum()), wanted + len(real)
+    return found / wanted if wanted else 1.0

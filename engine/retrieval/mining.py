@@ -5,8 +5,7 @@ of the ids seen). Random passages are a pure function of (seed, query id) and th
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -17,10 +16,10 @@ from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.answers import has_answer
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.judgements import iterate_run
+from quincunx.engine.retrieval.files import first_of
+from quincunx.engine.retrieval.trec import UNKNOWN_IDS
 
 RANDOM_CODE = 0x6D696E65  # "mine": apart from the task codes of pre-training
-MAX_NAMED = 3
 MAX_DRAWS = 100
 """Random draws for each passage that is needed; a corpus that gives none in so many leaves the query short."""
 
@@ -34,7 +33,7 @@ class MiningRules:
     skip_top: int = setting(0, low=0)
     """Ranks at the top that are left out, positives counted."""
     num_negatives: int | None = setting(None, low=1)
-    """Most passages of the run that a query keeps, best first (None: all that are left)."""
+    """Maximum number of passages of the run that a query keeps, best first (None: all that are left)."""
     relevant_from: int = setting(1, low=1)
     """Lowest grade of a positive; passages judged relevant below it are neither positives nor negatives."""
     margin: float = 0.0
@@ -59,39 +58,6 @@ class MiningRules:
         if self.skip_top < self.depth:
             return []
         return [f"skip_top is {self.skip_top} and depth {self.depth}: give a depth beyond skip_top"]
-
-
-def stream_run(path: str | Path, depth: int | None = None) -> Iterator[tuple[str, list[str]]]:
-    """(query id, its `depth` best passage ids, best first; equal scores by id) of a TREC run, query by query.
-
-    Raises:
-        DataError: as judgements.iterate_run, or lines of one query apart from each other.
-    """
-    seen: set[str] = set()
-    for number, query_id, scores in iterate_run(path):
-        if query_id in seen:
-            raise DataError(f"{path}:{number}: query {query_id} goes on after others: sort the run by query")
-        seen.add(query_id)
-        yield query_id, _best_first(scores, depth)
-
-
-def _best_first(scores: dict[str, float], depth: int | None) -> list[str]:
-    return sorted(scores, key=lambda id: (-scores[id], id))[:depth]
-
-
-@dataclass
-class Unfit:
-    """Queries or passages that a rule has no answer for: how many, and the first few by name."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, *names: str) -> None:
-        self.count += len(names)
-        self.first += names[: MAX_NAMED - len(self.first)]
-
-    def __str__(self) -> str:
-        return f"(first: {', '.join(self.first)})"
 
 
 class TeacherScores:
@@ -135,31 +101,35 @@ def mine(
         DataError: unknown ids, queries without positives or without negatives, teacher scores missing.
     """
     counts.update(dict.fromkeys(COUNTED, 0))
-    unfit = {name: Unfit() for name in ("queries", "passages", "positives", "negatives", "scores")}
+    unfit: dict[str, list[str]] = {name: [] for name in ("queries", "passages", "positives", "negatives", "scores")}
     seen, empty = set(), set(passages.empty_rows.tolist())
     for query_id, ranked in run:
         counts["queries_of_the_run"] += 1
         if query_id not in queries:
-            unfit["queries"].add(query_id)
+            unfit["queries"].append(query_id)
             continue
         seen.add(query_id)
         grades = qrels.get(query_id, {})
         positives = tuple(id for id, grade in grades.items() if grade >= rules.relevant_from)
         if not positives:
-            unfit["positives"].add(query_id)
+            unfit["positives"].append(query_id)
             continue
-        ranked = ranked[: rules.depth]
-        rows = passages.rows(ranked)
-        unfit["passages"].add(*(id for id, row in zip(ranked, rows, strict=True) if row < 0))
-        scores = None if teacher is None else teacher.take(query_id)
-        limit = _score_limit(query_id, positives, scores, rules, unfit["scores"])
+        scores, limit = None if teacher is None else teacher.take(query_id), None
+        if scores is not None:
+            unscored = [f"{query_id} {id}" for id in positives if id not in scores]
+            unfit["scores"] += unscored
+            if not unscored:
+                choose = max if rules.margin_from == "best" else min
+                limit = choose(scores[id] for id in positives) - rules.margin
         own_answers = None if answers is None else answers.get(query_id)
         counts["queries_without_answers"] += answers is not None and not own_answers
         negatives, left_out = [], []
-        for rank, (id, row) in enumerate(zip(ranked, rows, strict=True), 1):
-            if rules.num_negatives is not None and len(negatives) == rules.num_negatives:
-                break
+        ranked = ranked[: rules.depth]
+        for rank, (id, row) in enumerate(zip(ranked, passages.rows(ranked), strict=True), 1):
             if row < 0:
+                unfit["passages"].append(id)
+                continue
+            if len(negatives) == rules.num_negatives:
                 continue
             reason = None
             if grades.get(id, 0) > 0:
@@ -171,7 +141,7 @@ def mine(
             elif own_answers and has_answer(passages.text_at(row), own_answers):
                 reason = "with_an_answer"
             elif scores is not None and id not in scores:
-                unfit["scores"].add(f"{query_id} {id}")
+                unfit["scores"].append(f"{query_id} {id}")
             elif limit is not None and scores[id] >= limit:
                 reason = "above_the_teachers_margin"
             counts["passages_of_the_run"] += 1
@@ -187,18 +157,18 @@ def mine(
         counts["random"] += len(random)
         counts["random_missing"] += wanted - len(random)
         if not negatives and not random:
-            unfit["negatives"].add(query_id)
+            unfit["negatives"].append(query_id)
             continue
         counts["queries"] += 1
         yield Candidates(query_id, positives, (*negatives, *random))
-    counts["queries_unknown"], counts["passages_unknown"] = unfit["queries"].count, unfit["passages"].count
-    counts["queries_without_positives"] = unfit["positives"].count
-    counts["queries_without_negatives"] = unfit["negatives"].count
+    counts["queries_unknown"], counts["passages_unknown"] = len(unfit["queries"]), len(unfit["passages"])
+    counts["queries_without_positives"] = len(unfit["positives"])
+    counts["queries_without_negatives"] = len(unfit["negatives"])
     counts["judged_queries_not_in_the_run"] = sum(
         query_id not in seen and max(grades.values(), default=0) >= rules.relevant_from
         for query_id, grades in qrels.items()
     )
-    _refuse_unfit(unfit, rules, queries, passages, None if teacher is None else teacher.name)
+    _refuse_unfit(unfit, rules, queries, passages, teacher)
 
 
 COUNTED = (
@@ -218,44 +188,35 @@ COUNTED = (
 )
 
 
-def _score_limit(
-    query_id: str, positives: tuple[str, ...], scores: dict[str, float] | None, rules: MiningRules, missing: Unfit
-) -> float | None:
-    """The teacher score at and above which a passage is no negative of this query."""
-    if scores is None:
-        return None
-    unscored = [f"{query_id} {id}" for id in positives if id not in scores]
-    missing.add(*unscored)
-    if unscored:
-        return None
-    choose = max if rules.margin_from == "best" else min
-    return choose(scores[id] for id in positives) - rules.margin
-
-
 def _refuse_unfit(
-    unfit: dict[str, Unfit], rules: MiningRules, queries: Collection, passages: Collection, teacher: str | None
+    unfit: dict[str, list[str]],
+    rules: MiningRules,
+    queries: Collection,
+    passages: Collection,
+    teacher: TeacherScores | None,
 ) -> None:
     """Raises DataError for the first rule that has no answer for some query or passage and may not drop it."""
-    if rules.unknown_ids == "error":
-        for what, collection in (("queries", queries), ("passages", passages)):
-            if unfit[what].count:
-                raise DataError(
-                    f"the run names {unfit[what].count} {what} that {collection.name} does not have {unfit[what]}: "
-                    "give the files that belong together, or leave them out with --unknown_ids drop"
-                )
-    if unfit["positives"].count and not rules.drop_queries_without_positives:
+    named = {name: first_of(ids) for name, ids in unfit.items()}
+    number = {name: len(ids) for name, ids in unfit.items()}
+    for what, collection in (("queries", queries), ("passages", passages)):
+        if unfit[what] and rules.unknown_ids == "error":
+            raise DataError(
+                f"the run names {number[what]} {what} that {collection.name} does not have {named[what]}: give the "
+                f"files that belong together{UNKNOWN_IDS}"
+            )
+    if unfit["positives"] and not rules.drop_queries_without_positives:
         raise DataError(
-            f"no positive of grade {rules.relevant_from} or more is judged for {unfit['positives'].count} queries of "
-            f"the run {unfit['positives']}: give the qrels of these queries, or --drop_queries_without_positives"
+            f"no positive of grade {rules.relevant_from} or more is judged for {number['positives']} queries of the "
+            f"run {named['positives']}: give the qrels of these queries, or --drop_queries_without_positives"
         )
-    if unfit["scores"].count:
+    if unfit["scores"]:
         raise DataError(
-            f"{teacher} lacks the teacher's score of {unfit['scores'].count} candidates {unfit['scores']}: score the "
+            f"{teacher.name} lacks the teacher's score of {number['scores']} candidates {named['scores']}: score the "
             "candidates of this run at this depth with launchers/score.py"
         )
-    if unfit["negatives"].count and not rules.drop_queries_without_negatives:
+    if unfit["negatives"] and not rules.drop_queries_without_negatives:
         raise DataError(
-            f"no negative is left of {unfit['negatives'].count} queries {unfit['negatives']}: give more depth, weaker "
+            f"no negative is left of {number['negatives']} queries {named['negatives']}: give more depth, weaker "
             "filters or --random_fill, or leave these queries out with --drop_queries_without_negatives"
         )
 
@@ -269,24 +230,22 @@ def _random_passages(
     answers: list[str] | None,
     wanted: int,
 ) -> list[str]:
-    """`wanted` passages (fewer where the corpus has no more): not in `taken`, not empty, without an answer."""
-    chosen: list[str] = []
-    taken = set(taken)
-    for row in _random_rows(seed, query_id, len(passages), MAX_DRAWS * wanted):
-        if len(chosen) == wanted:
-            break
-        id = passages.id_at(row)
-        if id not in taken and row not in empty and not (answers and has_answer(passages.text_at(row), answers)):
-            taken.add(id)
-            chosen.append(id)
-    return chosen
+    """`wanted` passages (fewer if the corpus has no more): not in `taken`, not empty, without an answer.
 
-
-def _random_rows(seed: int, query_id: str, num_passages: int, num_draws: int) -> Iterator[int]:
-    """Rows drawn with replacement, by a stateless hash of (seed, query id, draw)."""
+    Rows are drawn with replacement, by a stateless hash of (seed, query id, draw).
+    """
     from quincunx.data_shards.hashing import draw30, text_key
 
     query_hash = np.uint64(xxhash.xxh3_64_intdigest(query_id.encode())).astype(np.int64)
     key = text_key(np.uint32(seed), 0, query_hash, RANDOM_CODE)
-    for draw in range(num_draws):
-        yield int(draw30(key, draw, 0)) * num_passages >> 30
+    chosen: dict[str, None] = {}
+    for draw in range(MAX_DRAWS * wanted):
+        if len(chosen) == wanted:
+            break
+        row = int(draw30(key, draw, 0)) * len(passages) >> 30
+        id = passages.id_at(row)
+        if id in taken or id in chosen or row in empty:
+            continue
+        if not (answers and has_answer(passages.text_at(row), answers)):
+            chosen[id] = None
+    return list(chosen)

@@ -18,7 +18,7 @@ from quincunx.engine.export import MODEL_FOLDER
 from quincunx.engine.job import Evaluation
 from quincunx.engine.retrieval.cross_encoder import save_reranker
 from quincunx.engine.retrieval.examples import RerankerBatch
-from quincunx.engine.retrieval.finetune_job import FinetuneJob, LossSums
+from quincunx.engine.retrieval.finetuning import FinetuneJob, LossSums
 from quincunx.engine.retrieval.losses import listwise_loss, r_drop
 from quincunx.engine.tensors import text_to_tensors
 from quincunx.engine.throughput import encoder_multiply_adds
@@ -43,9 +43,7 @@ class RerankerJob(FinetuneJob):
         return [self.model.model.base_model]
 
     def write_model_files(self, folder: Path) -> None:
-        card = f"Where this run started: {self.settings.encoder}\n"
-        max_tokens = self.settings.max_pair_tokens
-        save_reranker(folder / MODEL_FOLDER, self.model, None, self.loaded.tokenizer, max_tokens=max_tokens, card=card)
+        save_reranker(folder / MODEL_FOLDER, self.loaded, card=f"Where this run started: {self.settings.encoder}\n")
 
     def flops(self, batch: RerankerBatch) -> float:
         """Of what is read with a graph, forward and backward, and of the choice's forward before it."""

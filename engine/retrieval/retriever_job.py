@@ -25,7 +25,7 @@ from quincunx.engine.job import Evaluation
 from quincunx.engine.ranks import rank_and_world
 from quincunx.engine.retrieval.dual_encoder import save_retriever
 from quincunx.engine.retrieval.examples import RetrieverBatch
-from quincunx.engine.retrieval.finetune_job import FinetuneJob, LossSums
+from quincunx.engine.retrieval.finetuning import FinetuneJob, LossSums
 from quincunx.engine.retrieval.losses import (
     contrastive_loss,
     gather_with_gradient,
@@ -61,17 +61,7 @@ class RetrieverJob(FinetuneJob):
         return [self.model.tower("query").model, self.model.tower("passage").model]
 
     def write_model_files(self, folder: Path) -> None:
-        save_retriever(
-            folder / MODEL_FOLDER,
-            self.model,
-            None,
-            self.loaded.tokenizer,
-            max_query_tokens=self.settings.max_query_tokens,
-            max_passage_tokens=self.settings.max_passage_tokens,
-            query_prompt=self.loaded.query_prompt,
-            passage_prompt=self.loaded.passage_prompt,
-            card=f"Where this run started: {self.settings.encoder}\n",
-        )
+        save_retriever(folder / MODEL_FOLDER, self.loaded, card=f"Where this run started: {self.settings.encoder}\n")
 
     def flops(self, batch: RetrieverBatch) -> float:
         lengths = np.concatenate([np.diff(batch.queries.cu_seqlens), np.diff(batch.passages.cu_seqlens)])
@@ -96,7 +86,7 @@ class RetrieverJob(FinetuneJob):
         gradients = torch.autograd.grad(loss, leaves)
         for number in range(len(batches)):
             pair = vectors[number] if fits_at_once else encode(number)
-            # The scalar whose gradient in the weights is the loss's: its value means nothing.
+            # Surrogate loss: its gradient equals that of the true loss; its value is meaningless.
             carrier = sum((part * gradient).sum() for part, gradient in zip(pair, gradients[2 * number :]))
             yield LossSums(carrier, *(sums if number == 0 else torch.zeros_like(sums)))
 
@@ -130,10 +120,8 @@ class RetrieverJob(FinetuneJob):
         if settings.stage == "distil":
             student_BG = torch.einsum("bd,bgd->bg", queries_BD, passages_MD.view(num_queries, group, -1))
             teacher_BG = torch.from_numpy(np.concatenate([batch.teacher_scores for batch in batches])).to(device)
-            if settings.distil_loss == "kl":
-                losses.insert(0, kl_loss(student_BG / settings.temperature, teacher_BG))
-            else:
-                losses.insert(0, margin_mse_loss(student_BG / settings.temperature, teacher_BG))
+            follow = {"kl": kl_loss, "margin_mse": margin_mse_loss}[settings.distil_loss]
+            losses.insert(0, follow(student_BG / settings.temperature, teacher_BG))
             firsts.insert(0, student_BG.argmax(1) == teacher_BG.argmax(1))
         weights = torch.tensor(self.task_weights, device=device)
         sums = torch.stack([part.sum() for part in losses])

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.retrieval.finding import Finder
+from quincunx.engine.retrieval.search import Finder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -149,6 +149,7 @@ def serve_page(finder: Finder, port: int, depth: int) -> None:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind((HOST, port))
+            bound.listen()  # so that who reads the address below can connect at once
         except (OSError, OverflowError) as error:
             raise SettingsError(f"cannot bind {HOST}:{port} ({error}): choose another --page") from None
         print(f"Search page: http://{HOST}:{bound.getsockname()[1]}/  (Ctrl-C ends)", flush=True)

@@ -5,13 +5,20 @@ document (router_config.json), each of which lists the same. retriever.json is o
 "max_passage_tokens"}.
 """
 
+import contextlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import resolve_model
+
+if TYPE_CHECKING:
+    from quincunx.engine.retrieval.dual_encoder import Retriever
 
 OWN_FILE = "retriever.json"
 SETTINGS_FILE = "config_sentence_transformers.json"
@@ -25,24 +32,24 @@ class Tower:
     """One Transformer with its pooling."""
 
     folder: Path
-    pooling: str
-    normalise: bool
-    lower_case: bool
-    max_tokens: int | None
-    """None where nothing in the folder says."""
+    pooling: str = "cls"
+    normalise: bool = True
+    lower_case: bool = False
+    max_tokens: int | None = None
+    """None if nothing in the folder says."""
 
 
 @dataclass(frozen=True)
 class SentenceFolder:
-    """What a folder says about a retriever."""
+    """What a folder says about a retriever; the defaults are a plain encoder's."""
 
     passage: Tower
-    query: Tower | None
-    """None where one encoder reads both sides."""
-    query_prompt: str
-    passage_prompt: str
-    max_query_tokens: int | None
-    max_passage_tokens: int | None
+    query: Tower | None = None
+    """None if one encoder reads both sides."""
+    query_prompt: str = ""
+    passage_prompt: str = ""
+    max_query_tokens: int | None = None
+    max_passage_tokens: int | None = None
 
 
 def fetch_folder(name: str) -> Path:
@@ -63,8 +70,8 @@ def fetch_folder(name: str) -> Path:
         ) from error
 
 
-def read_sentence_folder(folder: Path) -> SentenceFolder | None:
-    """The layout of `folder`, None where it has no modules.json.
+def read_sentence_folder(folder: Path) -> SentenceFolder:
+    """The layout of `folder`; without modules.json it is a plain encoder.
 
     A folder that scores by cosine counts as normalised even without the module Normalize: the ranking is the same.
 
@@ -72,13 +79,24 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
         SettingsError: a module that is not supported (Dense, another pooling), or files that contradict each other.
     """
     if not (folder / "modules.json").is_file():
-        return None
+        return SentenceFolder(Tower(folder))
     settings = _read(folder / SETTINGS_FILE)
     modules = [(_kind(module["type"]), folder / module["path"]) for module in _read(folder / "modules.json", list)]
     cosine = settings.get("similarity_fn_name") == "cosine"
+    query = None
     if modules and modules[0][0] == "Router":
-        routes, rest = _read_routes(modules[0][1]), modules[1:]
-        passage, query = (_read_tower(folder, [*routes[name], *rest], cosine) for name in ("document", "query"))
+        place, rest = modules[0][1], modules[1:]
+        config = _read(place / "router_config.json")
+        routes, types = config.get("structure", {}), config.get("types", {})
+        if not {"query", "document"} <= set(routes):
+            raise SettingsError(
+                f"the Router of {place} has the routes {', '.join(routes) or 'none'}; give a model with the routes "
+                "query and document"
+            )
+        passage, query = (
+            _read_tower(folder, [*((_kind(types[name]), place / name) for name in routes[route]), *rest], cosine)
+            for route in ("document", "query")
+        )
         for what in ("pooling", "normalise", "lower_case"):
             if getattr(passage, what) != getattr(query, what):
                 raise SettingsError(
@@ -86,7 +104,7 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
                     "documents; give a model whose two towers agree in it"
                 )
     else:
-        passage, query = _read_tower(folder, modules, cosine), None
+        passage = _read_tower(folder, modules, cosine)
     prompts = settings.get("prompts") or {}
     default = prompts.get(settings.get("default_prompt_name"), "")
     own = _read(folder / OWN_FILE)
@@ -101,7 +119,7 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
 
 
 def _read(path: Path, kind: type = dict) -> Any:
-    """The JSON of `path`, an empty one where there is no such file."""
+    """The JSON of `path`, an empty one if there is no such file."""
     if not path.is_file():
         return kind()
     try:
@@ -115,20 +133,6 @@ def _read(path: Path, kind: type = dict) -> Any:
 
 def _kind(type_name: str) -> str:
     return type_name.rpartition(".")[2]
-
-
-def _read_routes(folder: Path) -> dict[str, list[tuple[str, Path]]]:
-    """The modules of the routes query and document."""
-    config = _read(folder / "router_config.json")
-    structure, types = config.get("structure", {}), config.get("types", {})
-    if not {"query", "document"} <= set(structure):
-        raise SettingsError(
-            f"the Router of {folder} has the routes {', '.join(structure) or 'none'}; give a model with the routes "
-            "query and document"
-        )
-    return {
-        route: [(_kind(types[name]), folder / name) for name in structure[route]] for route in ("query", "document")
-    }
 
 
 def _read_tower(folder: Path, modules: list[tuple[str, Path]], cosine: bool) -> Tower:
@@ -159,45 +163,34 @@ def _read_tower(folder: Path, modules: list[tuple[str, Path]], cosine: bool) -> 
     )
 
 
-def write_sentence_folder(
-    folder: Path,
-    *,
-    width: int,
-    pooling: str,
-    normalise: bool,
-    max_query_tokens: int,
-    max_passage_tokens: int,
-    query_prompt: str,
-    passage_prompt: str,
-    separate: bool,
-) -> dict[str, Path]:
-    """Writes every file of the layout but the encoders' own; returns where those belong.
+def write_sentence_folder(folder: Path, retriever: "Retriever") -> dict[str, tuple[Path, int]]:
+    """Writes every file of the layout but the encoders' own.
 
-    {"passage": folder of the encoder and tokenizer}, and "query" where the towers are `separate`.
+    Returns {"passage": (folder of the encoder and tokenizer, longest text in tokens)}, and "query" if the towers are
+    separate.
     """
-    pooling_config = {
-        "word_embedding_dimension": width,
-        **{name: mode == pooling for name, mode in POOLINGS.items()},
-    }
-    if separate:
+    model, limits = retriever.model, (retriever.max_query_tokens, retriever.max_passage_tokens)
+    places = {"passage": (folder, max(limits))}
+    poolings = [folder / "1_Pooling"]
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if not model.shared:
+        routes = {"query": "query", "passage": "document"}
         places = {
-            "query": (folder / "query_0_Transformer", folder / "query_1_Pooling", max_query_tokens),
-            "passage": (folder / "document_0_Transformer", folder / "document_1_Pooling", max_passage_tokens),
+            kind: (folder / f"{route}_0_Transformer", limit)
+            for (kind, route), limit in zip(routes.items(), limits, strict=True)
         }
+        poolings = [folder / f"{route}_1_Pooling" for route in routes.values()]
         modules = [("", "Router")]
-        structure = {"query": ["query_0_Transformer", "query_1_Pooling"]}
-        structure["document"] = ["document_0_Transformer", "document_1_Pooling"]
+        structure = {route: [f"{route}_0_Transformer", f"{route}_1_Pooling"] for route in routes.values()}
         types = {name: MODULE_CLASS.format(name.rpartition("_")[2]) for names in structure.values() for name in names}
         parameters = {"default_route": "document", "allow_empty_key": True}
         _write(folder / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
-    else:
-        longest = max(max_query_tokens, max_passage_tokens)
-        places = {"passage": (folder, folder / "1_Pooling", longest)}
-        modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    for place, pooling_place, max_tokens in places.values():
+    for place, max_tokens in places.values():
         _write(place / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
-        _write(pooling_place / "config.json", pooling_config)
-    if normalise:
+    pooling = {name: mode == model.pooling for name, mode in POOLINGS.items()}
+    for place in poolings:
+        _write(place / "config.json", {"word_embedding_dimension": model.width, **pooling})
+    if model.normalise:
         modules.append((f"{len(modules)}_Normalize", "Normalize"))
         (folder / modules[-1][0]).mkdir()
     listed = [
@@ -205,12 +198,39 @@ def write_sentence_folder(
         for index, (path, kind) in enumerate(modules)
     ]
     _write(folder / "modules.json", listed)
-    prompts = {name: prompt for name, prompt in (("query", query_prompt), ("document", passage_prompt)) if prompt}
-    _write(folder / SETTINGS_FILE, {"similarity_fn_name": "cosine" if normalise else "dot", "prompts": prompts})
-    _write(folder / OWN_FILE, {"max_query_tokens": max_query_tokens, "max_passage_tokens": max_passage_tokens})
-    return {kind: place for kind, (place, _, _) in places.items()}
+    prompts = {"query": retriever.query_prompt, "document": retriever.passage_prompt}
+    prompts = {name: prompt for name, prompt in prompts.items() if prompt}
+    similarity = "cosine" if model.normalise else "dot"
+    _write(folder / SETTINGS_FILE, {"similarity_fn_name": similarity, "prompts": prompts})
+    _write(folder / OWN_FILE, {"max_query_tokens": limits[0], "max_passage_tokens": limits[1]})
+    return places
 
 
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` when the block ends well.
+
+    A kill between the two renames leaves the old one beside it, as .NAME.replaced. Raises SettingsError if nothing can
+    be written there.
+    """
+    staging, replaced = folder.with_name(f".{folder.name}.writing"), folder.with_name(f".{folder.name}.replaced")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise SettingsError(f"{folder} cannot be written: {error.strerror}") from None
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    os.replace(staging, folder)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,8 +1,8 @@
 """One split of a data set as the chain's commands read it: only queries that are judged, in files of one form.
 
 OUTPUT/queries.jsonl   {"_id", "text"} of the split's queries, in the order of their file
-OUTPUT/qrels.tsv       their judgements, BEIR's form (where there are any)
-OUTPUT/answers.jsonl   {"query_id", "answers"} (where there are any)
+OUTPUT/qrels.tsv       their judgements, BEIR's form (if there are any)
+OUTPUT/answers.jsonl   {"query_id", "answers"} (if there are any)
 OUTPUT/probe/          a small BEIR folder of some of the queries, for curves along a training
 OUTPUT/manifest.json   written last: what it was made from, and counts (data_shards/artefact.py)
 """
@@ -17,15 +17,7 @@ import xxhash
 from quincunx.data_shards.artefact import written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import Collection, read_queries
-from quincunx.engine.retrieval.judgements import (
-    Qrels,
-    check_against,
-    read_answers,
-    read_dpr_json,
-    read_qrels,
-    without_positives,
-    write_qrels,
-)
+from quincunx.engine.retrieval.trec import Qrels, load_qrels, read_answers, read_dpr, write_qrels
 
 
 def sample_ids(ids: Iterable[str], number: int | None, seed: int) -> list[str]:
@@ -43,38 +35,27 @@ def read_split(
 ) -> tuple[Collection, Qrels | None, dict[str, list[str]] | None, dict[str, int]]:
     """(queries, judgements of known queries with positives, answers, counts of what was left out).
 
-    qrels None: those of a DPR file's own positives, where it has them. answers None: a DPR file's own.
+    qrels None: those of a DPR file's own positives, if it has them. answers None: a DPR file's own.
     drop: leave out judgements of unknown queries and queries without positives, instead of refusing the files.
 
     Raises:
         DataError: files that cannot be read, ids that do not fit, or queries without positives.
     """
-    counts = {"unknown_queries": 0, "without_positives": 0}
+    counts = {"unknown_queries": 0, "queries_without_positives": 0}
     judged: Qrels | None = None
+    own_answers = None
     if qrels is None and queries.removesuffix(".gz").endswith(".json"):
-        asked, found, candidates = read_dpr_json(queries, drop)
-        judged = {row.query_id: dict.fromkeys(row.positives, 1) for row in candidates} or None
-        counts["without_positives"] = len(asked) - len(judged) if judged else 0
-        return asked, judged, read_answers(answers) if answers else found, counts
-    asked = read_queries(queries)
-    if qrels is not None:
-        hint = ", or leave such lines out with --unknown_ids drop"
-        judged, dropped = check_against(read_qrels(qrels), asked, None, qrels, drop, hint)
-        counts["unknown_queries"] = dropped["queries"]
-        lacking = without_positives(judged)
-        if lacking and not drop:
-            raise DataError(
-                f"{qrels} judges no passage as relevant to {len(lacking)} of {len(judged)} queries (first: "
-                f"{', '.join(lacking[:3])}): remove these queries{hint}"
-            )
-        counts["without_positives"] = len(lacking)
-        judged = {query_id: grades for query_id, grades in judged.items() if query_id not in set(lacking)}
-        if not judged:
-            raise DataError(f"{qrels} judges no passage as relevant to any query: give other qrels")
-    if answers is not None:
-        return asked, judged, read_answers(answers), counts
-    own = queries.removesuffix(".gz").endswith((".json", ".csv"))
-    return asked, judged, read_answers(queries) if own else None, counts
+        asked, own_answers, found = read_dpr(queries, drop)
+        if found:
+            judged, counts["queries_without_positives"] = found, len(asked) - len(found)
+    else:
+        asked = read_queries(queries)
+        if qrels is not None:
+            choice = "drop" if drop else "stop"
+            judged, counts = load_qrels(qrels, asked, None, drop, choice, "leave them out with --unknown_ids drop")
+        if answers is None and queries.removesuffix(".gz").endswith((".json", ".csv")):
+            own_answers = read_answers(queries)
+    return asked, judged, own_answers if answers is None else read_answers(answers), counts
 
 
 def write_split(
@@ -103,7 +84,7 @@ def write_split(
     if qrels is not None:
         kept = {id: qrels[id] for id in ids}
         counts["judgements"] = sum(map(len, kept.values()))
-        write_qrels(folder / "qrels.tsv", kept, style="beir")
+        write_qrels(folder / "qrels.tsv", kept)
     if answers is not None:
         counts["answers"] = sum(id in answers for id in ids)
         _write_lines(
@@ -135,7 +116,7 @@ def _write_probe(
     texts = passages.texts(passages.rows(docs))
     _write_lines(folder / "corpus.jsonl", ({"_id": id, "text": text} for id, text in zip(docs, texts)))
     _write_queries(folder / "queries.jsonl", queries, asked)
-    write_qrels(folder / "qrels" / "dev.tsv", {id: qrels[id] for id in asked}, style="beir")
+    write_qrels(folder / "qrels" / "dev.tsv", {id: qrels[id] for id in asked})
     return {"probe_queries": len(asked), "probe_passages": len(docs)}
 
 

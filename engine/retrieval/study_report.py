@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from quincunx.engine.retrieval.measures import interval, paired_t_test
+from quincunx.engine.retrieval.evaluation import interval, paired_t_test
 from quincunx.engine.retrieval.report import figure, folded, table, write_report
 from quincunx.engine.retrieval.report_plots import plot_bars, plot_curves
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quincunx.engine.retrieval.measures import Comparison
+from quincunx.engine.retrieval.evaluation import Comparison
 from quincunx.launchers import demo, demo_results
 from quincunx.launchers.demo_results import LABELS
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from quincunx.data_shards.errors import exit_with_one_sentence
+from quincunx.launchers.evaluate import main
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -119,7 +122,7 @@ def test_help_is_quick_and_shows_every_setting(tmp_path):
         ({"qrels.tsv": "q1\tx9\t1\n"}, ["--corpus", "set"], 3, "qrels.tsv names 1 passages (of 1) that set does not"),
         ({"qrels.tsv": "z1\tp1\t1\n"}, ["--queries", "set"], 3, "qrels.tsv names 1 queries (of 1) that set does not"),
         ({"good.run": "q1 Q0 x 1 2 t\n"}, ["--corpus", "set"], 3, "good.run names 1 passages"),
-        ({"qrels.tsv": "q1\tp1\t0\nq2\tp1\t1\n"}, [], 3, "for 1 of 2 queries (first: q1)"),
+        ({"qrels.tsv": "q1\tp1\t0\nq2\tp1\t1\n"}, [], 3, "to 1 of 2 queries (first: q1)"),
         ({"qrels.tsv": "q1\tp1\n"}, [], 3, "qrels.tsv:1: 'q1\\tp1' is neither"),
         ({}, ["--qrels", "none.tsv"], 3, "none.tsv cannot be read: No such file"),
         ({}, ["--relevant_from", "7"], 3, "no passage is judged 7 or more"),
@@ -148,7 +151,7 @@ def test_help_is_quick_and_shows_every_setting(tmp_path):
     ],
 )
 def test_mistakes_end_with_one_sentence_their_exit_code_and_nothing_overwritten(
-    folder, changes, arguments, code, message
+    folder, changes, arguments, code, message, monkeypatch, capsys
 ):
     for name, content in changes.items():
         (folder / name).write_text(content)
@@ -156,9 +159,13 @@ def test_mistakes_end_with_one_sentence_their_exit_code_and_nothing_overwritten(
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     given = {"--run": "good.run", "--qrels": "qrels.tsv", "--output": "result.json"}
     given |= dict(zip(arguments[::2], arguments[1::2]))
-    done = run(*(word for pair in given.items() for word in pair), cwd=folder)
-    assert done.returncode == code and message in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *(word for pair in given.items() for word in pair)])
+    with pytest.raises(SystemExit) as ended:
+        exit_with_one_sentence(main)
+    said = capsys.readouterr().err
+    assert ended.value.code == code and message in said
+    assert said.startswith("error: ") and said.count("\n") == 1
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 

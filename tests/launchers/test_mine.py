@@ -10,7 +10,7 @@ import pytest
 
 from quincunx.data_shards.artefact import open_artefact
 from quincunx.data_shards.errors import exit_with_one_sentence
-from quincunx.engine.retrieval.candidates import KIND, Candidates, read_candidates, write_candidates
+from quincunx.engine.retrieval.candidates import CANDIDATES, Candidates, iterate_candidates, write_candidates
 from quincunx.launchers.mine import main
 
 ROOT = Path(__file__).parents[2]
@@ -50,8 +50,8 @@ def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes
     done = mine(data, "--depth=3")
     assert done.returncode == 0, done.stderr
     rows = [Candidates("q0", ("p3",), ("p1", "p5")), Candidates("q1", ("p0",), ("p4",))]
-    assert read_candidates(data / "out.jsonl") == rows
-    manifest = open_artefact(data / "out.jsonl", KIND, single=True, verify=True)
+    assert list(iterate_candidates(data / "out.jsonl")) == rows
+    manifest = open_artefact(data / "out.jsonl", CANDIDATES, single=True, verify=True)
     assert manifest["made_from"]["rules"]["depth"] == 3 and manifest["details"]["queries"] == 2
     assert manifest["details"]["mining"]["left_out_positives"] == 2
     assert "left out positives" in done.stdout
@@ -74,10 +74,10 @@ def test_answers_the_teachers_margin_and_random_fill_work_together(data):
     flags = ["--answers", data / "answers.jsonl", "--teacher_scores", data / "scored.jsonl", "--margin=1"]
     done = mine(data, *flags, "--random_fill=3")
     assert done.returncode == 0, done.stderr
-    first, second = read_candidates(data / "out.jsonl")
+    first, second = list(iterate_candidates(data / "out.jsonl"))
     assert first.negatives[0] == "p2" and set(first.negatives[1:]) <= {"p0", "p4", "p5"}
     assert len(first.negatives) == len(second.negatives) == 3
-    counts = open_artefact(data / "out.jsonl", KIND, single=True)["details"]["mining"]
+    counts = open_artefact(data / "out.jsonl", CANDIDATES, single=True)["details"]["mining"]
     assert (counts["mined"], counts["random"]) == (1, 5)
     assert (counts["left_out_with_an_answer"], counts["left_out_above_the_teachers_margin"]) == (1, 2)
     assert counts["queries_without_answers"] == 1

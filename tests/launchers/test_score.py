@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
-from quincunx.engine.retrieval.candidates import Candidates, read_candidates, write_candidates
-from quincunx.engine.retrieval.judgements import read_run
+from quincunx.engine.retrieval.candidates import Candidates, iterate_candidates, write_candidates
+from quincunx.engine.retrieval.trec import read_run
 from quincunx.launchers.score import main
 
 ROOT = Path(__file__).parents[2]
@@ -39,8 +39,7 @@ def data(tmp_path_factory):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.5, **sizes)
     BertModel(config).save_pretrained(folder / "encoder")
-    fresh = load_reranker(str(folder / "encoder"))
-    save_reranker(folder / "reranker", fresh.model, None, fresh.tokenizer, max_tokens=32, card="")
+    save_reranker(folder / "reranker", load_reranker(str(folder / "encoder"), max_tokens=32), card="")
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(WORDS, draw.integers(3, 30))) for _ in range(200)]
     rows = [{"_id": f"p{n}", "text": text} for n, text in enumerate(texts)]
@@ -80,7 +79,7 @@ def scored(data):
 
 
 def test_every_candidate_is_scored_and_a_second_call_changes_nothing(data, scored):
-    rows = read_candidates(data / "scored.jsonl")
+    rows = list(iterate_candidates(data / "scored.jsonl"))
     assert sum(len(row.scores) for row in rows) == NUM_PAIRS
     written = (data / "scored.jsonl").stat().st_mtime_ns
     again = run(command(data, data / "scored.jsonl"))
@@ -125,7 +124,7 @@ def test_killed_scoring_goes_on_where_it_was_at_another_number_of_ranks(data, sc
     assert done.returncode == 0, done.stderr
     assert not parts.exists()
     # One pair a batch or many: the same scores to float32's rounding.
-    first, whole = read_candidates(output), read_candidates(data / "scored.jsonl")
+    first, whole = list(iterate_candidates(output)), list(iterate_candidates(data / "scored.jsonl"))
     assert [row.query_id for row in first] == [row.query_id for row in whole]
     for ours, theirs in zip(first, whole, strict=True):
         assert (ours.positives, ours.negatives) == (theirs.positives, theirs.negatives)

@@ -15,7 +15,7 @@ import pytest
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
-from quincunx.engine.retrieval.judgements import read_run
+from quincunx.engine.retrieval.trec import read_run
 from quincunx.launchers import encode, search
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.answers import answer_hits, answer_ranks, has_answer, words
 from quincunx.engine.retrieval.collection import make_collection
 
@@ -56,5 +56,3 @@ def test_hits_count_questions_whose_best_passages_hold_an_answer():
     assert found.per_query["AnswerHit@2"] == {"0": 1.0, "1": 1.0, "2": 0.0, "3": 0.0}
     with pytest.raises(DataError, match=r"passages that corpus does not have \(first: x\)"):
         answer_hits({"0": {"x": 1.0}}, answers, passages)
-    with pytest.raises(SettingsError, match="whole numbers from 1"):
-        answer_hits(run, answers, passages, (0, 20))

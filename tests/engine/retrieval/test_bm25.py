@@ -11,8 +11,8 @@ import pytest
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.retrieval import bm25
 from quincunx.engine.retrieval.collection import make_collection, read_passages, read_queries
-from quincunx.engine.retrieval.judgements import read_qrels
-from quincunx.engine.retrieval.measures import evaluate
+from quincunx.engine.retrieval.evaluation import evaluate
+from quincunx.engine.retrieval.trec import read_qrels
 
 WORDS = ["lift", "drag", "wing", "flow", "heat", "plate", "shock", "jet", "nose", "cone"]
 

@@ -56,7 +56,7 @@ def test_every_format_gives_the_same_passages(tmp_path):
     assert plain.digest != found[0].digest
 
 
-def test_the_quick_parser_of_msmarco_lines_equals_the_corpus_parser():
+def test_the_parser_of_msmarco_lines_equals_the_corpus_parser():
     lines = [
         "7\ttext",
         "7\t text \n",
@@ -69,8 +69,12 @@ def test_the_quick_parser_of_msmarco_lines_equals_the_corpus_parser():
         "9\t",
     ]
     for line in lines:
+        row = parse_msmarco(line)
         for titles in (True, False):
-            assert collection._msmarco_passage(line, titles) == collection._pair_of(parse_msmarco(line), titles)
+            expected = None if row is None else (row.document.doc_id, "".join(row.document.paragraphs))
+            if row is not None and titles and row.document.title:
+                expected = row.document.doc_id, f"{row.document.title} {row.document.paragraphs[0]}"
+            assert collection._msmarco_passage(titles, line) == expected
 
 
 @pytest.mark.parametrize("digits", [16, 1])
@@ -128,7 +132,7 @@ def test_queries_of_every_format(tmp_path):
         ("c.jsonl", '{"_id": "a"}\n', DataError, "c.jsonl:1: no field text among ['_id']"),
         ("c.tsv", "1\tx\n2\n", DataError, "c.tsv:2: 1 tab-separated columns"),
         ("c.tsv", "\n\n", DataError, "holds no texts"),
-        ("c.parquet", "PAR1", DataError, "c.parquet is not Parquet"),
+        ("c.parquet", "PAR1", DataError, "c.parquet cannot be read as Parquet"),
         ("c.xml", "<a/>", SettingsError, "not clear from its name"),
         ("c.jsonl", b'{"_id": "a", "text": "\xff"}', DataError, "not UTF-8"),
     ],

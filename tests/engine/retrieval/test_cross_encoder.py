@@ -109,6 +109,10 @@ def packed_tensors(reranker, pairs):
     return text_to_tensors(text), None if types is None else torch.from_numpy(types), num_cut
 
 
+def scores_of(reranker, pairs, **options):
+    return score_pairs(reranker, *zip(*pairs, strict=True), **options)[0]
+
+
 def padded_logits(model, folder, pairs):
     from transformers import AutoTokenizer
 
@@ -165,31 +169,31 @@ def test_sentence_transformers_gives_the_exported_rerankers_scores(family, check
     folder, _ = checkpoint(family)
     reranker = load_reranker(folder, max_tokens=30)
     state = {name: weight * 1.25 for name, weight in reranker.model.state_dict().items()}
-    save_reranker(tmp_path / "out", reranker.model, state, reranker.tokenizer, max_tokens=30, card="# A reranker")
+    save_reranker(tmp_path / "out", reranker, state, card="# A reranker")
     exported = load_reranker(str(tmp_path / "out"), allow_fresh_head=False)
     assert exported.max_tokens == 30 and exported.digest != reranker.digest
     pairs = make_pairs(num=20)
     pairs.append(("w1 [SEP] w2", "w3 [MASK]"))
     progress = []
-    ours = score_pairs(exported, pairs, batch_tokens=64, progress=progress.append)
+    ours = scores_of(exported, pairs, batch_tokens=64, progress=progress.append)
     theirs = SentenceCrossEncoder(str(tmp_path / "out"), device="cpu").predict(pairs)
     assert sum(progress) == len(pairs) and len(progress) > 5
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-    assert np.abs(ours - score_pairs(reranker, pairs)).max() > 0.01
+    assert np.abs(ours - scores_of(reranker, pairs)).max() > 0.01
     assert (tmp_path / "out" / "README.md").read_text() == "# A reranker"
 
 
 def test_saving_without_a_state_writes_the_models_own_weights_and_replaces_the_folder(checkpoint, tmp_path):
     reranker = load_reranker(checkpoint("bert")[0])
     for card in ("first", "second"):
-        save_reranker(tmp_path / "out", reranker.model, None, reranker.tokenizer, max_tokens=40, card=card)
+        save_reranker(tmp_path / "out", reranker, card=card)
     assert load_reranker(str(tmp_path / "out")).digest == reranker.digest
     assert (tmp_path / "out" / "README.md").read_text() == "second"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("mine")
     with pytest.raises(SettingsError, match="holds something else than a model"):
-        save_reranker(tmp_path / "other", reranker.model, None, reranker.tokenizer, max_tokens=40, card="")
+        save_reranker(tmp_path / "other", reranker, card="")
     assert (tmp_path / "other" / "precious.txt").read_text() == "mine"
 
 
@@ -227,7 +231,7 @@ def test_an_exported_pretrained_encoder_without_pooler_becomes_a_reranker(checkp
     own = dict(reranker.model.model.named_parameters())
     for name, weight in base.named_parameters():
         assert torch.equal(own[f"bert.{name}"], weight) != name.startswith("pooler."), name
-    assert np.isfinite(score_pairs(reranker, make_pairs())).all()
+    assert np.isfinite(scores_of(reranker, make_pairs())).all()
 
 
 def test_dropout_and_gradient_checkpointing_are_the_runs(checkpoint):
@@ -254,7 +258,7 @@ def test_dropout_draws_anew_in_training(checkpoint):
 
 
 def test_no_pairs_give_no_scores(checkpoint):
-    assert score_pairs(load_reranker(checkpoint("bert")[0]), []).shape == (0,)
+    assert score_pairs(load_reranker(checkpoint("bert")[0]), [], [])[0].shape == (0,)
 
 
 def test_a_model_that_cannot_rerank_is_refused_in_one_sentence(checkpoint, tmp_path):
@@ -285,7 +289,7 @@ def test_a_head_with_weights_missing_is_refused(checkpoint):
 
 def test_the_exported_configuration_records_the_identity_activation(checkpoint, tmp_path):
     reranker = load_reranker(checkpoint("modernbert")[0])
-    save_reranker(tmp_path / "out", reranker.model, None, reranker.tokenizer, max_tokens=40, card="")
+    save_reranker(tmp_path / "out", reranker, card="")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["sentence_transformers"]["activation_fn"] == "torch.nn.modules.linear.Identity"
     assert config["architectures"] == ["ModernBertForSequenceClassification"]

@@ -11,8 +11,7 @@ from quincunx.engine.packing import tokenise
 from quincunx.engine.retrieval import examples as module
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import make_collection
-from quincunx.engine.retrieval.examples import RerankerPacker, RetrieverPacker, stream_examples
-from quincunx.engine.retrieval.groups import Groups
+from quincunx.engine.retrieval.examples import Groups, RerankerPacker, RetrieverPacker, stream_examples
 
 NUM_QUERIES, NUM_PASSAGES = 50, 120
 WORDS = ["".join(random.Random(n).choices("aeioubdgkmnprst", k=3 + n % 5)) for n in range(150)]

@@ -1,7 +1,8 @@
 import pytest
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.retrieval.files import folder_written_whole, refuse_input
+from quincunx.engine.retrieval.files import refuse_input
+from quincunx.engine.retrieval.sentence_folder import folder_written_whole
 
 
 def write_half(folder):

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import make_collection
-from quincunx.engine.retrieval.groups import Groups
+from quincunx.engine.retrieval.examples import Groups
 
 NUM_PASSAGES = 60
 PASSAGES = make_collection([f"p{n}" for n in range(NUM_PASSAGES)], ["text"] * NUM_PASSAGES, "passages")
@@ -151,8 +151,6 @@ def row(query="q0", positives=("p1",), negatives=("p2",), scores=None) -> Candid
     ("rows", "options", "message"),
     [
         ([], {}, "no training queries"),
-        ([row(positives=())], {}, "has no positive"),
-        ([row(negatives=("p1",))], {}, "is one of its positives"),
         ([row(), row("q9")], {}, r"1 candidates' queries are not in queries \(first: q9\)"),
         ([row(negatives=("p2", "x", "y"))], {}, r"2 candidates' passages are not in passages \(first: x, y\)"),
         ([row(scores={"p1": 1.0})], {"with_scores": True}, "lacks the teacher's score of 1 candidates"),
@@ -169,9 +167,3 @@ def test_candidates_that_cannot_be_trained_on_are_refused(rows, options, message
 def test_a_group_as_large_as_the_collection_is_filled():
     groups = make_groups([(1, 3)], num_hard_negatives=NUM_PASSAGES - 1)
     assert sorted(groups.draw(np.array([0]), np.array([0]))[0][0]) == list(range(NUM_PASSAGES))
-
-
-@pytest.mark.parametrize("options", [{"num_hard_negatives": -1}, {"num_hard_negatives": 0, "with_scores": True}])
-def test_too_few_hard_negatives_are_refused(options):
-    with pytest.raises(SettingsError, match="allowed are integers from"):
-        make_groups([(1, 3)], **options)

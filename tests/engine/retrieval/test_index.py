@@ -7,8 +7,8 @@ import torch
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval import index as index_file
 from quincunx.engine.retrieval.embeddings import Embeddings
-from quincunx.engine.retrieval.index import Index, IndexOptions, search
-from quincunx.engine.retrieval.top_results import recall_against_exact
+from quincunx.engine.retrieval.index import Index, recall_against_exact, search
+from quincunx.engine.retrieval.search import IndexOptions
 
 WIDTH, DEPTH, ROWS = 16, 20, 1200
 

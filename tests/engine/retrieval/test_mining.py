@@ -8,7 +8,7 @@ from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.setting import find_problems, require
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import make_collection
-from quincunx.engine.retrieval.mining import MiningRules, TeacherScores, mine, stream_run
+from quincunx.engine.retrieval.mining import MiningRules, TeacherScores, mine
 
 PASSAGES = make_collection([f"p{n}" for n in range(40)], [f"text {n} of passage" for n in range(40)], "corpus")
 QUERIES = make_collection(["q0", "q1", "q2"], ["first", "second", "third"], "queries")
@@ -182,29 +182,6 @@ def test_unknown_ids_of_the_run_are_refused_or_dropped():
 def test_rules_out_of_range_are_refused(rules, message):
     with pytest.raises(SettingsError, match=message):
         require(find_problems(MiningRules(**rules)))
-
-
-def test_a_run_is_read_query_by_query_in_the_order_of_scores(tmp_path):
-    lines = ["q1 Q0 a 1 0.5 x", "q1 Q0 b 2 2.5 x", "q1 Q0 c 3 0.5 x", "", "q2\tQ0\td\t1\t-1e-3\tx"]
-    (tmp_path / "run").write_text("\n".join(lines) + "\n")
-    assert list(stream_run(tmp_path / "run")) == [("q1", ["b", "a", "c"]), ("q2", ["d"])]
-    assert next(stream_run(tmp_path / "run", 2)) == ("q1", ["b", "a"])
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (["q1 Q0 a 1 0.5"], "run:1: 'q1 Q0 a 1 0.5' is not query, Q0"),
-        (["q1 Q0 a 1 nan x"], "run:1: the score of passage a for query q1 is nan"),
-        (["q1 Q0 a 1 1 x", "q1 Q0 a 2 1 x"], "run:2: passage a stands a second time for query q1"),
-        (["q1 Q0 a 1 1 x", "q2 Q0 a 1 1 x", "q1 Q0 b 2 1 x"], "run:3: query q1 goes on after others"),
-        ([""], "holds no results"),
-    ],
-)
-def test_a_malformed_run_is_refused_by_file_and_line(tmp_path, lines, message):
-    (tmp_path / "run").write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=message):
-        list(stream_run(tmp_path / "run"))
 
 
 def test_passages_without_text_are_no_negatives_mined_or_drawn():

@@ -11,8 +11,7 @@ from transformers import BertConfig, BertModel
 from quincunx.data_shards.tokenizer_training import train_wordpiece
 from quincunx.engine.ranks import discover_environment
 from quincunx.engine.retrieval.candidates import Candidates, write_candidates
-from quincunx.engine.retrieval.finetune_settings import FinetuneSettings
-from quincunx.engine.retrieval.finetuning import prepare
+from quincunx.engine.retrieval.finetuning import FinetuneSettings, prepare
 from quincunx.engine.retrieval.retriever_job import RetrieverJob
 from quincunx.engine.tensors import text_to_tensors
 

@@ -9,11 +9,11 @@ import torch
 from quincunx.data_shards.artefact import open_artefact
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.ranks import discover_environment
-from quincunx.engine.retrieval.candidates import Candidates, read_candidates, write_candidates
+from quincunx.engine.retrieval.candidates import CANDIDATES, Candidates, iterate_candidates, write_candidates
 from quincunx.engine.retrieval.collection import make_collection
 from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker, score_pairs
-from quincunx.engine.retrieval.judgements import read_run, write_run
-from quincunx.engine.retrieval.scoring import CANDIDATES, RUN, Source, score_source
+from quincunx.engine.retrieval.scoring import RUN, Source, score_source
+from quincunx.engine.retrieval.trec import read_run, write_run
 
 WORDS = [
     f"{stem}{ending}" for stem in ("amber", "birch", "cedar", "dune", "elder", "fern") for ending in ("", "s", "y")
@@ -34,7 +34,7 @@ def reranker(tmp_path_factory):
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.5, **sizes)
     BertModel(config).save_pretrained(folder / "encoder")
     fresh = load_reranker(str(folder / "encoder"), max_tokens=24)
-    save_reranker(folder / "reranker", fresh.model, None, fresh.tokenizer, max_tokens=24, card="")
+    save_reranker(folder / "reranker", fresh, card="")
     return load_reranker(str(folder / "reranker"), allow_fresh_head=False)
 
 
@@ -72,14 +72,14 @@ def test_every_candidate_gets_the_rerankers_score(tmp_path, reranker, collection
     write_candidates(tmp_path / "in.jsonl", rows)
     output = tmp_path / f"out.{ending}"
     counts = score(Source(str(tmp_path / "in.jsonl"), CANDIDATES), output, reranker, collections)
-    found = read_candidates(output)
+    found = list(iterate_candidates(output))
     assert [replace(row, scores=None) for row in found] == rows
     queries, passages = collections
     for row in found:
         ids = [*row.positives, *row.negatives]
         assert row.scores.keys() == set(ids)
-        query = queries.text_at(queries.row(row.query_id))
-        expected = score_pairs(reranker, [(query, text) for text in passages.texts(passages.rows(ids))])
+        asked = [queries.text_at(queries.row(row.query_id))] * len(ids)
+        expected, _ = score_pairs(reranker, asked, passages.texts(passages.rows(ids)))
         np.testing.assert_allclose([row.scores[id] for id in ids], expected, rtol=0, atol=5e-5)
     assert np.std([score for row in found for score in row.scores.values()]) > 0.01
     assert counts["pairs"] == sum(len(row.scores) for row in found) and 0 < counts["cut"] < counts["pairs"]
@@ -90,7 +90,7 @@ def test_every_candidate_gets_the_rerankers_score(tmp_path, reranker, collection
 
 def test_a_run_is_reranked_to_the_depth_asked(tmp_path, reranker, collections):
     run = {f"q{n}": {f"p{(7 * n + rank) % 50}": 50.0 - rank for rank in range(20)} for n in range(8)}
-    write_run(tmp_path / "in.trec", run, "first")
+    write_run(tmp_path / "in.trec", ((id, found, list(found.values())) for id, found in run.items()), "first")
     score(Source(str(tmp_path / "in.trec"), RUN, 6), tmp_path / "out.trec", reranker, collections)
     found = read_run(tmp_path / "out.trec")
     queries, passages = collections
@@ -98,8 +98,8 @@ def test_a_run_is_reranked_to_the_depth_asked(tmp_path, reranker, collections):
     for query_id, scores in found.items():
         assert set(scores) == set(list(run[query_id])[:6])
         assert list(scores.values()) == sorted(scores.values(), reverse=True)
-        query = queries.text_at(queries.row(query_id))
-        expected = score_pairs(reranker, [(query, text) for text in passages.texts(passages.rows(scores))])
+        asked = [queries.text_at(queries.row(query_id))] * len(scores)
+        expected, _ = score_pairs(reranker, asked, passages.texts(passages.rows(scores)))
         np.testing.assert_allclose(list(scores.values()), expected, rtol=0, atol=5e-5)
     assert open_artefact(tmp_path / "out.trec", RUN, single=True)["details"] == {"queries": 8, "results": 48}
 
@@ -130,7 +130,7 @@ def test_a_kill_between_the_scores_and_their_manifest_is_mended(tmp_path, rerank
             score(source, output, reranker, collections)
     assert (tmp_path / ".out.jsonl.work").is_dir()
     assert score(source, output, reranker, collections)["cut"] == 0  # nothing was scored again
-    assert all(row.scores for row in read_candidates(output))
+    assert all(row.scores for row in list(iterate_candidates(output)))
 
 
 def test_unknown_ids_are_refused_before_anything_is_scored(tmp_path, reranker, collections):

@@ -7,8 +7,8 @@ import pytest
 
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import make_collection, read_passages, read_queries
-from quincunx.engine.retrieval.judgements import read_answers, read_qrels
 from quincunx.engine.retrieval.splits import read_split, sample_ids, write_split
+from quincunx.engine.retrieval.trec import read_answers, read_qrels
 
 NUM_QUERIES = 50
 
@@ -92,7 +92,7 @@ def test_queries_without_positives_are_refused_or_left_out_and_counted(beir):
     with pytest.raises(DataError, match=r"no passage as relevant to 1 of 41 queries \(first: q45\)"):
         read_split(*paths, False)
     _, qrels, _, counts = read_split(*paths, True)
-    assert "q45" not in qrels and counts["without_positives"] == 1
+    assert "q45" not in qrels and counts["queries_without_positives"] == 1
 
 
 def test_a_split_that_cannot_be_written_is_refused(beir):

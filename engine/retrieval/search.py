@@ -1,25 +1,51 @@
-"""One way to ask for passages, whatever searches (a dual encoder over its embeddings, BM25), and runs written by it."""
+"""One search interface for BM25 and dense retrieval, and the runs written by it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from quincunx.data_shards.artefact import artefact
+from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.collection import Collection, make_collection
-from quincunx.engine.retrieval.judgements import Qrels, check_against, write_run
+from quincunx.engine.retrieval.trec import RUN, Qrels, check_against, write_run
 
 if TYPE_CHECKING:
     from quincunx.engine.retrieval.dual_encoder import Retriever
     from quincunx.engine.retrieval.embeddings import Embeddings
     from quincunx.engine.retrieval.index import Index
 
-RUN = "run"
+IndexKind = Literal["exact", "flat", "ivfpq", "hnsw"]
+OPTIONS = {
+    "exact": {"building": (), "searching": ()},
+    "flat": {"building": (), "searching": ()},
+    "ivfpq": {"building": ("num_lists", "code_bytes"), "searching": ("num_probes",)},
+    "hnsw": {"building": ("links", "ef_construction"), "searching": ("ef_search",)},
+}
+"""Options of IndexOptions that each kind of index has."""
 QUERIES_AT_ONCE = 2**15
 """Large collections pass through the memory, or into a GPU's, once for so many queries."""
 RECALL_DEPTHS = (10, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """How an approximate index is built and searched; N vectors of D channels."""
+
+    num_lists: int | None = setting(None, low=1)
+    """ivfpq: lists (None: 4 sqrt(N), but 39 vectors a list at least)."""
+    num_probes: int = setting(32, low=1)
+    """ivfpq: lists that a query looks through."""
+    code_bytes: int | None = None
+    """ivfpq: bytes a vector, a divisor of D (None: the largest one up to D / 4)."""
+    links: int = setting(32, low=1)
+    """hnsw: links a vector."""
+    ef_construction: int = setting(200, low=1)
+    """hnsw: candidates while building."""
+    ef_search: int = setting(256, low=1)
+    """hnsw: candidates while searching; at least as many as passages are asked for."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +55,7 @@ class Finder:
     find: Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]
     """(queries, depth) -> (scores [Q, depth], rows [Q, depth]), best first, row -1 where there are no more"""
     passages: Collection | None
-    """None where only ids are needed"""
+    """None if only ids are needed"""
     passage_ids: list[str]
     """by row"""
     model: str
@@ -38,7 +64,7 @@ class Finder:
     made_from: dict[str, Any]
     """All that decides the results, as a run's manifest says"""
     recall: Callable[[list[str], int], list[tuple[int, float]]] | None = None
-    """(queries, depth) -> [(K, recall of the exact search's first K)]; None where the search is exact"""
+    """(queries, depth) -> [(K, recall of the exact search's first K)]; None if the search is exact"""
 
 
 def dense_finder(
@@ -56,8 +82,7 @@ def dense_finder(
         return index.search(encode_texts(retriever, queries, "query", **encoding), depth)
 
     def recall(queries: list[str], depth: int) -> list[tuple[int, float]]:
-        from quincunx.engine.retrieval.index import search
-        from quincunx.engine.retrieval.top_results import recall_against_exact
+        from quincunx.engine.retrieval.index import recall_against_exact, search
 
         queries_QD = encode_texts(retriever, queries, "query", **encoding)
         _, exact_QK = search(queries_QD, embeddings, depth, "exact", device=index.device)
@@ -116,13 +141,12 @@ def search_to_run(finder: Finder, queries: Collection, depth: int, output: str |
     with artefact(output, RUN, made_from, single=True, remake=remake) as work:
         if work is None:
             return None
-        lines = write_run(work.made(), results(), finder.index)
-        work.details = {"queries": len(ids), "results": lines}
-        return lines
+        work.details = write_run(work.made(), results(), finder.index)
+        return work.details["results"]
 
 
 def judged_queries(queries: Collection, qrels: Qrels, name: str) -> Collection:
-    """The queries that the judgements name, in file order. Raises DataError where they name unknown ones."""
+    """The queries that the judgements name, in file order. Raises DataError if they name unknown ones."""
     check_against(qrels, queries, None, name)
     rows = np.sort(queries.rows(qrels))
     return make_collection(queries.ids_at(rows), queries.texts(rows), queries.name)

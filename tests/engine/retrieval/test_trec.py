@@ -1,23 +1,20 @@
-"""Qrels, runs, triples and DPR files: read, written, compared with their collections; complaints name file and line."""
+"""Qrels, runs and DPR files: read, written, compared with their collections; complaints name file and line."""
 
 import json
 
 import numpy as np
 import pytest
 
-from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.engine.retrieval.candidates import Candidates
+from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import make_collection
-from quincunx.engine.retrieval.judgements import (
+from quincunx.engine.retrieval.trec import (
     check_against,
-    check_positives,
+    load_qrels,
     read_answers,
-    read_dpr_json,
-    read_negatives,
+    read_dpr,
     read_qrels,
     read_run,
-    read_triples,
-    without_positives,
+    stream_run,
     write_qrels,
     write_run,
 )
@@ -33,11 +30,8 @@ def test_qrels_of_every_form_are_the_same(tmp_path):
     (tmp_path / "msmarco.tsv").write_text("q1\t0\tp1\t2\r\nq1\t0\tp2\t0\r\nq1\t0\tp2\t0\r\nq2\t0\tp1\t-1\r\n")
     for name in ("beir.tsv", "trec.txt", "msmarco.tsv"):
         assert read_qrels(tmp_path / name) == QRELS
-    for style in ("trec", "beir"):
-        write_qrels(tmp_path / style, QRELS, style)
-        assert read_qrels(tmp_path / style) == QRELS
-    with pytest.raises(SettingsError, match="give one of trec, beir"):
-        write_qrels(tmp_path / "x", QRELS, "csv")
+    write_qrels(tmp_path / "written", QRELS)
+    assert read_qrels(tmp_path / "written") == QRELS
 
 
 @pytest.mark.parametrize(
@@ -63,17 +57,17 @@ def test_a_run_is_read_as_it_was_written_to_the_last_bit(tmp_path):
     for kind in (np.float32, np.float64):
         scores = (generator.standard_normal(500) * 10.0 ** generator.integers(-30, 30, 500)).astype(kind)
         ids = [f"p{k}" for k in range(500)]
-        assert write_run(tmp_path / "run", [("q", ids, scores)], "tag") == 500
+        assert write_run(tmp_path / "run", [("q", ids, scores)], "tag") == {"queries": 1, "results": 500}
         found = read_run(tmp_path / "run")["q"]
         assert all(kind(found[id]) == score for id, score in zip(ids, scores))
         assert list(found.values()) == sorted(found.values(), reverse=True)
         if kind is np.float64:
-            write_run(tmp_path / "again", {"q": found}, "tag")
+            write_run(tmp_path / "again", [("q", found, list(found.values()))], "tag")
             assert (tmp_path / "again").read_bytes() == (tmp_path / "run").read_bytes()
 
 
 def test_ranks_start_at_one_and_equal_scores_stand_by_id(tmp_path):
-    write_run(tmp_path / "run", {"q": {"b": 1.0, "c": 2, "a": 1.0}}, "me")
+    write_run(tmp_path / "run", [("q", ["b", "c", "a"], [1.0, 2.0, 1.0])], "me")
     assert (tmp_path / "run").read_text() == "q Q0 c 1 2.0 me\nq Q0 a 2 1.0 me\nq Q0 b 3 1.0 me\n"
 
 
@@ -112,7 +106,7 @@ def test_bad_runs_are_named_by_file_and_line(tmp_path, content, message):
 )
 def test_a_bad_run_is_not_written_and_the_file_stays(tmp_path, rows, message):
     path = tmp_path / "run"
-    write_run(path, {"q": {"a": 1.0}}, "tag")
+    write_run(path, [("q", ["a"], [1.0])], "tag")
     before = path.read_bytes()
     with pytest.raises(DataError, match=message):
         write_run(path, rows, "tag")
@@ -126,54 +120,55 @@ def test_unknown_ids_are_counted_and_named_or_dropped():
     with pytest.raises(DataError, match=r"qrels names 2 passages \(of 3\) that corpus does not have \(first: x1, x2\)"):
         check_against(qrels, None, PASSAGES, "qrels")
     kept, counts = check_against(qrels, QUERIES, PASSAGES, "qrels", drop=True)
-    assert kept == {"q1": {"p1": 1}} and counts == {"queries": 1, "passages": 3}
-    assert check_against(QRELS, QUERIES, PASSAGES, "qrels") == (QRELS, {"queries": 0, "passages": 0})
+    assert kept == {"q1": {"p1": 1}} and counts == {"unknown_queries": 1, "unknown_passages": 3}
+    assert check_against(QRELS, QUERIES, PASSAGES, "qrels") == (QRELS, {"unknown_queries": 0, "unknown_passages": 0})
     with pytest.raises(DataError, match="names no query and passage of these collections"):
         check_against({"q9": {"p1": 1}}, QUERIES, None, "qrels", drop=True)
 
 
-def test_queries_without_positives_are_named():
-    assert without_positives(QRELS) == ["q2"] and without_positives(QRELS, 3) == ["q1", "q2"]
-    with pytest.raises(DataError, match=r"grade 1 or more for 1 of 2 queries \(first: q2\)"):
-        check_positives(QRELS, "qrels")
-    check_positives({"q1": {"p1": 1}}, "qrels")
+def test_queries_without_positives_are_named_kept_or_dropped(tmp_path):
+    write_qrels(tmp_path / "qrels", QRELS)
+    path = str(tmp_path / "qrels")
+    with pytest.raises(DataError, match=r"relevant to 1 of 2 queries \(first: q2\): remove these queries, or pray"):
+        load_qrels(path, None, None, False, "stop", "pray")
+    none = {"unknown_queries": 0, "unknown_passages": 0, "queries_without_positives": 1}
+    assert load_qrels(path, None, None, False, "keep", "") == (QRELS, none)
+    assert load_qrels(path, None, None, False, "drop", "") == ({"q1": QRELS["q1"]}, none)
 
 
-def test_triples_become_candidates_in_the_order_of_the_file(tmp_path):
-    path = tmp_path / "triples.tsv"
-    path.write_text("q2\tp5\tn9\nq1\tp1\tn1\nq2\tp5\tn3\nq2\tp6\tn9\n")
-    assert read_triples(path) == read_negatives(path)
-    assert read_triples(path) == [Candidates("q2", ("p5", "p6"), ("n9", "n3")), Candidates("q1", ("p1",), ("n1",))]
-    path.write_text("q1\tp1\tn1\nq1\tn1\tn2\n")
-    with pytest.raises(DataError, match=r":2: passage n1 of query q1 is a positive and a negative"):
-        read_triples(path)
-    path.write_text("q1\tp1\n")
-    with pytest.raises(DataError, match=r":1: 'q1\\tp1' is not query, positive, negative"):
-        read_triples(path)
+def test_a_run_is_read_query_by_query_in_the_order_of_scores(tmp_path):
+    lines = ["q1 Q0 a 1 0.5 x", "q1 Q0 b 2 2.5 x", "q1 Q0 c 3 0.5 x", "", "q2\tQ0\td\t1\t-1e-3\tx"]
+    (tmp_path / "run").write_text("\n".join(lines) + "\n")
+    assert list(stream_run(tmp_path / "run")) == [("q1", ["b", "a", "c"]), ("q2", ["d"])]
+    assert next(stream_run(tmp_path / "run", 2)) == ("q1", ["b", "a"])
+    (tmp_path / "run").write_text("q1 Q0 a 1 1 x\nq2 Q0 a 1 1 x\nq1 Q0 b 2 1 x\n")
+    with pytest.raises(DataError, match="run:3: query q1 goes on after others"):
+        list(stream_run(tmp_path / "run"))
 
 
-def test_dpr_files_give_questions_answers_and_candidates(tmp_path):
+def test_dpr_files_give_questions_answers_and_judgements(tmp_path):
     records = [
         {
             "question": "who flew first", "answers": ["Wright", "the Wrights"],
             "positive_ctxs": [{"passage_id": 12, "text": "t"}, {"psg_id": "12"}, {"psg_id": "13"}],
-            "negative_ctxs": [{"passage_id": "9"}], "hard_negative_ctxs": [{"passage_id": "7"}, {"passage_id": "9"}],
         },
-        {"question": "and then", "answers": [], "positive_ctxs": [], "negative_ctxs": [{"passage_id": "1"}]},
+        {"question": "and then", "answers": [], "positive_ctxs": []},
     ]  # fmt: skip
     path = tmp_path / "nq-dev.json"
     path.write_text(json.dumps(records, indent=4))
     with pytest.raises(DataError, match="record 2: the question has no positive passage"):
-        read_dpr_json(path)
-    queries, answers, rows = read_dpr_json(path, drop=True)
+        read_dpr(path)
+    queries, answers, qrels = read_dpr(path, drop=True)
     assert queries.texts() == ["who flew first", "and then"]
     assert answers == {"0": ["Wright", "the Wrights"], "1": []} == read_answers(path)
-    assert rows == [Candidates("0", ("12", "13"), ("7", "9"))]
-    records[0]["negative_ctxs"] = [{"passage_id": "13"}]
-    path.write_text(json.dumps(records[:1]))
-    with pytest.raises(DataError, match="record 1: the negative passage 13 is one of the positives"):
-        read_dpr_json(path)
-    assert read_dpr_json(path, drop=True)[2] == [Candidates("0", ("12", "13"), ("7", "9"))]
+    assert qrels == {"0": {"12": 1, "13": 1}}
+    for wrong, message in (
+        ({"positive_ctxs": ["12"]}, "not a list of objects"),
+        ({"question": None}, "question is None"),
+    ):
+        path.write_text(json.dumps([records[0] | wrong]))
+        with pytest.raises(DataError, match=f"record 1: .*{message}"):
+            read_dpr(path)
 
 
 def test_answers_of_every_form(tmp_path):
