@@ -116,6 +116,10 @@ class Packer:
             num_cut_texts=num_cut,
         )
 
+    def names(self, rows: Rows) -> dict[str, list]:
+        """What names the passages of some rows: their columns."""
+        return {name: column.tolist() for name, column in rows._asdict().items()}
+
     def _pack_task(
         self, task: TaskSpec, texts: Texts, hidden: np.ndarray, contexts: dict[str, Context], tasks: dict[str, Task]
     ) -> None:

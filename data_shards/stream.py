@@ -22,6 +22,9 @@ class Packs(Protocol):
     def pack(self, rows: Rows) -> Any:
         """The micro-batch of some rows of the order; it counts its num_cut_texts."""
 
+    def names(self, rows: Rows) -> dict[str, list]:
+        """What names the examples of some rows, for skipped_steps.jsonl."""
+
 
 class Stream:
     """One rank's share of the global batches of `order`, packed by `packer`.

@@ -138,7 +138,9 @@ def find_step(folder: Path, step: int) -> Checkpoint:
     return verify(folder / step_name(step))
 
 
-def choose_checkpoint(job: Job, model_digest: str, folder: RunFolder, world_size: int) -> Resume | None:
+def choose_checkpoint(
+    job: Job, model_digest: str, total_steps: int, folder: RunFolder, world_size: int
+) -> Resume | None:
     """The checkpoint to resume from, None to start from nothing; sets an earlier run aside for --fresh.
 
     Prints why a newer checkpoint is skipped and what has changed since. Raises
@@ -151,9 +153,9 @@ def choose_checkpoint(job: Job, model_digest: str, folder: RunFolder, world_size
     checkpoint = find_newest(folder.checkpoints)
     if checkpoint is None:
         return None
-    if checkpoint.step > job.total_steps:
+    if checkpoint.step > total_steps:
         raise CheckpointError(
-            f"{checkpoint.folder} has done {checkpoint.step} steps, more than the {job.total_steps} asked for; "
+            f"{checkpoint.folder} has done {checkpoint.step} steps, more than the {total_steps} asked for; "
             "give more steps, or start anew with --fresh or another --output"
         )
     for damaged in committed(folder.checkpoints):
@@ -162,8 +164,8 @@ def choose_checkpoint(job: Job, model_digest: str, folder: RunFolder, world_size
             damaged.rename(damaged.with_name(f"{DAMAGED}{damaged.name}"))
     for change in check_fits(checkpoint, job, model_digest):
         print(f"warning: resuming with a changed setting: {change}", flush=True)
-    stage = job.config["zero_optimization"]["stage"]
-    precision = precision_of(job.config)
+    stage = job.machine.config["zero_optimization"]["stage"]
+    precision = precision_of(job.machine.config)
     if not needs_conversion(checkpoint, world_size, stage, precision):
         return Resume(checkpoint, checkpoint.folder, universal=False)
     change = f"from {checkpoint.world_size} to {world_size} ranks, ZeRO {checkpoint.zero_stage} to {stage}"
@@ -175,10 +177,10 @@ def fingerprint(job: Job, model_digest: str) -> str:
     """What every rank must have alike: data, model, and every setting but the paths and sizes of a machine's own."""
     local = local_names(job.settings)
     common = {name: value for name, value in as_plain(job.settings).items() if name not in local}
-    common |= {"config": job.config, "micro_batch": job.micro_batch}
+    common |= {"config": job.machine.config, "micro_batch": job.machine.micro_batch}
     common["evaluations"] = [evaluation.kind for evaluation in job.evaluations]
     digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
-    return f"dataset {', '.join(job.dataset_ids)}, model {model_digest}, settings {digest}"
+    return f"dataset {', '.join(job.data['dataset_ids'])}, model {model_digest}, settings {digest}"
 
 
 def run_state(job: Job, model_digest: str, counters: dict[str, Any], run_id: str) -> dict[str, Any]:
@@ -190,8 +192,7 @@ def run_state(job: Job, model_digest: str, counters: dict[str, Any], run_id: str
     return {
         **counters,
         "run_id": run_id,
-        "dataset_ids": job.dataset_ids,
-        "dataset_weights": job.dataset_weights,
+        **job.data,
         "model_digest": model_digest,
         "settings": as_plain(job.settings),
         "settings_digest": job.settings.digest(),
@@ -215,10 +216,11 @@ def check_fits(checkpoint: Checkpoint, job: Job, model_digest: str) -> list[str]
     """
     state, settings = checkpoint.state, job.settings
     remedy = "give the settings it was made with, or start anew with --fresh or another --output"
-    if state["dataset_ids"] != job.dataset_ids or state["dataset_weights"] != job.dataset_weights:
+    if any(state[key] != value for key, value in job.data.items()):
         raise CheckpointError(
             f"{checkpoint.folder} was trained on dataset {', '.join(state['dataset_ids'])} (weights "
-            f"{state['dataset_weights']}), this one is {', '.join(job.dataset_ids)} ({job.dataset_weights}); {remedy}"
+            f"{state['dataset_weights']}), this one is {', '.join(job.data['dataset_ids'])} "
+            f"({job.data['dataset_weights']}); {remedy}"
         )
     now, then = as_plain(settings), settings_of(state, type(settings))
     changed = {name: f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value}

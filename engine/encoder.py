@@ -314,3 +314,15 @@ def head_weights(masked_lm: nn.Module, encoder: PackedEncoder) -> dict[str, torc
         "bias": output.bias,
     }
     return {name: weight.detach().clone() for name, weight in weights.items() if weight is not None}
+
+
+def encoder_multiply_adds(model: nn.Module, lengths: np.ndarray) -> float:
+    """Multiply-adds of one forward of a Hugging Face encoder over texts of these lengths, matrix products only."""
+    config = model.config
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", getattr(config, "hidden_dim", 4 * width))
+    is_plain = hasattr(config, "hidden_act") or hasattr(config, "hidden_dim")  # as BERT's and DistilBERT's
+    inner *= 1 if is_plain else 1.5  # a gated feed-forward has three matrices
+    lengths = lengths.astype(np.float64)
+    of_a_layer = (4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum()
+    return config.num_hidden_layers * of_a_layer

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -28,7 +29,13 @@ from quincunx.engine.decoders import (
     copy_last_layers,
     decode_enhanced,
 )
-from quincunx.engine.encoder import PackedEncoder, ScratchShape, encoder_layers, load_encoder
+from quincunx.engine.encoder import (
+    PackedEncoder,
+    ScratchShape,
+    encoder_layers,
+    encoder_multiply_adds,
+    load_encoder,
+)
 from quincunx.kernels.launching import Implementation
 from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -50,6 +57,8 @@ class StepOutput(NamedTuple):
     """int64 [1 + tasks], labelled tokens whose word got the highest score."""
     counts: torch.Tensor
     """int64 [1 + tasks], labelled tokens."""
+    flops: float = 0.0
+    """Of forward and backward (`PretrainModel.flops`); the job fills it in, from a batch on the host."""
 
 
 class LMHead(nn.Module):
@@ -252,6 +261,32 @@ class PretrainModel(nn.Module):
         if table is None:
             table, offset = self.encoder.position_embeddings, self.encoder.position_offset
         return table(torch.arange(offset, offset + length, device=self.lambdas.device))
+
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of forward and backward (three times the forward) of one micro-batch, matrix products only.
+
+        Recomputation (gradient checkpointing) does not count, as usual for MFU. benchmarks/flops.py counts what is run.
+        """
+        width = self.encoder.config.hidden_size
+        multiply_adds = encoder_multiply_adds(self.encoder.model, np.diff(batch.encoder.cu_seqlens))
+        rows = float(sum(batch.num_labels()))
+        words = self.encoder.word_embeddings
+        multiply_adds += rows * (words.num_embeddings + width) * words.embedding_dim
+        for spec in self.tasks:
+            task = batch.tasks[spec.name]
+            text = batch.contexts[task.context].text
+            tokens, labels = float(len(text.input_ids)), float(len(task.labels.ids))
+            lengths = np.diff(text.cu_seqlens).astype(np.float64)
+            squares = (lengths**2).sum()
+            layers = self.decoder_of(spec.name).layers
+            inner = layers[0].intermediate.out_features
+            if spec.decoder == "masked":
+                whole_layers = len(layers) - 1
+                multiply_adds += whole_layers * ((4 * width**2 + 2 * width * inner) * tokens + 2 * width * squares)
+            # The last (or only) layer: keys and values of all tokens, the rest at labelled rows.
+            multiply_adds += 2 * width**2 * tokens + (2 * width**2 + 2 * width * inner) * labels
+            multiply_adds += 2 * width * squares * (labels / tokens if tokens else 0.0)
+        return 3 * 2 * multiply_adds
 
     def compile_parts(self) -> None:
         """torch.compile for the encoder and every decoder layer, in place; names of parameters stay."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.setting import as_plain, names_of, setting
@@ -272,11 +272,21 @@ def find_config_problems(settings: RunSettings, world_size: int) -> list[str]:
     return find_conflicts(config, settings) + problems
 
 
-def load_config(settings: RunSettings, world_size: int, cuda: bool) -> tuple[dict[str, Any], int]:
-    """(the filled DeepSpeed JSON, examples of one forward pass of one rank) of checked settings."""
+class Machine(NamedTuple):
+    """How a run is run."""
+
+    config: dict[str, Any]
+    """The DeepSpeed JSON, filled."""
+    micro_batch: int
+    """Examples of one forward pass of one rank."""
+    cuda: bool
+
+
+def load_machine(settings: RunSettings, world_size: int, cuda: bool) -> Machine:
+    """Of checked settings."""
     config = load_deepspeed_json(settings.deepspeed)
     micro_batch, _ = choose_micro_batch(config, settings, world_size)
-    return fill_config(config, settings, micro_batch, world_size, cuda), micro_batch
+    return Machine(fill_config(config, settings, micro_batch, world_size, cuda), micro_batch, cuda)
 
 
 def load_deepspeed_json(name: str) -> dict[str, Any]:
