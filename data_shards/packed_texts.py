@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quincunx.data_shards.compiled import compiled
-from quincunx.data_shards.hashing import ALWAYS, text_key
+from quincunx.data_shards.hashing import ALWAYS, compiled, text_key
 from quincunx.data_shards.masks import (
     COMPLEMENT,
     KEYWORD,

@@ -11,9 +11,8 @@ import numpy as np
 
 from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
 from quincunx.data_shards.block import token_dtype
-from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.hashing import dataset_seed
+from quincunx.data_shards.hashing import compiled, dataset_seed
 from quincunx.data_shards.masks import DRAWS, UNIFORM
 from quincunx.data_shards.packed_texts import (
     NEXT,

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quincunx.data_shards.documents import Document, ReadReport
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.readers import read_documents
+from quincunx.data_shards.records import Document, ReadReport
 from quincunx.data_shards.sentences import sentence_starts
 from quincunx.data_shards.words import Tokens, tokenize
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import xxhash
 
-from quincunx.data_shards.documents import Document, Input, ReadReport
 from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.records import Document, Input, ReadReport
 from quincunx.data_shards.sentences import sentence_starts
 
 STDLIB = "stdlib"

@@ -16,10 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from quincunx.data_shards.documents import Document, Input, ReadReport
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.python_docs import list_packages, read_package
-from quincunx.data_shards.records import PARSERS, BadRecordError, Row, parse_parquet_row
+from quincunx.data_shards.records import PARSERS, BadRecordError, Document, Input, ReadReport, Row, parse_parquet_row
 
 PATTERNS = {
     "beir": ("corpus.jsonl", "corpus.jsonl.gz"),

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.hashing import fold, text_key
+from quincunx.data_shards.hashing import compiled, fold, text_key
 from quincunx.data_shards.order import permute_point
 from quincunx.data_shards.records import BadRecordError
 from quincunx.engine.retrieval.candidates import Candidates, check_candidates, check_negatives, check_scores

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quincunx.data_shards.documents import Document, ReadReport
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.readers import list_inputs, read_documents
+from quincunx.data_shards.records import Document, ReadReport
 
 
 def read_all(format: str, path: Path, num_tasks: int = 1, **options) -> list[Document]:

@@ -14,16 +14,14 @@ import pytest
 
 from quincunx.data_shards import remote
 from quincunx.data_shards.block import Text
-from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.shard_writer import write_shard_set
+from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.data_shards.verify import verify_shards
 
 READ_ALL = """
 import sys
-from quincunx.data_shards.shards import open_shards
 shards = open_shards(sys.argv[1], cache_dir=sys.argv[2], cache_bytes=int(sys.argv[3]))
 print(sum(int(shards.read_block("train", i).token_ids.sum()) for i in range(shards.num_blocks("train"))))
 """

@@ -12,12 +12,10 @@ import pytest
 import webdataset as wds
 
 from quincunx.data_shards.block import FIELDS, Text
-from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.manifest import Manifest
-from quincunx.data_shards.shard_writer import write_file, write_shard_set
+from quincunx.data_shards.shard_writer import Sample, StatisticsCounter, write_file, write_shard_set
 from quincunx.data_shards.shards import open_shards
-from quincunx.data_shards.statistics_counter import StatisticsCounter
 from quincunx.data_shards.verify import verify_shards
 from quincunx.data_shards.webdataset_decoder import decode_member, split_blocks
 

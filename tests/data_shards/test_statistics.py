@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from quincunx.data_shards.block import Text, decode_block
-from quincunx.data_shards.block_writer import Sample, encode_block
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.statistics import Statistics, load_statistics, word_slot
-from quincunx.data_shards.statistics_counter import StatisticsCounter
+from quincunx.data_shards.shard_writer import Sample, StatisticsCounter, encode_block
+from quincunx.data_shards.shards import Statistics, load_statistics, word_slot
 
 VOCAB_SIZE = 50
 

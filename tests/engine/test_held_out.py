@@ -99,8 +99,7 @@ def test_passages_are_shared_by_the_sets_of_a_mixture_and_none_held_out_is_none(
         datasets, samples = spread_samples(mixture, 1000, in_a_row)
         assert samples.tolist() == [*range(number), *range(number)], "all of them, each once"
 
-    from quincunx.data_shards.block_writer import Sample
-    from quincunx.data_shards.shard_writer import write_shard_set
+    from quincunx.data_shards.shard_writer import Sample, write_shard_set
 
     text = shards.read_block("train", 0).text("passage", 0)
     documents = [[Sample("only", text, text, None)]]
@@ -115,8 +114,6 @@ import deepspeed, torch
 import torch.distributed as dist
 sys.path.insert(0, os.path.dirname({test_file!r}))
 from test_held_out import TASKS, make_model, make_packer
-from quincunx.data_shards.shards import open_shards
-from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.held_out import load_held_out, run_held_out
 from quincunx.engine.probe import load_probe, run_probe
 import quincunx.engine.probe

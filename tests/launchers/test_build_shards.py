@@ -23,9 +23,9 @@ from quincunx.data_shards.build import build_shards
 from quincunx.data_shards.build_merge import write_pairs
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.build_task import TaskPlan, is_held_out, make_samples
-from quincunx.data_shards.documents import Document
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.passages import split_documents
+from quincunx.data_shards.records import Document
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.verify import repair_shards, verify_shards
