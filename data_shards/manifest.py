@@ -114,14 +114,16 @@ class Manifest:
         try:
             content = json.loads(text)
         except ValueError as error:
-            raise DataError(f"{path} is not JSON ({error}): copy or build the shard set again") from None
+            raise DataError(
+                f"{path} is not JSON ({error}): copy the shard set again, or build it with --remake"
+            ) from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise DataError(f"{path} is not a quincunx manifest: give the folder that build_shards.py wrote")
         version = content.get("schema_version")
         if not isinstance(version, int) or version > SCHEMA_VERSION:
             raise DataError(
-                f"{path} has schema version {version}, this quincunx reads up to {SCHEMA_VERSION}: update quincunx "
-                "or build the shards again with this version"
+                f"{path} has schema version {version}, this quincunx reads up to {SCHEMA_VERSION}: update quincunx, "
+                "or build the shards with this version and --remake"
             )
         try:
             stated_id = content.pop("dataset_id")
@@ -131,11 +133,13 @@ class Manifest:
             content["statistics"] = FileEntry(**content["statistics"])
             manifest = Manifest(**content)
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error}): copy or build the shard set again") from None
+            raise DataError(
+                f"{path} is damaged ({error}): copy the shard set again, or build it with --remake"
+            ) from None
         if manifest.dataset_id != stated_id:
             raise DataError(
-                f"{path} does not match its own dataset id {stated_id}: it was edited or damaged, copy or build the "
-                "shard set again"
+                f"{path} does not match its own dataset id {stated_id}: it was edited or damaged; copy the shard "
+                "set again, or build it with --remake"
             )
         return manifest
 
