@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from quincunx.data_shards import remote
+from quincunx.data_shards import shards as shards_module
 from quincunx.data_shards.block import Text
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
@@ -22,6 +22,7 @@ from quincunx.data_shards.verify import verify_shards
 
 READ_ALL = """
 import sys
+from quincunx.data_shards.shards import open_shards
 shards = open_shards(sys.argv[1], cache_dir=sys.argv[2], cache_bytes=int(sys.argv[3]))
 print(sum(int(shards.read_block("train", i).token_ids.sum()) for i in range(shards.num_blocks("train"))))
 """
@@ -186,7 +187,7 @@ def test_only_the_blocks_that_are_read_travel(local_set, tmp_path):
 
 
 def test_an_unreachable_or_unknown_remote_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shards_module.time, "sleep", lambda seconds: None)
     refusal = r"http://127\.0\.0\.1:9/set/manifest\.json cannot be read after 3 attempts .*: check the address and"
     with pytest.raises(DataError, match=refusal):
         open_shards("http://127.0.0.1:9/set", cache_dir=str(tmp_path))

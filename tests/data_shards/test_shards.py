@@ -221,10 +221,10 @@ def test_a_mutilated_shard_is_refused_by_training_and_by_verify_with_shard_block
     with pytest.raises(DataError) as refused:
         read_all_blocks(damaged)
     message = str(refused.value)
-    assert shard.name in message and "verify_shards.py" in message and "--repair" in message
+    assert shard.name in message and "delete a damaged shard and run the command in build.json again" in message
     if block is not None:
         assert f"block {block}" in message
-    with pytest.raises(DataError, match=rf"block {block or 0} of shard {shard.name}.*verify_shards\.py .* --repair"):
+    with pytest.raises(DataError, match=rf"block {block or 0} of shard {shard.name}.*verify_shards\.py"):
         running.read_block("train", first_block + (block or 0))
     findings = {finding.name: finding.problems for finding in verify_shards(str(damaged)).damaged}
     assert shard.name in findings
@@ -242,11 +242,18 @@ def test_undamaged_blocks_of_a_set_with_a_damaged_one_are_read(damaged):
 @pytest.mark.parametrize("name", ["statistics.npz", "tokenizer/tokenizer.json"])
 def test_a_damaged_companion_is_refused(damaged, name):
     flip(damaged / name, 1000)
-    with pytest.raises(DataError, match=rf"{name} in .* does not match its digest.*--repair"):
+    with pytest.raises(DataError, match=rf"{name} in .* does not match its digest.*: copy the file again"):
         open_shards(damaged)
     assert name in {finding.name for finding in verify_shards(str(damaged)).damaged}
     (damaged / name).unlink()
     with pytest.raises(DataError, match=rf"{name} in .* is missing"):
+        open_shards(damaged)
+
+
+def test_statistics_of_another_vocabulary_are_refused(damaged):
+    manifest = Manifest.from_json((damaged / "manifest.json").read_text(), "m")
+    (damaged / "manifest.json").write_text(replace(manifest, vocab_size=2000).to_json())
+    with pytest.raises(DataError, match=r"statistics\.npz counts a vocabulary of 30522, the manifest says 2000"):
         open_shards(damaged)
 
 

@@ -114,6 +114,8 @@ import deepspeed, torch
 import torch.distributed as dist
 sys.path.insert(0, os.path.dirname({test_file!r}))
 from test_held_out import TASKS, make_model, make_packer
+from quincunx.data_shards.shards import open_shards
+from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.held_out import load_held_out, run_held_out
 from quincunx.engine.probe import load_probe, run_probe
 import quincunx.engine.probe
