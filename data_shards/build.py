@@ -77,7 +77,7 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
             say("Run the same command again (without --remake) when the tasks are finished: it completes the set.")
             return None
         record = {
-            "command": command,
+            "command": [word for word in command if word != "--remake"],  # run again, it fixes the set
             "folder": os.getcwd(),
             "settings": asdict(settings),
             "versions": versions(),

@@ -91,7 +91,7 @@ class Manifest:
     @property
     def dataset_id(self) -> str:
         """xxh3_128 of the canonical JSON, 32 hex digits."""
-        return xxhash.xxh3_128_hexdigest(_canonical(asdict(self)).encode())
+        return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode())
 
     def num_samples(self, split: str) -> int:
         return sum(shard.samples for shard in self.shards if shard.split == split)
@@ -152,7 +152,3 @@ def shard_to_json(shard: ShardEntry) -> dict[str, Any]:
 def shard_from_json(content: dict[str, Any]) -> ShardEntry:
     """Inverse of shard_to_json; raises TypeError or KeyError for anything else."""
     return ShardEntry(**content | {"blocks": tuple(BlockEntry(*block) for block in content["blocks"])})
-
-
-def _canonical(content: dict[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -202,8 +202,6 @@ def test_what_is_no_corpus_is_refused_in_one_sentence(tmp_path):
 
     with pytest.raises(SettingsError, match=r"'document' is not known \(did you mean 'documents'\?\)"):
         list_inputs("document", str(tmp_path))
-    with pytest.raises(SettingsError, match="give stop or skip"):
-        read_all("beir", tmp_path, on_bad_record="ignore")
     with pytest.raises(DataError, match=r"no beir corpus at .* folder with corpus\.jsonl"):
         list_inputs("beir", str(tmp_path))
     (tmp_path / "corpus.jsonl").touch()
