@@ -1,5 +1,6 @@
 """Shard sets: written, read by offset, read by webdataset, and refused where they are damaged."""
 
+import os
 import shutil
 import subprocess
 import tarfile
@@ -13,7 +14,7 @@ import webdataset as wds
 
 from quincunx.data_shards.block import FIELDS, Text
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.manifest import Manifest
+from quincunx.data_shards.manifest import Manifest, ShardEntry
 from quincunx.data_shards.shard_writer import Sample, StatisticsCounter, write_file, write_shard_set
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.verify import verify_shards
@@ -156,68 +157,38 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def cut_in_data(folder):
-    shard = entry(folder)
-    (folder / shard.name).write_bytes((folder / shard.name).read_bytes()[: shard.blocks[1].offset + 100])
-
-
-def cut_in_header(folder):
-    shard = entry(folder)
-    (folder / shard.name).write_bytes((folder / shard.name).read_bytes()[: shard.blocks[1].offset - 200])
-
-
-def cut_at_boundary(folder):
-    shard = entry(folder)
-    (folder / shard.name).write_bytes((folder / shard.name).read_bytes()[: shard.blocks[1].offset - 512])
-
-
-def flip_in_data(folder):
-    shard = entry(folder)
-    flip(folder / shard.name, shard.blocks[1].offset + shard.blocks[1].size // 2)
-
-
-def flip_in_tar_header(folder):
-    shard = entry(folder)
-    flip(folder / shard.name, shard.blocks[1].offset - 512 + 130)  # in the member's size
-
-
-def zero_filled(folder):
-    shard = entry(folder)
-    (folder / shard.name).write_bytes(bytes(shard.bytes))
-
-
-def missing(folder):
-    (folder / entry(folder).name).unlink()
-
-
-def swapped(folder):
+def swap(folder: Path, shard: ShardEntry) -> None:
     """Exchanges two shards of the same size, so that only digests can tell."""
     manifest = Manifest.from_json((folder / "manifest.json").read_text(), "m")
-    shard = entry(folder)
     other = next(s for s in manifest.shards if s.bytes == shard.bytes and s.name > shard.name)
     here, there = (folder / shard.name).read_bytes(), (folder / other.name).read_bytes()
     (folder / shard.name).write_bytes(there)
     (folder / other.name).write_bytes(here)
 
 
+def cut(folder: Path, shard: ShardEntry, size: int) -> None:
+    os.truncate(folder / shard.name, size)
+
+
 MUTILATIONS = {
-    cut_in_data: 1,
-    cut_in_header: 1,
-    cut_at_boundary: 1,
-    flip_in_data: 1,
-    flip_in_tar_header: 1,
-    zero_filled: 0,
-    missing: None,
-    swapped: 0,
+    "cut in data": (1, lambda folder, shard: cut(folder, shard, shard.blocks[1].offset + 100)),
+    "cut in header": (1, lambda folder, shard: cut(folder, shard, shard.blocks[1].offset - 200)),
+    "cut at boundary": (1, lambda folder, shard: cut(folder, shard, shard.blocks[1].offset - 512)),
+    "flip in data": (1, lambda folder, shard: flip(folder / shard.name, shard.blocks[1].offset + 99)),
+    "flip in the size of a member": (1, lambda folder, shard: flip(folder / shard.name, shard.blocks[1].offset - 382)),
+    "zero-filled": (0, lambda folder, shard: (folder / shard.name).write_bytes(bytes(shard.bytes))),
+    "missing": (None, lambda folder, shard: (folder / shard.name).unlink()),
+    "swapped": (0, swap),
 }
+"""The first damaged block, and what damages it."""
 
 
-@pytest.mark.parametrize("mutilate", MUTILATIONS, ids=lambda function: function.__name__)
-def test_a_mutilated_shard_is_refused_by_training_and_by_verify_with_shard_block_and_remedy(damaged, mutilate):
-    shard, block = entry(damaged), MUTILATIONS[mutilate]
+@pytest.mark.parametrize("name", MUTILATIONS)
+def test_a_mutilated_shard_is_refused_by_training_and_by_verify_with_shard_block_and_remedy(damaged, name):
+    shard, (block, mutilate) = entry(damaged), MUTILATIONS[name]
     first_block = len(entry(damaged, 0).blocks)
     running = open_shards(damaged)  # a run that started before the damage
-    mutilate(damaged)
+    mutilate(damaged, shard)
     with pytest.raises(DataError) as refused:
         read_all_blocks(damaged)
     message = str(refused.value)
@@ -230,11 +201,11 @@ def test_a_mutilated_shard_is_refused_by_training_and_by_verify_with_shard_block
     assert shard.name in findings
     if block is not None:
         assert any(f"block {block}" in problem for problem in findings[shard.name])
-    assert len(findings) == (2 if mutilate is swapped else 1), "sound files are not accused"
+    assert len(findings) == (2 if name == "swapped" else 1), "sound files are not accused"
 
 
 def test_undamaged_blocks_of_a_set_with_a_damaged_one_are_read(damaged):
-    flip_in_data(damaged)
+    MUTILATIONS["flip in data"][1](damaged, entry(damaged))
     shards = open_shards(damaged)
     assert shards.read_block("train", 0).num_samples == entry(damaged, 0).blocks[0].samples
 
