@@ -47,7 +47,7 @@ LOCK_PATIENCE_SECONDS, POLL_SECONDS, REPORT_SECONDS = 5.0, 0.2, 60.0
 class Work:
     """An artefact in the making."""
 
-    def __init__(self, path: Path, folder: Path, single: bool, rank: int, world_size: int):
+    def __init__(self, path: Path, folder: Path, single: bool = False, rank: int = 0, world_size: int = 1):
         self.path, self.folder, self.single = path, folder, single
         self.rank, self.world_size = rank, world_size
         self.details: dict[str, Any] = {}

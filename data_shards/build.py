@@ -44,7 +44,6 @@ PRELOADED = [
     "quincunx.data_shards.build_task",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.tokenization_bert",
-    "webdataset.writer",
 ]
 
 
@@ -159,7 +158,7 @@ def rebuild_lost_shards(
     if not lost:
         return
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        plan = make_plan(settings, content, Work(output, Path(folder), False, 0, 1), say)
+        plan = make_plan(settings, content, Work(output, Path(folder)), say)
         for task in sorted({int(name.split("-")[1]) for name in lost}):
             say(f"running task {task} of the build again")
             run_task(plan, task)
@@ -227,7 +226,7 @@ def versions() -> dict[str, str]:
     """Of what decides how a build behaves."""
     from importlib.metadata import version
 
-    names = ("quincunx", "datatrove", "tokenizers", "transformers", "webdataset", "numpy")
+    names = ("quincunx", "datatrove", "tokenizers", "transformers", "numpy")
     return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
 
 

@@ -216,41 +216,35 @@ class ShardWriter:
 
 
 class _TarFile:
-    """One shard being written with webdataset's TarWriter; it takes its name when it is closed."""
+    """One shard being written; it takes its name when it is closed."""
 
     def __init__(self, path: Path, split: str):
-        from webdataset.writer import TarWriter
-
         self._path, self._split = path, split
         self._file = ExitStack()
         file = self._file.enter_context(written_whole(path, "wb"))
-        self._writer = TarWriter(file, user="", group="", mtime=0, encoder=False)
-        self._writer.tarstream.format = tarfile.USTAR_FORMAT  # TarWriter takes `format` but does not pass it on
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - see close
         self._blocks: list[BlockEntry] = []
 
     @property
     def bytes_so_far(self) -> int:
-        return self._writer.tarstream.offset
+        return self._tar.offset
 
     def add(self, block: bytes, ids: bytes, num_samples: int) -> None:
-        stem = self._path.name.removesuffix(".tar")
-        key = f"{stem}-{len(self._blocks):05d}"
-        start = self._writer.tarstream.offset
-        self._writer.write({"__key__": key, "block": block, "ids": ids})
-        ids_start = start + TAR_HEADER_BYTES + -(-len(block) // 512) * 512
-        entry = BlockEntry(
-            offset=start + TAR_HEADER_BYTES,
-            size=len(block),
-            samples=num_samples,
-            digest=xxhash.xxh3_64_hexdigest(_tar_header(f"{key}.block", len(block)) + block),
-            ids_offset=ids_start + TAR_HEADER_BYTES,
-            ids_size=len(ids),
-            ids_digest=xxhash.xxh3_64_hexdigest(_tar_header(f"{key}.ids", len(ids)) + ids),
-        )
-        self._blocks.append(entry)
+        key = f"{self._path.stem}-{len(self._blocks):05d}"
+        offset, digest = self._add_member(f"{key}.block", block)
+        ids_offset, ids_digest = self._add_member(f"{key}.ids", ids)
+        self._blocks.append(BlockEntry(offset, len(block), num_samples, digest, ids_offset, len(ids), ids_digest))
+
+    def _add_member(self, name: str, content: bytes) -> tuple[int, str]:
+        """Offset of the content, and the digest of header and content."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(content), 0o444
+        offset = self._tar.offset + TAR_HEADER_BYTES
+        self._tar.addfile(info, io.BytesIO(content))
+        return offset, xxhash.xxh3_64_hexdigest(info.tobuf(tarfile.USTAR_FORMAT) + content)
 
     def close(self) -> ShardEntry:
-        self._writer.close()
+        self._tar.close()
         self._file.close()
         return ShardEntry(
             name=self._path.name,
@@ -260,13 +254,6 @@ class _TarFile:
             digest=file_digest(self._path),
             blocks=tuple(self._blocks),
         )
-
-
-def _tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes that TarWriter puts before a member; a test compares them with the file's."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o444
-    return info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def write_shard_set(

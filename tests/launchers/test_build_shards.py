@@ -460,7 +460,7 @@ def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_querie
         split = "heldout" if is_held_out(document.doc_id, 0.3) else "train"
         kept[split] += [{"passage_id": p.passage_id, "text": p.text, "query": p.query} for p in passages]
     plan = TaskPlan(
-        format="python_docs", path="corpus", tokenizer="", generations="", work=Work(tmp_path, tmp_path, False, 0, 1),
+        format="python_docs", path="corpus", tokenizer="", generations="", work=Work(tmp_path, tmp_path),
         content={"tasks": 1, "pairs": True},
     )  # fmt: skip
     plan.work.scratch("tasks").mkdir(parents=True)
