@@ -130,7 +130,7 @@ def run_task(plan: TaskPlan, task: int) -> None:
             for name in FIELDS:
                 counts[f"{split}_{name}_tokens"] += writer.field_tokens[name]
             write_file(plan.task_file(task, f"{split}.jsonl"), "".join(line + "\n" for line in texts[split]).encode())
-        write_file(plan.task_file(task, "hashes.bin"), np.sort(np.array(hashes, "<u8")).tobytes())
+        write_file(plan.task_file(task, "hashes.bin"), np.array(hashes, "<u8").tobytes())
         write_file(plan.task_file(task, "statistics.npz"), counter.to_bytes())
         result = {
             "shards": [shard_to_json(shard) for split in SPLITS for shard in writers[split].shards],
