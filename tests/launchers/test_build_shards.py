@@ -159,6 +159,8 @@ def test_the_set_holds_the_corpus_split_joined_and_counted(corpus, reference):
     assert counts["train_documents"] + counts["heldout_documents"] == NUM_DOCUMENTS
     assert shards.statistics.num_passages == len(ids["train"])
     assert not work_folder(reference).exists()
+    assert not (reference / "probe").exists() and not (reference / "pairs").exists()
+    assert "pairs" not in shards.manifest.settings
 
 
 def test_the_launcher_with_two_workers_writes_the_same_bytes_and_says_what(corpus, reference, tmp_path):
@@ -412,32 +414,32 @@ def test_a_shard_that_comes_out_differently_is_not_put_in_its_place(corpus, copy
     assert not shard.exists()
 
 
-def test_a_tokenizer_trained_on_the_corpus_and_a_probe_of_held_out_docstrings(tmp_path):
+def read_qrels(file: Path) -> list[list[str]]:
+    return [line.split("\t") for line in file.read_text().splitlines()[1:]]
+
+
+def test_a_tokenizer_is_trained_and_a_probe_and_pairs_are_cut_from_docstrings(tmp_path):
+    output = tmp_path / "out"
     settings = BuildSettings(
-        format="python_docs",
-        path="tqdm",
-        output=str(tmp_path / "out"),
-        tokenizer="train:1000",
-        held_out_share=0.3,
-        probe_queries=5,
-        workers=1,
-        num_buckets=4096,
-        progress=False,
-    )
+        format="python_docs", path="tqdm", output=str(output), tokenizer="train:1000", held_out_share=0.3,
+        probe_queries=5, pairs=True, workers=1, num_buckets=4096, progress=False,
+    )  # fmt: skip
     manifest = build(settings)
-    assert 300 <= manifest.vocab_size <= 1000
-    shards = open_shards(tmp_path / "out")
-    assert manifest.fields["train"]["queries"] > 0
-    held_out = {i for b in range(shards.num_blocks("heldout")) for i in shards.passage_ids("heldout", b)}
-    rows = [
-        line.split("\t") for line in (tmp_path / "out" / "probe" / "qrels" / "test.tsv").read_text().splitlines()[1:]
-    ]
-    corpus = read_jsonl(tmp_path / "out" / "probe" / "corpus.jsonl")
-    queries = {row["_id"] for row in read_jsonl(tmp_path / "out" / "probe" / "queries.jsonl")}
-    assert {row["_id"] for row in corpus} == held_out and all(row["text"] for row in corpus)
-    assert len(rows) == 5 and {row[0] for row in rows} == queries
-    assert all(row[1] in held_out for row in rows)
-    assert not (tmp_path / "out" / "pairs").exists() and "pairs" not in manifest.settings
+    assert 300 <= manifest.vocab_size <= 1000 and manifest.fields["train"]["queries"] > 0
+    shards = open_shards(output)
+    ids = {
+        split: {i for block in range(shards.num_blocks(split)) for i in shards.passage_ids(split, block)}
+        for split in ("train", "heldout")
+    }
+    for name, split, qrels in (("probe", "heldout", "test"), ("pairs", "train", "train")):
+        corpus = read_jsonl(output / name / "corpus.jsonl")
+        assert {row["_id"] for row in corpus} == ids[split] and all(row["text"] for row in corpus)
+        judged = read_qrels(output / name / "qrels" / f"{qrels}.tsv")
+        assert {row[1] for row in judged} <= ids[split]
+        assert {row[0] for row in judged} == {row["_id"] for row in read_jsonl(output / name / "queries.jsonl")}
+        assert len(judged) == 5 if name == "probe" else judged
+    with pytest.raises(SettingsError, match="pairs was True and is None"):
+        build(replace(settings, pairs=False))
 
 
 def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_queries(tmp_path):
@@ -471,8 +473,7 @@ def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_querie
 
     first, second = (f"corpus/{name}" for name in trained)
     assert counts == {"queries": 2, "judgements": 3, "left_out": 1}
-    judged = [line.split("\t") for line in (tmp_path / "pairs" / "qrels" / "train.tsv").read_text().splitlines()[1:]]
-    assert judged == [
+    assert read_qrels(tmp_path / "pairs" / "qrels" / "train.tsv") == [
         [f"q-{first}.1", f"{first}.1", "1"],
         [f"q-{first}.1", second, "1"],
         [f"q-{second}.2", f"{second}.2", "1"],
@@ -481,26 +482,6 @@ def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_querie
     assert queries == {f"q-{first}.1": "Twice in training.", f"q-{second}.2": "Once in training."}
     corpus = {row["_id"] for row in read_jsonl(tmp_path / "pairs" / "corpus.jsonl")}
     assert corpus == {first, f"{first}.1", second, f"{second}.1", f"{second}.2"}
-
-
-def test_a_build_with_pairs_writes_the_training_split_s_passages_and_is_another_set_than_one_without(tmp_path):
-    settings = BuildSettings(
-        format="python_docs", path="tqdm", output=str(tmp_path / "out"), tokenizer=TOKENIZER, held_out_share=0.3,
-        pairs=True, workers=1, num_buckets=4096, progress=False,
-    )  # fmt: skip
-    build(settings)
-    shards = open_shards(tmp_path / "out")
-    ids = {split: set() for split in ("train", "heldout")}
-    for split, found in ids.items():
-        for block in range(shards.num_blocks(split)):
-            found.update(shards.passage_ids(split, block))
-    pairs = tmp_path / "out" / "pairs"
-    assert {row["_id"] for row in read_jsonl(pairs / "corpus.jsonl")} == ids["train"]
-    judged = [line.split("\t") for line in (pairs / "qrels" / "train.tsv").read_text().splitlines()[1:]]
-    assert judged and {row[1] for row in judged} <= ids["train"] and not {row[1] for row in judged} & ids["heldout"]
-    assert not (tmp_path / "out" / "probe").exists()
-    with pytest.raises(SettingsError, match="pairs was True and is None"):
-        build(replace(settings, pairs=False))
 
 
 SBATCH = """#!/bin/bash
