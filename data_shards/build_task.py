@@ -191,7 +191,7 @@ def make_samples(
 
 
 def _tokenize_lists(tokenizer: "PreTrainedTokenizerFast", lists: list[list[str]]) -> list[Text | None]:
-    """One text for each list: its items' tokens with [SEP] between them; None where there are no tokens."""
+    """One text for each list: its items' tokens with [SEP] between them; None if there are no tokens."""
     flat = list(chain.from_iterable(lists))
     tokenized = iter(tokenize(tokenizer, flat)) if flat else iter(())
     separator = Text(np.array([tokenizer.sep_token_id], np.int32), np.array([True]))

@@ -134,7 +134,7 @@ def _records(file: Path) -> Iterator[tuple[int, dict]]:
 
 
 def parse_generation(record: dict[str, Any]) -> tuple[str, list[str], str]:
-    """(passage id, queries, continuation); blank queries are dropped, [] and "" where a field is missing."""
+    """(passage id, queries, continuation); blank queries are dropped, [] and "" if a field is missing."""
     if "passage_id" not in record or not set(FIELDS) & set(record):
         raise BadRecordError(f"the fields are {sorted(record)}; passage_id and queries or continuation are needed")
     queries = record.get("queries", [])

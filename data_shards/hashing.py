@@ -36,7 +36,7 @@ def compiled(function: Callable) -> Callable:
 
 
 def _cache_folder() -> str:
-    """In NUMBA_CACHE_DIR, else beside the code, else (where that cannot be written) in the user's cache."""
+    """In NUMBA_CACHE_DIR, else beside the code, else (if that cannot be written) in the user's cache."""
     contents = [path.read_bytes() for path in sorted(FOLDER.glob("*.py"))]
     digest = xxhash.xxh3_64_hexdigest(b"".join(content for content in contents if b"\n@compiled\n" in content))
     if numba.config.CACHE_DIR:

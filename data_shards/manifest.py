@@ -3,7 +3,7 @@
 A folder without a manifest is not a shard set. The manifest names every shard and block with size and digest, so a
 reader trusts nothing it has not compared. It holds nothing that differs between two builds of the same corpus with the
 same settings (no path, no time, no worker count): the dataset id is the digest of its canonical JSON, and checkpoints
-and models carry it. Where and how the set was built stands beside it in build.json (docs/shards.md).
+and models carry it. build.json beside it says where and how the set was built (docs/shards.md).
 """
 
 import json

@@ -6,7 +6,7 @@ they fit; a sentence longer than a passage starts a passage of its own and is cu
 than a passage (a base64 blob) is cut inside.
 
 A ready-made collection (passage_ids given) keeps its passages: each is title and paragraph, never joined with the next,
-cut by the same rule where it is too long.
+cut by the same rule if it is too long.
 """
 
 from collections.abc import Iterable, Iterator
@@ -92,7 +92,7 @@ def split_documents(
 ) -> Iterator[tuple[Document, list[Passage]]]:
     """Every document with its passages, in order; a document without a token is given with none.
 
-    Passage ids: the collection's own where there are (with #0, #1... where a passage had to be cut), else the
+    Passage ids: the collection's own if it has them (with #0, #1... if a passage had to be cut), else the
     document's id with #0, #1... A query goes to the first piece of its paragraph.
 
     Args:

@@ -1,6 +1,6 @@
 """Corpora in the formats of the field to documents; any part of a corpus without reading the rest.
 
-The formats, one example line each, stand in docs/corpora.md. A corpus of B bytes is cut into n parts at byte k*B/n; a
+The formats, one example line each, are in docs/corpora.md. A corpus of B bytes is cut into n parts at byte k*B/n; a
 record belongs to the part that holds its first byte, a document of several records to the part of its first record, so
 that the parts together give the same documents for every n. Parquet is cut at row groups, a compressed file is one
 piece, and python_docs is cut between packages.

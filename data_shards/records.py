@@ -27,7 +27,7 @@ class Document:
     paragraphs   in reading order, none of them blank
     passage_ids  () for running text, which is cut into passages that may span paragraphs; else one id per paragraph:
                  each paragraph is a passage of a ready-made collection and is never joined with its neighbour
-    queries      () or one natural query per paragraph, "" where there is none (a docstring's summary line)
+    queries      () or one natural query per paragraph, "" if there is none (a docstring's summary line)
     """
 
     doc_id: str
@@ -59,7 +59,7 @@ class Input:
     """A source of a corpus: one file, or all Python files of one package.
 
     name   relative to the corpus, the same on every machine
-    bytes  of all its files, as they lie on disk (compressed where they are)
+    bytes  of all its files, as they lie on disk (compressed if they are)
     """
 
     name: str
@@ -81,7 +81,7 @@ class Row:
     """One record. Rows that follow each other in a file and share a group are one document.
 
     group  what they share (an article's name), or None: a document by itself
-    order  the row's number in its group, or None where the file's order counts; a gap starts a new document
+    order  the row's number in its group, or None if the file's order counts; a gap starts a new document
     """
 
     document: Document
@@ -114,7 +114,7 @@ def check_id(value: Any, name: str) -> str:
 
 
 def _passage(passage_id: str, title: str, text: str) -> Document:
-    """A one-passage document; where there is a title only, it is the text. Without either: no paragraphs."""
+    """A one-passage document; if there is a title only, it is the text. Without either: no paragraphs."""
     if title and not text:
         title, text = "", title
     return Document(passage_id, title, (text,) if text else (), (passage_id,) if text else ())
