@@ -19,7 +19,6 @@ import xxhash
 
 from quincunx.data_shards.artefact import Work, full_disk_is_named
 from quincunx.data_shards.block import FIELDS, Text
-from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.generations import Generations
 from quincunx.data_shards.manifest import SPLITS, shard_to_json
 from quincunx.data_shards.passages import Passage, read_passages
@@ -72,7 +71,7 @@ def run_task(plan: TaskPlan, task: int) -> None:
     """Runs task `task`; a finished one is left alone.
 
     Raises:
-        DataError: a bad record, an unusable passage id, a full disk.
+        DataError: a bad record, a full disk.
         SettingsError: a tokenizer that cannot be loaded.
     """
     if plan.work.is_done(task):
@@ -180,7 +179,7 @@ def make_samples(
         for document, passages in batch:
             samples = [
                 Sample(
-                    _usable_id(passage.passage_id),
+                    passage.passage_id,
                     Text(passage.token_ids, passage.word_starts),
                     queries=next(query_texts),
                     continuation=next(continuation_texts),
@@ -203,9 +202,3 @@ def _tokenize_lists(tokenizer: "PreTrainedTokenizerFast", lists: list[list[str]]
                 parts += [separator] * bool(parts) + [Text(tokens.token_ids, tokens.word_starts)]
         texts.append(Text(*map(np.concatenate, zip(*parts))) if parts else None)
     return texts
-
-
-def _usable_id(passage_id: str) -> str:
-    if "\n" in passage_id:
-        raise DataError(f"the passage id {passage_id!r} holds a line break: give ids of one line")
-    return passage_id

@@ -47,12 +47,15 @@ def documents() -> list[list[Sample]]:
     return random_documents(0, 200)
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory, documents) -> Path:
-    folder = tmp_path_factory.mktemp("set")
+def write_small_set(folder: Path, documents: list[list[Sample]]) -> Path:
     heldout = random_documents(1, 5)
     write_shard_set(folder, TOKENIZER, documents, heldout, block_samples=32, shard_bytes=20_000, num_buckets=256)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory, documents) -> Path:
+    return write_small_set(tmp_path_factory.mktemp("set"), documents)
 
 
 @pytest.fixture
@@ -93,15 +96,7 @@ def test_a_long_document_is_cut_into_blocks_and_the_lost_neighbours_are_counted(
 
 
 def test_writing_twice_gives_the_same_bytes_as_a_plain_ustar_of_nobody(pristine, tmp_path, documents):
-    write_shard_set(
-        tmp_path,
-        TOKENIZER,
-        documents,
-        random_documents(1, 5),
-        block_samples=32,
-        shard_bytes=20_000,
-        num_buckets=256,
-    )
+    write_small_set(tmp_path, documents)
     names = sorted(str(path.relative_to(pristine)) for path in pristine.rglob("*") if path.is_file())
     assert names == sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     for name in names:

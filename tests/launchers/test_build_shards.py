@@ -189,7 +189,7 @@ def kill_after(process: subprocess.Popen, is_due) -> None:
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=120)  # workers finish their task
     assert not alive, f"orphans of the killed builder: {alive}"
 
 
