@@ -162,7 +162,7 @@ def build_seconds(corpus: Path, workers: int) -> tuple[float, float]:
         command = [sys.executable, str(LAUNCHER), "--format", "beir", "--path", str(corpus), "--tokenizer", TOKENIZER]
         command += ["--output", f"{folder}/set", "--workers", str(workers), "--held_out_share", "0"]
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([*command, "--progress", "false"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, "--no_progress"], check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         return time.perf_counter() - started, cpu
