@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from quincunx.data_shards.block import Text
-from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.masks import DRAWS, PASSAGE, TEXT_INDEX, UNIFORM, pack_enhanced, pack_masked
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
-from quincunx.data_shards.shard_writer import write_shard_set
+from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import ShardSet, open_shards
 from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec

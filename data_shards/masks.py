@@ -14,9 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quincunx.data_shards.compiled import compiled
-from quincunx.data_shards.hashing import ALWAYS, draw30, mix, text_key
-from quincunx.data_shards.statistics import word_slot
+from quincunx.data_shards.hashing import ALWAYS, compiled, draw30, mix, text_key, word_slot
 
 UNIFORM, KEYWORD, COMPLEMENT = 0, 1, 2
 """How words are drawn (`tasks.TaskKind.draw`), as numbers for compiled code."""

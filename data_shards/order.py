@@ -20,9 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.hashing import dataset_seed, fold, mix
+from quincunx.data_shards.hashing import compiled, dataset_seed, fold, mix
 
 NUM_LANES = 64
 WINDOW = 8192

@@ -12,9 +12,8 @@ import torch
 
 from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make_text
 from quincunx.data_shards.block import token_dtype
-from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.hashing import dataset_seed
+from quincunx.data_shards.hashing import compiled, dataset_seed
 from quincunx.data_shards.masks import (
     DRAWS,
     NEXT,

@@ -25,9 +25,8 @@ import numpy as np
 import xxhash
 
 from quincunx.data_shards.batches import Text, join_texts
-from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.hashing import fold, text_key
+from quincunx.data_shards.hashing import compiled, fold, text_key
 from quincunx.data_shards.order import Order, Rows, permute_point
 from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tokenizer import tokenise

@@ -97,8 +97,7 @@ def test_passages_are_shared_by_the_sets_of_a_mixture_and_none_held_out_is_none(
         datasets, samples = spread_samples(mixture, 1000, in_a_row)
         assert samples.tolist() == [*range(number), *range(number)], "all of them, each once"
 
-    from quincunx.data_shards.block_writer import Sample
-    from quincunx.data_shards.shard_writer import write_shard_set
+    from quincunx.data_shards.shard_writer import Sample, write_shard_set
 
     text = shards.read_block("train", 0).text("passage", 0)
     documents = [[Sample("only", text, text, None)]]
