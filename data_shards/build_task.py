@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.artefact import Work, full_disk_is_named
+from quincunx.data_shards.artefact import Work
 from quincunx.data_shards.block import FIELDS, Text
+from quincunx.data_shards.durable import full_disk_is_named
 from quincunx.data_shards.generations import Generations
 from quincunx.data_shards.manifest import SPLITS, shard_to_json
 from quincunx.data_shards.passages import Passage, read_passages

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quincunx.data_shards.artefact import file_digest
+from quincunx.data_shards.durable import file_digest
 
 MAX_EXAMPLES = 20
 DPR_HEADER = ["id", "text", "title"]

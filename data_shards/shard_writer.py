@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.artefact import file_digest, full_disk_is_named, sync_folder, written_whole
 from quincunx.data_shards.block import FIELDS, HEADER, MAGIC, VERSION, Block, Text, decode_block, token_dtype
+from quincunx.data_shards.durable import file_digest, full_disk_is_named, sync_folder, written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.hashing import compiled, word_slot
 from quincunx.data_shards.manifest import (

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 import xxhash
 
-from quincunx.data_shards.artefact import file_digest, publish, sync_folder, written_whole
+from quincunx.data_shards.durable import file_digest, publish, sync_folder, written_whole
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.setting import as_plain, local_names, names_of
 from quincunx.engine.job import Job

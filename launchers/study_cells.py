@@ -28,8 +28,9 @@ from typing import Any
 
 import yaml
 
-from quincunx.data_shards.artefact import file_digest, manifest_path
+from quincunx.data_shards.artefact import manifest_path
 from quincunx.data_shards.build_settings import BuildSettings
+from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
 from quincunx.data_shards.tasks import TASKS
 from quincunx.engine.export import curves

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from quincunx.data_shards.artefact import file_digest
+from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.setting import names_of, setting
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest

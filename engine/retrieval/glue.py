@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from quincunx.data_shards.artefact import written_whole
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.records import BadRecordError, check_text, load_json
 from quincunx.data_shards.setting import setting

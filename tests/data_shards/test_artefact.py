@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from quincunx.data_shards import artefact as module
-from quincunx.data_shards.artefact import artefact, manifest_path, open_artefact, written_whole
+from quincunx.data_shards.artefact import artefact, manifest_path, open_artefact
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
 
 
