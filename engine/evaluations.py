@@ -164,7 +164,7 @@ def run_held_out(model: Any, held_out: HeldOut, device: torch.device) -> dict[st
 
     model: the PretrainModel, left in the mode it was in. A task without labels is left out.
     """
-    names = ["mlm", *held_out.batches[0].tasks]
+    names = list(model.loss_weights)
     totals = torch.zeros(3, len(names), dtype=torch.float64, device=device)
     unweighted = torch.ones(len(names), device=device)
     with evaluating(model):
@@ -177,8 +177,9 @@ def run_held_out(model: Any, held_out: HeldOut, device: torch.device) -> dict[st
     for task, nll, right, count in zip(names, nll_sums, correct, counts, strict=True):
         if count:
             metrics[f"held_out/loss/{task}"] = nll / count
-            metrics[f"held_out/accuracy/{task}"] = right / count
-            metrics[f"held_out/unigram/{task}"] = held_out.unigram[task]
+            if task in held_out.unigram:
+                metrics[f"held_out/accuracy/{task}"] = right / count
+                metrics[f"held_out/unigram/{task}"] = held_out.unigram[task]
     return metrics
 
 

@@ -29,14 +29,14 @@ class Job(Protocol):
     settings: RunSettings
     machine: Machine
     model: torch.nn.Module
-    """Its compile_parts() runs torch.compile on the parts that gain by it."""
+    """Its loss_counts(batch) says what each loss is a mean over (labelled tokens, queries), its compile_parts() runs
+    torch.compile on the parts that gain by it."""
     stream: Stream
-    """The rank's micro-batches step by step. A batch has num_labels(), what each loss is a mean over (labelled tokens,
-    or queries), num_passages, num_tokens and num_cut_texts."""
+    """The rank's micro-batches step by step. A batch has num_passages, num_tokens and num_cut_texts."""
     data: dict[str, list]
     """What a checkpoint must agree on: dataset_ids, digests of all that is trained on, and dataset_weights."""
     loss_weights: dict[str, float]
-    """Weight of each loss by its name, in the order of num_labels and of a StepOutput's sums."""
+    """Weight of each loss by its name, in the order of loss_counts and of a StepOutput's sums."""
     evaluations: list[Evaluation]
 
     def forward_passes(
@@ -44,7 +44,7 @@ class Job(Protocol):
     ) -> Iterator["StepOutput"]:
         """The step's micro-batches through the engine, one output each, in order; the loop runs backward on each.
 
-        label_counts: num_labels of the global batch, float32 on the device; a loss is this rank's share of the mean.
+        label_counts: loss_counts of the global batch, float32 on the device; a loss is this rank's share of the mean.
         seeds: torch's seed for each forward's dropout.
         """
 
@@ -61,7 +61,7 @@ class StepOutput(Protocol):
     loss: torch.Tensor
     """Scalar: this micro-batch's share of the weighted sum of losses, each a mean over the global batch."""
     nll_sums: torch.Tensor
-    """[losses], sums of each loss over what num_labels counts, detached."""
+    """[losses], sums of each loss over what loss_counts counts, detached."""
     correct: torch.Tensor
     """[losses], how many of them the model got right."""
     flops: float

@@ -6,7 +6,7 @@ channels, E embedding channels (E < D in small ELECTRAs), V words, P longest tex
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,22 +41,26 @@ from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
 
 SHARED = "shared"
 """Name of the decoder that all tasks share; no task is called so."""
+SENTENCE_LOSSES: dict[str, Callable[[torch.Tensor, Batch], torch.Tensor]] = {}
+"""Losses of the sentence vectors beside the tasks' own, by the name that the setting sentence_losses takes: sentence
+vectors [B, D] and the batch give [B], a loss for each passage. An entry here is all that a new loss needs."""
 BUNDLE_FILE = "bundle.json"
 DECODERS_FILE = "decoders.safetensors"
 BUNDLE_VERSION = 1
 
 
 class StepOutput(NamedTuple):
-    """What a micro-batch gives; vectors hold the encoder's task first, then the others in the recipe's order."""
+    """What a micro-batch gives; vectors hold the encoder's task first, the others in the recipe's order, then the
+    sentence losses; losses below counts these too."""
 
     loss: torch.Tensor
-    """Scalar: sum over tasks of lambda_t * (sum of nll over this micro-batch's rows) / label_counts[t]."""
+    """Scalar: sum over losses of lambda_t * (sum of nll over this micro-batch's rows) / label_counts[t]."""
     nll_sums: torch.Tensor
-    """[1 + tasks], sum of the negative log-likelihoods in nats, detached."""
+    """[losses], sum of the negative log-likelihoods in nats (of a sentence loss: its values), detached."""
     correct: torch.Tensor
-    """int64 [1 + tasks], labelled tokens whose word got the highest score."""
+    """int64 [losses], labelled tokens whose word got the highest score; 0 of a sentence loss."""
     counts: torch.Tensor
-    """int64 [1 + tasks], labelled tokens."""
+    """int64 [losses], labelled tokens, or passages."""
     flops: float = 0.0
     """Of forward and backward (`PretrainModel.flops`); the job fills it in, from a batch on the host."""
 
@@ -135,11 +139,13 @@ class PretrainModel(nn.Module):
         dropout: float,
         max_tokens: int,
         shared_decoder: bool = False,
+        sentence_losses: Mapping[str, float] | None = None,
         kernels: Implementation = "auto",
     ):
         """`max_tokens` sizes a position table of the decoders' own where the encoder has none of width D.
 
         `shared_decoder`: all tasks, whose decoders must then be of one kind, decode through one module.
+        `sentence_losses`: weights of some of SENTENCE_LOSSES.
         """
         super().__init__()
         config = encoder.config
@@ -149,7 +155,8 @@ class PretrainModel(nn.Module):
         self.query_stream = query_stream
         self.shared_decoder = shared_decoder
         self.kernels = kernels
-        self.task_names = ("mlm", *(task.name for task in tasks))
+        self.loss_weights = {"mlm": 1.0} | {task.name: task.weight for task in tasks} | dict(sentence_losses or {})
+        """Weight lambda of each loss, in the order of a StepOutput's vectors."""
         shape = LayerShape(
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -177,8 +184,7 @@ class PretrainModel(nn.Module):
         if (table is None and tasks) or (needs_table and table.embedding_dim != shape.hidden):
             self.position_table = nn.Embedding(max_tokens, shape.hidden)
             nn.init.normal_(self.position_table.weight, std=shape.init_std)
-        lambdas = torch.tensor([1.0, *(task.weight for task in tasks)])
-        self.register_buffer("lambdas", lambdas, persistent=False)
+        self.register_buffer("lambdas", torch.tensor([*self.loss_weights.values()]), persistent=False)
 
     def decoder_name(self, task: str) -> str:
         """Name in `decoders` of the decoder that a task uses: the task's own, or that of all."""
@@ -191,26 +197,38 @@ class PretrainModel(nn.Module):
         """Sentence vectors [S, D]: final hidden states of [CLS], no pooler."""
         return self.encoder(self.encoder.word_embeddings(text.input_ids), text).index_select(0, text.starts)
 
+    def loss_counts(self, batch: Batch) -> list[int]:
+        """What each loss is a mean over: labelled tokens, or passages."""
+        num_sentence_losses = len(self.loss_weights) - 1 - len(self.tasks)
+        return [*batch.num_labels(), *[batch.num_passages] * num_sentence_losses]
+
     def forward(self, batch: Batch, label_counts: torch.Tensor) -> StepOutput:
         """Loss of one micro-batch.
 
-        `label_counts` [1 + tasks] holds each task's labelled tokens in the whole global batch (all ranks, all
-        micro-batches), so that the losses of the micro-batches sum to the global batch's. A task without rows here adds
-        0 and zero gradients (every parameter takes part in every forward, which ZeRO and all-reduce rely on).
+        `label_counts` [losses] holds the loss_counts of the whole global batch (all ranks, all micro-batches), so that
+        the losses of the micro-batches sum to the global batch's. A task without rows here adds 0 and zero gradients
+        (every parameter takes part in every forward, which ZeRO and all-reduce rely on).
         """
-        assert label_counts.shape == self.lambdas.shape and tuple(batch.tasks) == self.task_names[1:]
-        rows, output_weight_VE = self._labelled_rows(batch)
+        assert label_counts.shape == self.lambdas.shape and list(batch.tasks) == [task.name for task in self.tasks]
+        h_BD, rows, output_weight_VE = self._labelled_rows(batch)
         counts = batch.num_labels()
         bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
         labels_N = torch.cat([batch.encoder_labels.ids, *(task.labels.ids for task in batch.tasks.values())])
         per_row = self.lambdas.float() / label_counts.to(self.lambdas.device, torch.float32).clamp(min=1)
         row_weights_N = torch.cat([per_row[t].expand(count) for t, count in enumerate(counts)])
         task_slices, rows_ND = list(itertools.pairwise(bounds)), torch.cat(rows)
-        found = self.lm_head(rows_ND, output_weight_VE, labels_N, row_weights_N, task_slices, self.kernels)
-        return StepOutput(*found, torch.tensor(counts))
+        loss, sums, correct = self.lm_head(
+            rows_ND, output_weight_VE, labels_N, row_weights_N, task_slices, self.kernels
+        )
+        for place, name in list(enumerate(self.loss_weights))[len(counts) :]:
+            value = SENTENCE_LOSSES[name](h_BD, batch).float().sum()
+            loss = loss + value * per_row[place]
+            sums, correct = torch.cat([sums, value.detach()[None]]), torch.cat([correct, correct.new_zeros(1)])
+        return StepOutput(loss, sums, correct, torch.tensor(self.loss_counts(batch)))
 
-    def _labelled_rows(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Final hidden states [M, D] of the labelled rows, the encoder's and every task's; the head's weight [V, E]."""
+    def _labelled_rows(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Sentence vectors [B, D]; final hidden states [M, D] of the labelled rows of the encoder and every task; the
+        head's weight [V, E]."""
         contexts = batch.contexts
         ids = torch.cat([batch.encoder.input_ids, *(context.text.input_ids for context in contexts.values())])
         words_TE, output_weight_VE = TiedRows.apply(self.encoder.word_embeddings.weight, ids)
@@ -225,7 +243,7 @@ class PretrainModel(nn.Module):
         streams = {name: DecoderStream(task, *read[task.context]) for name, task in batch.tasks.items()}
         decoded = self._decode(streams)
         rows = [hidden_TD.index_select(0, batch.encoder_labels.positions)]
-        return rows + [decoded[spec.name] for spec in self.tasks], output_weight_VE
+        return h_BD, rows + [decoded[spec.name] for spec in self.tasks], output_weight_VE
 
     def _embed(self, contexts: dict[str, Context], words_TE: torch.Tensor) -> dict[str, torch.Tensor]:
         """The embedding layer over all decoders' texts at once: [T, D] by the context's name."""
@@ -304,6 +322,7 @@ def build_model(
     decoder_init: Literal["random", "encoder"] = "random",
     query_stream: Literal["raw", "embedded"] = "raw",
     shared_decoder: bool = False,
+    sentence_losses: Mapping[str, float] | None = None,
     dropout: float | None = None,
     from_scratch: ScratchShape | None = None,
     vocab_size: int | None = None,
@@ -336,6 +355,7 @@ def build_model(
         dropout=dropout,
         max_tokens=max_tokens,
         shared_decoder=shared_decoder,
+        sentence_losses=sentence_losses,
         kernels=kernels,
     )
     if decoder_init == "encoder":

@@ -24,7 +24,7 @@ from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.evaluations import load_held_out, load_probe, run_held_out, run_probe
 from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
 from quincunx.engine.job import Evaluation
-from quincunx.engine.model import PretrainModel, StepOutput, build_model, is_bundle, load_bundle
+from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, StepOutput, build_model, is_bundle, load_bundle
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.run_folder import RunFolder
 from quincunx.engine.settings import Machine, PretrainSettings, find_idle_settings, load_machine
@@ -47,7 +47,7 @@ class PretrainJob:
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        return {"mlm": 1.0} | {task.name: task.weight for task in self.model.tasks}
+        return self.model.loss_weights
 
     def write_model_files(self, folder: Path) -> None:
         save_model_files(folder, self.model, self.tokenizer_folder)
@@ -105,7 +105,7 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
     )
     model = make_model(settings, tasks, shard_sets[0], report)
     report(f"kernels: {describe_kernels(settings, machine.cuda, model)}")
-    loss = " + ".join(["mlm", *(f"{task.weight:.2g} {task.name}" for task in tasks)])
+    loss = " + ".join(name if name == "mlm" else f"{weight:.2g} {name}" for name, weight in model.loss_weights.items())
     report(f"loss {loss} ({settings.decoder}); {order.describe(settings.global_batch)}")
     for sentence in find_idle_settings(settings):
         report(f"warning: {sentence}")
@@ -189,6 +189,9 @@ def make_model(
             intermediate=settings.intermediate_size or 4 * settings.hidden_size,
             max_positions=settings.max_positions or settings.max_tokens,
         )
+    if unknown := [name for name, _ in settings.sentence_weights() if name not in SENTENCE_LOSSES]:
+        known = ", ".join(SENTENCE_LOSSES) or "there are none yet"
+        raise SettingsError(f"sentence_losses names {', '.join(unknown)}; known: {known} (engine/model.py)")
     torch.manual_seed(settings.seed)
     model = build_model(
         settings.encoder,
@@ -198,6 +201,7 @@ def make_model(
         decoder_init=settings.decoder_init,
         query_stream=settings.query_stream,
         shared_decoder=settings.shared_decoder,
+        sentence_losses=dict(settings.sentence_weights()),
         dropout=settings.dropout,
         from_scratch=shape,
         vocab_size=shard_set.manifest.vocab_size,

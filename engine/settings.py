@@ -171,6 +171,8 @@ class PretrainSettings(RunSettings):
     """All tasks decode through one decoder instead of one each (MASTER's ablation, Table 6)."""
     task_weights: list[float] | None = setting(None, low=0, below=10**6)
     """Weight lambda of each task's loss; the encoder's own has 1 (default: the share of passages with its text)."""
+    sentence_losses: list[str] = setting([], role="model")
+    """Losses of the sentence vectors beside the tasks', each NAME or NAME:WEIGHT (engine/model.py: SENTENCE_LOSSES)."""
     encoder_mask_rate: float = setting(0.30, above=0, below=1)
     """Share of the encoder's tokens that are masked, alpha (RetroMAE, MASTER: 0.30)."""
     decoder_mask_rate: float = setting(0.50, above=0, below=1)
@@ -208,6 +210,11 @@ class PretrainSettings(RunSettings):
             pairs.append((path, int(weight)) if colon and weight.isdigit() and not is_port else (entry, 1))
         return pairs
 
+    def sentence_weights(self) -> list[tuple[str, float]]:
+        """(name, weight) of each sentence loss; a bare name has weight 1."""
+        pairs = [entry.partition(":") for entry in self.sentence_losses]
+        return [(name, float(weight or 1)) for name, _, weight in pairs]
+
     def contradictions(self) -> list[str]:
         problems = super().contradictions()
 
@@ -224,6 +231,11 @@ class PretrainSettings(RunSettings):
         need(
             weights is None or len(weights) == len(self.tasks),
             f"task_weights has {len(weights or [])} numbers for {len(self.tasks)} tasks",
+        )
+        given = [entry.partition(":")[2] for entry in self.sentence_losses]
+        need(
+            all(weight.replace(".", "", 1).isdigit() for weight in given if weight),
+            f"sentence_losses is {', '.join(self.sentence_losses)}; give NAME or NAME:WEIGHT, as in contrastive:0.1",
         )
         sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
         given = [name for name in sizes if getattr(self, name) is not None]

@@ -38,7 +38,7 @@ class Window:
         """One applied optimizer step of this rank."""
         for batch, output in zip(batches, outputs, strict=True):
             self._sums += torch.stack([output.nll_sums, output.correct]).to(self._sums)
-            self._counts += batch.num_labels()
+            self._counts += self._job.model.loss_counts(batch)
             self._passages += batch.num_passages
             self._tokens += batch.num_tokens
             self._cut += batch.num_cut_texts

@@ -301,7 +301,7 @@ def agree(run: Run, batches: list, failure: DataError | None) -> tuple[torch.Ten
     """
     mine = torch.zeros(len(run.job.loss_weights) + 2, dtype=torch.float64)
     for batch in batches:
-        mine[:-2] += torch.tensor(batch.num_labels(), dtype=torch.float64)
+        mine[:-2] += torch.tensor(run.job.model.loss_counts(batch), dtype=torch.float64)
     mine[-2], mine[-1] = run.stop_request.pending(), failure is not None
     dist.all_reduce(mine, group=run.control)
     if mine[-1] > 0:

@@ -208,13 +208,13 @@ def replay(path: Path, kernels: Implementation) -> bool:
         print(f"{name:36} {values}  relative error {error:.1e}")
 
     for step in PASSES[impl]:
-        packed = to_batch(batch, step, model.task_names[1:])
+        packed = to_batch(batch, step, [task.name for task in model.tasks])
         # The exponential of torch's CPU flash attention has 20 bits: gradients would be up to 1.3e-4 off.
         with sdpa_kernel(SDPBackend.MATH):
             output = model(packed, torch.tensor(packed.num_labels()))
         output.loss.backward()
         total += output.loss.detach().double()
-        losses = dict(zip(model.task_names, output.nll_sums / output.counts, strict=True))
+        losses = dict(zip(model.loss_weights, output.nll_sums / output.counts, strict=True))
         report(step.loss, losses["mlm"])
         for task in step.decoders:
             report("decoder_loss" if impl == "retromae" else f"{task}_loss", losses[task])

@@ -68,6 +68,10 @@ class CrossEncoder(nn.Module):
             logits_SC = self._head(read_SD)
         return logits_SC[:, 0] if logits_SC.shape[1] == 1 else logits_SC
 
+    def loss_counts(self, batch: Any) -> list[int]:
+        """What each loss is a mean over, queries."""
+        return [len(batch)]
+
     def compile_parts(self) -> None:
         """torch.compile for the encoder, in place."""
         self.model.base_model.compile(dynamic=True)

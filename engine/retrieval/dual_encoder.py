@@ -79,6 +79,10 @@ class DualEncoder(nn.Module):
         num_queries, num_passages = len(queries.starts), len(passages.starts)
         return self.encode_packed(join(queries, passages), "passage").split([num_queries, num_passages])
 
+    def loss_counts(self, batch: Any) -> list[int]:
+        """What each loss is a mean over, queries."""
+        return [len(batch)]
+
     def compile_parts(self) -> None:
         """torch.compile for the encoder, or both, in place."""
         for encoder in (self.passage, self.query):

@@ -204,10 +204,6 @@ class GroupedBatch:
     def __len__(self) -> int:
         return len(self.query_rows)
 
-    def num_labels(self) -> list[int]:
-        """[B]: what the loss is a mean over."""
-        return [len(self)]
-
     @property
     def num_passages(self) -> int:
         return len(self.passage_rows)

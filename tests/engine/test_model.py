@@ -13,10 +13,11 @@ from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.tasks import TASKS as TASKS_OF_PACKER
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.encoder import ScratchShape
-from quincunx.engine.model import PretrainModel, build_model, load_bundle, write_bundle
+from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, build_model, load_bundle, write_bundle
 from quincunx.engine.training import parameter_groups
 
 TASKS = ("mkp", "cmp", "npr", "dor")
+NAMES = ("mlm", *TASKS)
 VOCAB = 99
 
 
@@ -155,11 +156,31 @@ def test_every_parameter_has_a_gradient_even_where_a_task_has_no_rows(family, de
     model = make_model(family, decoder, query_stream=query_stream)
     passages = make_passages(3, decoder)
     _, sums, _, counts, gradients = run(model, passages[2:], decoder, 1)
-    assert counts[model.task_names.index("npr")] == counts[model.task_names.index("dor")] == 0
+    assert counts[NAMES.index("npr")] == counts[NAMES.index("dor")] == 0
     assert torch.isfinite(sums).all() and sums[counts == 0].sum() == 0
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
     assert all((gradient == 0).all() for name, gradient in gradients.items() if name.startswith("decoders.dor"))
     assert any(gradient.abs().sum() > 0 for name, gradient in gradients.items() if name.startswith("decoders.mkp"))
+
+
+def test_a_sentence_loss_is_one_entry(monkeypatch):
+    """The mean over all passages of the global batch, whatever the micro-batch; its gradient reaches the encoder."""
+    monkeypatch.setitem(SENTENCE_LOSSES, "length", lambda h_BD, batch: h_BD.square().sum(1))
+    passages = make_passages(6, "enhanced")
+    model, plain = make_model(sentence_losses={"length": 0.5}), make_model()
+    vectors = plain.encode(pack(passages, "enhanced").encoder)
+    for micro_batch in (6, 2):
+        model.zero_grad()
+        batches = [pack(passages[i : i + micro_batch], "enhanced") for i in range(0, 6, micro_batch)]
+        counts = torch.tensor([model.loss_counts(batch) for batch in batches]).sum(0)
+        outputs = [model(batch, counts) for batch in batches]
+        loss = sum(output.loss for output in outputs)
+        loss.backward()
+        expected = run(plain, passages, "enhanced", 6)[0] + 0.5 * vectors.square().sum(1).mean()
+        torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=0)
+        assert counts[-1] == 6 and sum(output.correct[-1] for output in outputs) == 0
+    ours, theirs = (m.encoder.model.encoder.layer[0].output.dense.weight.grad for m in (model, plain))
+    assert not torch.allclose(ours, theirs)
 
 
 def test_a_sequence_does_not_depend_on_the_others_of_its_batch():

@@ -125,7 +125,7 @@ def test_a_retriever_batch_holds_the_texts_of_its_rows_cut_and_counted(tokenizer
     packer = make_packer(tokenizer, query_prompt="aeio: ", passage_prompt="ubdg: ", **limits)
     cut = []
     for batch in make_stream(packer).step(3):
-        assert len(batch) == 2 and batch.num_labels() == [2] and batch.num_passages == 8
+        assert len(batch) == 2 and batch.num_passages == 8
         assert batch.num_tokens == len(batch.queries.input_ids) + len(batch.passages.input_ids)
         num_cut = 0
         for text, rows, collection, prompt, most in [
@@ -160,7 +160,7 @@ def test_a_reranker_batch_holds_each_query_with_each_of_its_passages(tokenizer):
         assert [kinds.tolist() for kinds in batch.token_types] == expected["token_type_ids"]
         cut += batch.num_cut_texts
         assert batch.num_cut_texts == sum(len(ids) > 48 for ids in tokenizer(queries, passages)["input_ids"])
-        assert (len(batch), batch.num_labels(), batch.num_passages) == (2, [2], 8)
+        assert (len(batch), batch.num_passages) == (2, 8)
         assert batch.num_tokens == sum(map(len, batch.token_types))
     assert cut > 0
 
