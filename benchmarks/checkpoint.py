@@ -45,8 +45,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     import torch
     import torch.distributed as dist
 
-    from quincunx.engine.checkpoint import convert, step_name, verify
-    from quincunx.engine.checkpoint_save import save_checkpoint
+    from quincunx.engine.checkpoint import convert, save_checkpoint, step_name, verify
 
     engine = start_engine(arguments)
     plain_engine = engine.checkpoint_engine
@@ -90,12 +89,11 @@ def start_engine(arguments: argparse.Namespace):
     import deepspeed
     import torch
 
-    from quincunx.engine.deepspeed_config import fill_config, load_deepspeed_json
     from quincunx.engine.encoder import ScratchShape
-    from quincunx.engine.environment import discover_environment
     from quincunx.engine.model import build_model
-    from quincunx.engine.optimizer import parameter_groups
-    from quincunx.engine.settings import PretrainSettings
+    from quincunx.engine.ranks import discover_environment
+    from quincunx.engine.settings import PretrainSettings, fill_config, load_deepspeed_json
+    from quincunx.engine.training import parameter_groups
 
     discover_environment({}).export()
     deepspeed.utils.logger.setLevel("WARNING")

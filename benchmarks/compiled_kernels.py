@@ -8,6 +8,7 @@ shared memory than the architecture gives a block, or misses tensor cores where 
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -75,23 +76,22 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    from quincunx.kernels import enhanced_attention_triton, linear_cross_entropy_triton
+    from compile_cases import attention_cases, loss_cases  # the kernels are decorated when they are imported
 
     columns = ("registers", "spilled_bytes", "shared_bytes", "hmma", "hgmma", "num_warps", "num_stages")
     print(f"| {'kernel':66} | arch  | " + " | ".join(columns) + " |\n|" + "---|" * (2 + len(columns)))
     table, failed = [], False
     for capability in (80, 90):
-        for module in (linear_cross_entropy_triton, enhanced_attention_triton):
-            for case in module.compile_cases(capability):
-                if arguments.only not in case.name:
-                    continue
-                figures = compile_case(case, capability)
-                row = " | ".join(f"{figures[column]:>{len(column)}}" for column in columns)
-                print(f"| {figures['kernel']:66} | {figures['architecture']} | {row} |", flush=True)
-                table.append(figures)
-                for fault in faults(figures, case.tensor_cores):
-                    failed = True
-                    print(f"{figures['kernel']} on {figures['architecture']} {fault}", file=sys.stderr)
+        for case in itertools.chain(loss_cases(capability), attention_cases(capability)):
+            if arguments.only not in case.name:
+                continue
+            figures = compile_case(case, capability)
+            row = " | ".join(f"{figures[column]:>{len(column)}}" for column in columns)
+            print(f"| {figures['kernel']:66} | {figures['architecture']} | {row} |", flush=True)
+            table.append(figures)
+            for fault in faults(figures, case.tensor_cores):
+                failed = True
+                print(f"{figures['kernel']} on {figures['architecture']} {fault}", file=sys.stderr)
     if arguments.json:
         import triton
 

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, mm_flop, regis
 
 from quincunx.engine.encoder import ScratchShape
 from quincunx.engine.model import build_model
-from quincunx.engine.tensors import to_tensors
 
 VOCAB_SIZE = 30522
 TARGETS = {"master": 105.0, "quincunx": 112.0}
@@ -76,7 +75,7 @@ def count(recipe: str, passages: int) -> dict[str, float]:
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = WholeStep()
     with counter:
-        output = model(to_tensors(batch), counts)
+        output = model(batch, counts)
         forward = counter.get_total_flops()
         output.loss.backward()
     scale = 1e9 * passages

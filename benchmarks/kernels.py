@@ -27,8 +27,7 @@ import torch.nn.functional as F
 import turns
 from synthetic import ALWAYS, DECODER_RATE, passage_lengths, versions
 
-from quincunx.kernels.enhanced_attention import enhanced_attention
-from quincunx.kernels.hashing import visibility
+from quincunx.kernels.enhanced_attention import enhanced_attention, visibility
 from quincunx.kernels.linear_cross_entropy import largest_chunk, linear_cross_entropy
 from quincunx.kernels.packed_attention import PaddedGroups
 
@@ -229,7 +228,7 @@ def flex(inputs: dict) -> torch.Tensor:
     """FlexAttention over padded sequences with the hash as its mask; the block mask is made for every batch anew."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from quincunx.kernels.hashing import draw30
+    from quincunx.kernels.enhanced_attention import draw30
 
     q, k, v, padded = padded_streams(inputs)
     lengths, keys = inputs["cu_seqlens"].diff(), inputs["keys"]

@@ -93,10 +93,9 @@ def our_training(arguments: argparse.Namespace) -> tuple[Training, float]:
     import torch
     from synthetic import make_batch, passage_lengths, recipe_tasks
 
+    from quincunx.data_shards.batches import to_device
     from quincunx.engine.encoder import ScratchShape
-    from quincunx.engine.host_memory import return_freed_memory
     from quincunx.engine.model import build_model
-    from quincunx.engine.tensors import to_tensors
     from quincunx.engine.throughput import training_flops
 
     torch.manual_seed(0)
@@ -114,12 +113,10 @@ def our_training(arguments: argparse.Namespace) -> tuple[Training, float]:
     on_card = arguments.device == "cuda"
     if on_card:
         model = model.to("cuda", torch.bfloat16)
-    else:
-        return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
     counts = torch.tensor(batch.num_labels(), device=arguments.device)
 
     def loss() -> torch.Tensor:
-        return model(to_tensors(batch, arguments.device), counts).loss
+        return model(to_device(batch, arguments.device), counts).loss
 
     return Training(model, loss, arguments.device, master_weights=on_card), training_flops(model, batch)
 

@@ -30,9 +30,8 @@ import numpy as np
 import webdataset as wds
 
 from quincunx.data_shards.block import Text
-from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.packer import Packer
-from quincunx.data_shards.shard_writer import write_shard_set
+from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import ShardSet, open_shards
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.data_shards.webdataset_decoder import decode_member, split_blocks
@@ -163,7 +162,7 @@ def build_seconds(corpus: Path, workers: int) -> tuple[float, float]:
         command = [sys.executable, str(LAUNCHER), "--format", "beir", "--path", str(corpus), "--tokenizer", TOKENIZER]
         command += ["--output", f"{folder}/set", "--workers", str(workers), "--held_out_share", "0"]
         started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([*command, "--progress", "false"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, "--no_progress"], check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         return time.perf_counter() - started, cpu

@@ -20,12 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from quincunx.data_shards.block import Text
-from quincunx.data_shards.block_writer import Sample
-from quincunx.data_shards.masks import DRAWS, UNIFORM
+from quincunx.data_shards.masks import DRAWS, PASSAGE, TEXT_INDEX, UNIFORM, pack_enhanced, pack_masked
 from quincunx.data_shards.order import Order
-from quincunx.data_shards.packed_texts import PASSAGE, TEXT_INDEX, pack_enhanced, pack_masked
 from quincunx.data_shards.packer import Packer
-from quincunx.data_shards.shard_writer import write_shard_set
+from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import ShardSet, open_shards
 from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec
@@ -89,18 +87,18 @@ def measure_recipe(folder: str, recipe: str, batch_size: int, repeat: int) -> di
 
     def epoch(packer: Packer) -> None:
         for step in range(num_steps):
-            packer.pack(*order.global_batch(step, batch_size))
+            packer.pack(order.global_batch(step, batch_size))
 
     cold = min(best_seconds(lambda packer=packer: epoch(packer), 1) for packer in fresh_packers())
     epoch(packer)
     warm = best_seconds(lambda: epoch(packer), repeat)
 
     rows = [order.global_batch(step, batch_size) for step in range(min(num_steps, 40))]
-    texts = [packer.gather(*batch)[0] for batch in rows]
+    texts = [packer.gather(batch)[0] for batch in rows]
     hidden = np.zeros((batch_size, packer.limit), bool)
     parts = {
         "order": lambda: [order.global_batch(step, batch_size) for step in range(len(rows))],
-        "gather": lambda: [packer.gather(*batch) for batch in rows],
+        "gather": lambda: [packer.gather(batch) for batch in rows],
         "encoder": lambda: [
             pack_masked(batch, packer.vocabulary, PASSAGE, 0, 1, UNIFORM, 0.3, False, True, hidden) for batch in texts
         ],

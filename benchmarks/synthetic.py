@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make_text
 from quincunx.data_shards.tasks import TASKS, TaskSpec
 
 RECIPES = {
@@ -44,7 +45,7 @@ def passage_lengths(kind: str, batch: int, max_tokens: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(lengths.astype(int))
 
 
-def make_batch(recipe: str, lengths: np.ndarray, vocab_size: int, seed: int = 0) -> PackedBatch:
+def make_batch(recipe: str, lengths: np.ndarray, vocab_size: int, seed: int = 0) -> Batch:
     """A batch of the recipe in which every task has a text for every passage, as long as the passage."""
     rng = np.random.default_rng(seed)
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -66,44 +67,34 @@ def make_batch(recipe: str, lengths: np.ndarray, vocab_size: int, seed: int = 0)
 
     passage, hidden = random_ids(), choose(ENCODER_RATE)
     names, decoder = RECIPES[recipe]
-    passage_text = PackedText(passage, cu_seqlens)
-    tasks = {}
+    contexts, tasks = {}, {}
     for name in names:
         ids = passage if TASKS[name].field == "passage" else random_ids()
         if decoder == "enhanced":
             keep = ~hidden if TASKS[name].draw == "complement" else np.ones_like(inner)
             keep_thresholds = np.where(inner, np.where(keep, ALWAYS * DECODER_RATE, 0), ALWAYS).astype(np.int32)
-            labelled = inner
-            text = passage_text if ids is passage else PackedText(ids, cu_seqlens)
+            labelled, context, read = inner, TASKS[name].field, ids
             rule = {
-                "keys": rng.integers(-(2**31), 2**31, len(lengths)).astype(np.int32),
-                "word_ids": np.arange(len(ids), dtype=np.int32),
-                "keep_thresholds": keep_thresholds,
+                "keys": torch.from_numpy(rng.integers(-(2**31), 2**31, len(lengths)).astype(np.int32)),
+                "word_ids": torch.arange(len(ids), dtype=torch.int32),
+                "keep_thresholds": torch.from_numpy(keep_thresholds),
             }
         else:
             labelled = inner & ~hidden if TASKS[name].draw == "complement" else choose(DECODER_RATE)
-            text, rule = PackedText(np.where(labelled, MASK, ids).astype(np.int32), cu_seqlens), {}
-        tasks[name] = PackedTask(
-            text=text,
-            passage_index=np.arange(len(lengths), dtype=np.int32),
-            label_positions=np.flatnonzero(labelled).astype(np.int32),
-            labels=ids[labelled],
-            **rule,
-        )
-    return PackedBatch(
-        encoder=PackedText(np.where(hidden, MASK, passage).astype(np.int32), cu_seqlens),
-        encoder_label_positions=np.flatnonzero(hidden).astype(np.int32),
-        encoder_labels=passage[hidden],
+            context, read, rule = name, np.where(labelled, MASK, ids), {}
+        if context not in contexts:
+            contexts[context] = Context(make_text(read, cu_seqlens), torch.arange(len(lengths)))
+        tasks[name] = Task(context, make_labels(np.flatnonzero(labelled), ids[labelled], cu_seqlens), **rule)
+    return Batch(
+        encoder=make_text(np.where(hidden, MASK, passage), cu_seqlens),
+        encoder_labels=make_labels(np.flatnonzero(hidden), passage[hidden], cu_seqlens),
+        contexts=contexts,
         tasks=tasks,
-        sample_ids=np.arange(len(lengths)),
-        datasets=np.zeros(len(lengths), np.int16),
-        epochs=np.zeros(len(lengths), np.int32),
     )
 
 
 def versions() -> dict[str, str]:
     """What a result depends on besides the code: interpreter, libraries, processor."""
-    import torch
     import transformers
 
     cpuinfo = Path("/proc/cpuinfo")

@@ -19,7 +19,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from quincunx.engine.tracking import open_tracker
+from quincunx.engine.run_folder import open_tracker
 
 PAUSE_SECONDS = 0.002
 TASKS = ("mlm", "mkp", "cmp", "npr", "dor", "gor")

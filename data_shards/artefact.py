@@ -21,24 +21,29 @@ may end in an error for one of them; what is published is whole.
 import contextlib
 import errno
 import fcntl
-import glob
+import functools
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import xxhash
-
+from quincunx.data_shards.durable import (
+    cannot_write,
+    file_digest,
+    full_disk_is_named,
+    publish,
+    sync_folder,
+    written_whole,
+)
 from quincunx.data_shards.errors import DataError, SettingsError
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 LOCK_PATIENCE_SECONDS, POLL_SECONDS, REPORT_SECONDS = 5.0, 0.2, 60.0
 
@@ -46,11 +51,13 @@ LOCK_PATIENCE_SECONDS, POLL_SECONDS, REPORT_SECONDS = 5.0, 0.2, 60.0
 class Work:
     """An artefact in the making."""
 
-    def __init__(self, path: Path, folder: Path, single: bool, rank: int, world_size: int):
+    def __init__(self, path: Path, folder: Path, single: bool = False, rank: int = 0, world_size: int = 1):
         self.path, self.folder, self.single = path, folder, single
         self.rank, self.world_size = rank, world_size
         self.details: dict[str, Any] = {}
         """What else the manifest says, such as counts; it is not compared."""
+        self.left_unfinished = False
+        """Set by the leading rank if others go on with the work: nothing is published, and what is there stays."""
         self.num_parts = 0
 
     @property
@@ -128,11 +135,27 @@ class Work:
     def _note(self, number: int) -> Path:
         return self.folder / "scratch" / f"part-{number:05d}.json"
 
-    def finish(self, kind: str, made_from: Mapping[str, Any]) -> None:
-        """Gives the artefact its manifest and its name."""
+    def finish(self, kind: str, made_from: Mapping[str, Any], own_manifest: bool) -> None:
+        """Gives the artefact its manifest, unless its maker has written its own, and its name."""
         made = self.folder / "made"
         for left in made.rglob(".*.tmp*"):  # of processes that were killed
             left.unlink()
+        text = "" if own_manifest else self._manifest(kind, made_from)
+        if self.single:
+            os.replace(made / self.path.name, self.path)
+            sync_folder(self.path.parent)
+        if not own_manifest:
+            with written_whole(manifest_path(self.path) if self.single else made / MANIFEST) as file:
+                file.write(text)
+        if not self.single:
+            publish(made, self.path)
+        sync_folder(self.path.parent)
+        (self.folder / BEGUN).unlink(missing_ok=True)  # first, so that nothing goes on with a half of what follows
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _manifest(self, kind: str, made_from: Mapping[str, Any]) -> str:
+        """The text of manifest.json for what is made."""
+        made = self.folder / "made"
         files = {
             str(path.relative_to(made)): {"bytes": path.stat().st_size, "digest": file_digest(path)}
             for path in sorted(made.rglob("*"))
@@ -141,17 +164,7 @@ class Work:
         manifest = {
             "schema": SCHEMA_VERSION, "kind": kind, "made_from": made_from, "details": self.details, "files": files,
         }  # fmt: skip
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        if self.single:
-            os.replace(made / self.path.name, self.path)
-            sync_folder(self.path.parent)
-        with written_whole(manifest_path(self.path) if self.single else made / MANIFEST) as file:
-            file.write(text)
-        if not self.single:
-            publish(made, self.path)
-        sync_folder(self.path.parent)
-        (self.folder / BEGUN).unlink(missing_ok=True)  # first, so that nothing goes on with a half of what follows
-        shutil.rmtree(self.folder, ignore_errors=True)
+        return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -164,11 +177,13 @@ def artefact(
     remake: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    read_own: Callable[[Path], dict[str, Any] | None] | None = None,
 ) -> Iterator[Work | None]:
     """Work on what is to lie at `path`; None if it is there, made from the same. Every rank calls this.
 
     made_from: JSON of all that decides the bytes: settings, and digests of the inputs. remake: what is there, finished
-    or begun, is moved aside to NAME.old-N and made anew.
+    or begun, is moved aside to NAME.old-N and made anew. read_own: of a kind whose maker writes a manifest.json of its
+    own form: what it says as kind, made_from and files, None if there is none.
 
     Raises:
         SettingsError: something else is there, or other work was begun there; another process is at it; the folder
@@ -177,11 +192,12 @@ def artefact(
     """
     path = Path(path)
     made_from = json.loads(json.dumps(made_from))
-    folder = path.with_name(f".{path.name}.work")
+    folder = work_folder(path)
     if remake and rank == 0:
         move_aside(path, folder)
     begun = {"kind": kind, "made_from": made_from}
-    if not is_made(path, kind, made_from, single, begun=read_begun(folder) == begun):
+    read = read_own or functools.partial(read_manifest, single=single)
+    if not is_made(path, kind, made_from, single, read, begun=read_begun(folder) == begun):
         try:
             (folder / "made").mkdir(parents=True, exist_ok=True)
             (folder / "scratch").mkdir(exist_ok=True)
@@ -189,7 +205,7 @@ def artefact(
             raise cannot_write(path, error) from None
         with full_disk_is_named(path.parent), held(folder, path) if rank == 0 else contextlib.nullcontext():
             found = take_up(path, folder, begun, rank)
-            if not is_made(path, kind, made_from, single, begun=found == begun):  # by another process meanwhile
+            if not is_made(path, kind, made_from, single, read, begun=found == begun):  # by another process meanwhile
                 if found is None:
                     own = folder / f"begun-by-{rank}.json"  # all ranks write the same, and none waits for another
                     with written_whole(own) as file:
@@ -202,12 +218,17 @@ def artefact(
                     if rank == 0 and not has_parts(folder):
                         shutil.rmtree(folder, ignore_errors=True)
                     raise
-                if work.leads:
-                    work.finish(kind, made_from)
+                if work.leads and not work.left_unfinished:
+                    work.finish(kind, made_from, own_manifest=read_own is not None)
                 return
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     yield None
+
+
+def work_folder(path: Path) -> Path:
+    """Where an artefact lies while it is made."""
+    return path.with_name(f".{path.name}.work")
 
 
 def take_up(path: Path, folder: Path, begun: dict[str, Any], rank: int) -> dict[str, Any] | None:
@@ -230,7 +251,8 @@ def take_up(path: Path, folder: Path, begun: dict[str, Any], rank: int) -> dict[
 
 
 def has_parts(folder: Path) -> bool:
-    return any((folder / "scratch").glob("part-*.json"))
+    """Whether something was finished that is worth keeping."""
+    return any((folder / "scratch").glob("[!.]*"))
 
 
 def open_artefact(path: str | Path, kind: str, *, single: bool = False, verify: bool = False) -> dict[str, Any]:
@@ -243,6 +265,12 @@ def open_artefact(path: str | Path, kind: str, *, single: bool = False, verify: 
     if manifest is None:
         what = f"no {manifest_path(path).name} beside it" if single else f"no {MANIFEST} in it"
         raise DataError(f"{path} holds no finished {kind} ({what}): run the command that makes it (again)")
+    check_files(path, kind, manifest, single, verify)
+    return manifest
+
+
+def check_files(path: Path, kind: str, manifest: dict[str, Any], single: bool, verify: bool = False) -> None:
+    """Raises DataError if the manifest is of another kind, or a file is not there as it says."""
     if manifest["kind"] != kind:
         raise DataError(f"{path} holds {manifest['kind']}, {kind} are needed: give another --output of a stage")
     for name, entry in manifest["files"].items():
@@ -251,7 +279,6 @@ def open_artefact(path: str | Path, kind: str, *, single: bool = False, verify: 
         if size != entry["bytes"] or (verify and file_digest(file) != entry["digest"]):
             state = "is missing" if size is None else "is damaged"
             raise DataError(f"{file} {state}: run the command that made it with --remake, or put the file back")
-    return manifest
 
 
 def read_manifest(path: Path, single: bool) -> dict[str, Any] | None:
@@ -273,18 +300,26 @@ def read_manifest(path: Path, single: bool) -> dict[str, Any] | None:
     return manifest
 
 
-def is_made(path: Path, kind: str, made_from: Mapping[str, Any], single: bool, begun: bool) -> bool:
+def is_made(
+    path: Path,
+    kind: str,
+    made_from: Mapping[str, Any],
+    single: bool,
+    read: Callable[[Path], dict[str, Any] | None],
+    begun: bool,
+) -> bool:
     """Whether the artefact is there, with its files.
 
-    begun: this very work was begun before, so that a file without manifest is its own.
+    read: gives its manifest. begun: this very work was begun before, so that a file without manifest is its own.
     """
     if not path.exists() and not manifest_path(path).exists():
         return False
-    if read_manifest(path, single) is None:
+    manifest = read(path)
+    if manifest is None:
         if begun or (path.is_dir() and not any(path.iterdir())):
             return False
         raise SettingsError(f"{path} is there already, and no stage made it: remove it, or give another --output")
-    manifest = open_artefact(path, kind, single=single)
+    check_files(path, kind, manifest, single)
     if manifest["made_from"] != made_from:
         raise SettingsError(
             f"{path} is there already and was made otherwise ({differences(manifest['made_from'], made_from)}): give "
@@ -348,87 +383,3 @@ def held(folder: Path, path: Path) -> Iterator[None]:
                     ) from None
             break
         yield
-
-
-@contextlib.contextmanager
-def written_whole(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file that takes its name when the block ends well, synced to disk; after an error nothing has changed.
-
-    mode: "w" (UTF-8 text) or "wb". Raises SettingsError if the folder cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_dead(path)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        file = open(temporary, mode) if "b" in mode else open(temporary, mode, encoding="utf-8", newline="\n")  # noqa: SIM115
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise
-        raise cannot_write(path, error) from None
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_dead(path: Path) -> None:
-    """Removes what processes that are dead have left of this file."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp*"):
-        try:
-            os.kill(int(left.name.rpartition(".tmp")[2]), 0)
-        except ProcessLookupError:
-            left.unlink(missing_ok=True)
-        except (ValueError, PermissionError):
-            continue
-
-
-def publish(staging: Path, path: Path) -> None:
-    """Gives a finished folder its name, everything in it on the disk before."""
-    for folder in [staging, *(entry for entry in staging.rglob("*") if entry.is_dir())]:
-        sync_folder(folder)
-    if path.is_dir():  # empty, as is_made has seen
-        path.rmdir()
-    os.rename(staging, path)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def full_disk_is_named(folder: Path) -> Iterator[None]:
-    """Turns a full disk or quota into a DataError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise DataError(
-            f"the disk of {folder} is full ({error.strerror}): free space and run the same command again, what is "
-            "finished is kept"
-        ) from None
-
-
-def cannot_write(path: Path, error: OSError) -> SettingsError:
-    return SettingsError(f"{path} cannot be written ({error.strerror}): give a place that you may write to")
-
-
-def file_digest(path: str | Path) -> str:
-    """xxh3_128 of a file's content, 32 hex digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()

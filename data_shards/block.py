@@ -6,7 +6,7 @@ missing. Token ids carry no [CLS] and no closing [SEP]. Everything is little-end
     bytes   content
     8       magic b"QXBLOCK\\0"
     2       block version (1)
-    2       bytes per token id: 2 where the vocabulary fits, else 4
+    2       bytes per token id: 2 if the vocabulary fits, else 4
     4       N, samples
     4       F, text fields (3: passage, queries, continuation)
     4       zero
@@ -36,7 +36,7 @@ CHECKSUM_BYTES = 8
 
 
 class Text(NamedTuple):
-    """token_ids: integers [n]; word_starts: bool [n], True where a token is the first of a word."""
+    """token_ids: integers [n]; word_starts: bool [n], True if a token is the first of a word."""
 
     token_ids: np.ndarray
     word_starts: np.ndarray
@@ -86,14 +86,14 @@ class Block:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id of the vocabulary fits, else uint32."""
+    """uint16 if every id of the vocabulary fits, else uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def decode_block(data: bytes, *, check: bool = True) -> Block:
     """Views into `data`, which must stay unchanged.
 
-    check: compare the block's own checksum; leave it out where the caller has compared a digest of all of `data`.
+    check: compare the block's own checksum; leave it out if the caller has compared a digest of all of `data`.
 
     Raises:
         DataError: not a block, a newer block version, a wrong size, or a wrong checksum.

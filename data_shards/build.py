@@ -1,114 +1,98 @@
-"""A corpus to a shard set: plan, tasks, merge, manifest last.
+"""A corpus to a shard set, one artefact (artefact.py): tasks write shards, then they are merged and published.
 
-The unfinished build lives in `<output>/work`: identity.json says what is being built, each finished task has left a
-result there. The same command continues a build that was stopped at any moment, and gives the same bytes as one that
-was not, whatever the number of workers; the number of tasks is part of what decides the bytes, so it follows from the
-corpus, not from the machine.
+The same command continues a build that was stopped at any moment, and gives the same bytes as one that was not,
+whatever the number of workers. The number of tasks is part of what decides the bytes, so it follows from the corpus,
+not from the machine.
 """
 
-import errno
-import fcntl
-import json
+import contextlib
+import multiprocessing
 import os
-import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from tqdm import tqdm
+
+from quincunx.data_shards.artefact import BEGUN, Work, artefact, read_begun, work_folder
 from quincunx.data_shards.block import VERSION as BLOCK_VERSION
-from quincunx.data_shards.build_merge import PUBLISHING_NAME, merge_tasks
+from quincunx.data_shards.build_merge import merge_tasks
 from quincunx.data_shards.build_settings import TRAIN_PREFIX, BuildSettings
-from quincunx.data_shards.build_task import TaskPlan
-from quincunx.data_shards.documents import Input
+from quincunx.data_shards.build_task import TaskPlan, run_task
+from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest
-from quincunx.data_shards.shard_writer import full_disk_is_named, write_file
-from quincunx.data_shards.shards import check_shard_sizes
+from quincunx.data_shards.generations import index_generations, list_generation_files
+from quincunx.data_shards.manifest import MANIFEST_NAME, SCHEMA_VERSION, TOKENIZER_FOLDER, FileEntry, Manifest
+from quincunx.data_shards.passages import document_texts
+from quincunx.data_shards.readers import list_inputs, read_documents
+from quincunx.data_shards.records import Input
+from quincunx.data_shards.shards import LocalFiles, read_manifest
+from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
+from quincunx.data_shards.tokenizer_training import train_wordpiece
 
-WORK_FOLDER = "work"
-IDENTITY_NAME = "identity.json"
+KIND = "shards"
 TASK_BYTES = 8 * 2**20
 MAX_TASKS = 4096
+# The pool's fork server imports these once, instead of every worker; transformers alone takes seconds.
+PRELOADED = [
+    "quincunx.data_shards.build_task",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.bert.tokenization_bert",
+]
 
 
 def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str], None] = print) -> Manifest | None:
     """Builds, or continues building, the shard set that `settings` describe.
 
-    command: what the user ran, recorded in build.json. Returns the manifest, or None where Slurm has the tasks now.
+    command: what the user ran, recorded in build.json. Returns the manifest, or None if Slurm has the tasks now.
 
     Raises:
         SettingsError: an output folder that holds something else, is in use, or cannot be written.
-        DataError: an empty or damaged corpus, duplicate passage ids, a full disk; without overwrite also a finished
-            set in the output folder that is damaged.
+        DataError: an empty or damaged corpus, duplicate passage ids, a full disk; a finished set in the output folder
+            that is damaged.
     """
-    from quincunx.data_shards.readers import list_inputs
-
     started = time.time()
     inputs = list_inputs(settings.format, settings.path)
     say(f"{len(inputs)} inputs, {sum(source.bytes for source in inputs) / 1e6:,.1f} MB")
-    identity = build_identity(settings, inputs)
     output = Path(settings.output)
-    if not settings.overwrite and (finished := finished_set(output)):
-        if identity_of(finished) != identity:
-            raise SettingsError(
-                f"{output} holds another shard set ({differences(identity_of(finished), identity)}): give another "
-                "output, or --overwrite to replace it"
-            )
-        check_shard_sizes(settings.output, finished)
-        remove_leftover(output)
-        say(f"{output} already holds this shard set, complete (dataset id {finished.dataset_id}): nothing to do")
-        return finished
-    with working_folder(output, identity, settings.overwrite) as work:
-        with full_disk_is_named(output):
-            plan = write_plan(settings, identity, work, say)
-            if not run_plan(settings, plan):
-                say("Run the same command again when the tasks are finished: it completes the shard set.")
-                return None
-        manifest = merge_tasks(
-            plan,
-            output,
-            sources=tuple(FileEntry(**source) for source in identity["sources"]),
-            record={
-                "command": command,
-                "folder": os.getcwd(),
-                "settings": asdict(settings),
-                "versions": versions(),
-                "seconds": round(time.time() - started, 1),
-            },
-        )
-        remove_work(work)
-    return manifest
+    content, made_from = identify(settings, inputs)
+    if not settings.remake:
+        rebuild_lost_shards(settings, content, made_from, say)
+        keep_tasks_without_bad_records(output, made_from)
+    with artefact(output, KIND, made_from, remake=settings.remake, read_own=read_made_from) as work:
+        if work is None:
+            manifest = read_manifest(LocalFiles(settings.output))
+            say(f"{output} already holds this shard set, complete (dataset id {manifest.dataset_id}): nothing to do")
+            return manifest
+        plan = make_plan(settings, content, work, say)
+        if not run_tasks(plan, settings):
+            work.left_unfinished = True
+            say("Run the same command again (without --remake) when the tasks are finished: it completes the set.")
+            return None
+        record = {
+            "command": [word for word in command if word != "--remake"],  # run again, it fixes the set
+            "folder": os.getcwd(),
+            "settings": asdict(settings),
+            "versions": versions(),
+            "seconds": round(time.time() - started, 1),
+        }
+        return merge_tasks(plan, tuple(FileEntry(**source) for source in made_from["corpus"]), record)
 
 
-def run_plan(settings: BuildSettings, plan: TaskPlan) -> bool:
-    """Stage 1 with the executor that the settings ask for; False where tasks are still to come."""
-    from quincunx.data_shards.build_executor import run_tasks
-
-    workers = settings.workers or (len(os.sched_getaffinity(0)) if settings.executor == "local" else -1)
-    slurm = dict(argument.split("=", 1) for argument in settings.slurm_args)
-    slurm |= {"partition": settings.slurm_partition, "time": settings.slurm_time}
-    return run_tasks(plan, settings.executor, workers, slurm, settings.progress)
-
-
-def build_identity(settings: BuildSettings, inputs: list[Input]) -> dict[str, Any]:
-    """What decides the bytes of the set: the settings that matter, the sources' digests, the tokenizer's."""
-    from quincunx.data_shards.generations import list_generation_files
-    from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
-
+def identify(settings: BuildSettings, inputs: list[Input]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that decide the bytes of the set, and all that does: also the sources and a given tokenizer."""
     trained = settings.tokenizer.startswith(TRAIN_PREFIX)
     files = list_generation_files(settings.generations)
-    generated = [Input(path.name, (path,), path.stat().st_size) for path in files]
+    sources = [*inputs, *(Input(path.name, (path,), path.stat().st_size) for path in files)]
     with ThreadPoolExecutor(8) as pool:
-        digests = list(pool.map(lambda source: source.digest, [*inputs, *generated]))
-    sources = [
-        {"name": source.name, "bytes": source.bytes, "digest": digest}
-        for source, digest in zip([*inputs, *generated], digests)
-    ]
+        digests = list(pool.map(lambda source: source.digest, sources))
     input_bytes = sum(source.bytes for source in inputs)
     content = {
         "format": settings.format,
@@ -123,150 +107,94 @@ def build_identity(settings: BuildSettings, inputs: list[Input]) -> dict[str, An
         "block_samples": settings.block_samples,
         "shard_bytes": settings.shard_bytes,
         "num_buckets": settings.num_buckets,
-        "num_generation_files": len(generated),
+        "num_generation_files": len(files),
         "block_version": BLOCK_VERSION,
         "schema_version": SCHEMA_VERSION,
     } | ({"pairs": True} if settings.pairs else {})  # absent otherwise: sets from before it keep their identity
-    digest = "" if trained else tokenizer_digest(load_tokenizer(settings.tokenizer))
-    return {"content": content, "sources": sources, "given_tokenizer": digest}
-
-
-def identity_of(manifest: Manifest) -> dict[str, Any]:
-    """The identity that a finished set was built from."""
-    given = manifest.settings.get("tokenizer") == "given"
-    return {
-        "content": manifest.settings,
-        "sources": [asdict(source) for source in manifest.sources],
-        "given_tokenizer": manifest.tokenizer_digest if given else "",
+    return content, content | {
+        "corpus": [{"name": s.name, "bytes": s.bytes, "digest": digest} for s, digest in zip(sources, digests)],
+        "tokenizer_digest": "" if trained else tokenizer_digest(load_tokenizer(settings.tokenizer)),
     }
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """What differs between two identities, for a message."""
-    parts = [
-        f"{key} {found['content'].get(key)} there, {value} here"
-        for key, value in wanted["content"].items()
-        if found["content"].get(key) != value
-    ]
-    parts += ["another corpus"] * (found["sources"] != wanted["sources"])
-    parts += ["another tokenizer"] * (found["given_tokenizer"] != wanted["given_tokenizer"])
-    return ", ".join(parts)
-
-
-def finished_set(output: Path) -> Manifest | None:
-    """The manifest in the output folder; None where there is none.
+def read_made_from(output: Path) -> dict[str, Any] | None:
+    """What a finished set says about itself, as artefact.py asks for it; None if there is none.
 
     Raises:
-        SettingsError: a folder or manifest that this user may not read.
         DataError: a manifest that is damaged, foreign or of a newer version.
     """
-    path = output / MANIFEST_NAME
-    try:
-        return Manifest.from_json(path.read_text("utf-8", "replace"), str(path))
-    except (FileNotFoundError, NotADirectoryError):
+    files = LocalFiles(str(output))
+    if files.read_all(MANIFEST_NAME) is None:
         return None
-    except OSError as error:
-        raise unusable_output(output, error) from None
-    except DataError as error:
-        raise DataError(f"{error}, or build anew in its place with --overwrite") from None
+    manifest = read_manifest(files)
+    given = manifest.settings.get("tokenizer") == "given"
+    entries = {entry.name: entry for entry in (*manifest.shards, manifest.statistics)}
+    entries |= {f"{TOKENIZER_FOLDER}/{entry.name}": entry for entry in manifest.tokenizer_files}
+    return {
+        "kind": KIND,
+        "made_from": manifest.settings
+        | {
+            "corpus": [asdict(source) for source in manifest.sources],
+            "tokenizer_digest": manifest.tokenizer_digest if given else "",
+        },
+        "files": {name: {"bytes": entry.bytes, "digest": entry.digest} for name, entry in entries.items()},
+    }
 
 
-def unusable_output(output: Path, error: OSError) -> SettingsError:
-    return SettingsError(
-        f"output {output} cannot be used ({error.strerror}): give a folder that you may read and write, or a new one"
-    )
-
-
-@contextmanager
-def working_folder(output: Path, identity: dict[str, Any], overwrite: bool) -> Iterator[Path]:
-    """The folder of the unfinished build, locked for this process; `remove_work` removes it when it has served.
-
-    What lies there goes on being used if it belongs to the same identity and no set was published from it.
+def rebuild_lost_shards(
+    settings: BuildSettings, content: dict[str, Any], made_from: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Makes shards of a finished set again that are missing or cut; only their tasks run.
 
     Raises:
-        SettingsError: another process builds there, an unfinished build with other settings is there, or the folder
-            cannot be written or locked.
-        DataError: a full disk.
+        DataError: a shard that comes out differently.
     """
-    work = output / WORK_FOLDER
-    try:
-        with full_disk_is_named(output):
-            work.mkdir(parents=True, exist_ok=True)
-            lock = open(work / "lock", "w")  # noqa: SIM115 - closed by the next statement
-    except OSError as error:
-        raise unusable_output(output, error) from None
-    with lock:
-        take_lock(lock, output)
-        identity_file = work / IDENTITY_NAME
-        found = json.loads(identity_file.read_text()) if identity_file.exists() else None
-        if found and identity["content"]["on_bad_record"] == "skip":  # tasks finished under "stop" met no bad record
-            found["content"]["on_bad_record"] = "skip"
-        if found and not overwrite and found | {"sources": identity["sources"]} != identity:
-            raise SettingsError(
-                f"{output} holds an unfinished build ({differences(found, identity)}): finish it with its own "
-                f"command, delete {work}, give another output, or --overwrite to start anew"
-            )
-        published = (work / PUBLISHING_NAME).exists() and (output / MANIFEST_NAME).exists()
-        if found != identity or published:  # nothing that lies here may be used again
-            for entry in work.iterdir():
-                if entry.name != "lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for name in ("shards", "tasks"):
-            (work / name).mkdir(exist_ok=True)
-            for temporary in (work / name).glob(".*.tmp"):
-                temporary.unlink()
-        write_file(identity_file, json.dumps(identity).encode())
-        yield work
+    output = Path(settings.output)
+    found = read_made_from(output)
+    if found is None or found["made_from"] != made_from:
+        return
+    sizes = {path.name: path.stat().st_size for path in output.glob("*.tar")}
+    shards = {name: entry for name, entry in found["files"].items() if name.endswith(".tar")}
+    lost = [name for name, entry in shards.items() if sizes.get(name) != entry["bytes"]]
+    if not lost:
+        return
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        plan = make_plan(settings, content, Work(output, Path(folder)), say)
+        for task in sorted({int(name.split("-")[1]) for name in lost}):
+            say(f"running task {task} of the build again")
+            run_task(plan, task)
+        for name in lost:
+            made = plan.work.made(name)
+            if not made.exists() or file_digest(made) != shards[name]["digest"]:
+                raise DataError(
+                    f"{output / name} came out differently when it was made again, so another version of quincunx or "
+                    "of a library made it: copy it again, or make the whole set anew with --remake"
+                )
+            os.replace(made, output / name)
 
 
-def take_lock(lock: TextIO, output: Path) -> None:
-    """Locks an open file for this process; raises SettingsError where another holds it or the file system has none."""
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a forked child does not inherit this kind
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise SettingsError(f"{output} is being built by another process: wait for it, or stop it first") from None
-        raise SettingsError(
-            f"the file system of output {output} gives no locks ({error.strerror}), which keep two builds apart: give "
-            "an output on a file system that does"
-        ) from None
+def keep_tasks_without_bad_records(output: Path, made_from: dict[str, Any]) -> None:
+    """Lets a build that a bad record stopped go on with --on_bad_record skip: its finished tasks have met none."""
+    begun = {"kind": KIND, "made_from": made_from | {"on_bad_record": "stop"}}
+    if made_from["on_bad_record"] == "skip" and read_begun(work_folder(output)) == begun:
+        (work_folder(output) / BEGUN).unlink()
 
 
-def remove_work(work: Path) -> None:
-    """Removes the working folder; its identity goes first, so that nothing uses a half-removed one."""
-    (work / IDENTITY_NAME).unlink()
-    shutil.rmtree(work)
-
-
-def remove_leftover(output: Path) -> None:
-    """Removes what a build left that was killed just after publishing; the work of one that goes on stays."""
-    work = output / WORK_FOLDER
-    if (work / PUBLISHING_NAME).exists() or (work.is_dir() and not (work / IDENTITY_NAME).exists()):
-        with open(work / "lock", "w") as lock, suppress(SettingsError):
-            take_lock(lock, output)
-            shutil.rmtree(work)
-
-
-def write_plan(settings: BuildSettings, identity: dict[str, Any], work: Path, say: Callable[[str], None]) -> TaskPlan:
-    """Puts the tokenizer into the working folder, trained where the settings ask for it, and returns the plan."""
-    folder = work / "tokenizer"
-    if not folder.exists():
-        from quincunx.data_shards.tokenizer import load_tokenizer
-        from quincunx.data_shards.tokenizer_training import train_wordpiece
-
+def make_plan(settings: BuildSettings, content: dict[str, Any], work: Work, say: Callable[[str], None]) -> TaskPlan:
+    """Makes the tokenizer, trained if the settings ask for it, and the index of generated texts; returns the plan."""
+    tokenizer_folder = work.scratch("tokenizer")
+    if not tokenizer_folder.exists():
         if settings.tokenizer.startswith(TRAIN_PREFIX):
             size = int(settings.tokenizer.removeprefix(TRAIN_PREFIX))
             say(f"Training a WordPiece tokenizer of {size} on up to {settings.tokenizer_megabytes} MB of the corpus")
-            tokenizer = train_wordpiece(sample_texts(settings, identity["content"]["tasks"]), size)
+            tokenizer = train_wordpiece(sample_texts(settings, content["tasks"]), size)
         else:
             tokenizer = load_tokenizer(settings.tokenizer)
-        unfinished = work / "tokenizer.tmp"
+        unfinished = work.scratch(".tokenizer.tmp")
         tokenizer.save_pretrained(unfinished)
-        os.rename(unfinished, folder)
-    index = work / "generations.index"
+        os.rename(unfinished, tokenizer_folder)
+    index = work.scratch("generations.index")
     if settings.generations and not index.exists():
-        from quincunx.data_shards.generations import index_generations
-
         counts = index_generations(settings.generations, index)
         say(
             f"Generations for {counts.passages:,} passages: queries for {counts.queries:,}, "
@@ -275,18 +203,15 @@ def write_plan(settings: BuildSettings, identity: dict[str, Any], work: Path, sa
     return TaskPlan(
         format=settings.format,
         path=settings.path,
-        tokenizer=str(folder),
+        tokenizer=str(tokenizer_folder),
         generations=str(index) if settings.generations else "",
-        work=str(work),
-        content=identity["content"],
+        work=work,
+        content=content,
     )
 
 
 def sample_texts(settings: BuildSettings, tasks: int) -> Iterator[str]:
     """The first texts of each task's part, evenly, to `tokenizer_megabytes` in all."""
-    from quincunx.data_shards.passages import document_texts
-    from quincunx.data_shards.readers import read_documents
-
     budget = settings.tokenizer_megabytes * 10**6 // tasks
     for task in range(tasks):
         taken = 0
@@ -302,5 +227,146 @@ def versions() -> dict[str, str]:
     """Of what decides how a build behaves."""
     from importlib.metadata import version
 
-    names = ("quincunx", "datatrove", "tokenizers", "transformers", "webdataset", "numpy")
+    names = ("quincunx", "datatrove", "tokenizers", "transformers", "numpy")
     return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+
+
+def run_tasks(plan: TaskPlan, settings: BuildSettings) -> bool:
+    """Runs every unfinished task; returns whether all are finished now (Slurm jobs may take their time).
+
+    Raises:
+        SettingsError: the executor's own software is not there.
+        DataError: what a task failed with.
+    """
+    missing = [task for task in range(plan.num_tasks) if not plan.work.is_done(task)]
+    if missing and settings.executor == "local":
+        run_locally(plan, missing, settings.workers or len(os.sched_getaffinity(0)), settings.progress)
+    elif missing:
+        for task in missing:  # a marker of datatrove's may have outlived its files in a crash
+            Path(plan.datatrove_folder, "completions", f"{task:05d}").unlink(missing_ok=True)
+        run = run_on_ray if settings.executor == "ray" else submit_to_slurm
+        return run(plan, settings, len(missing))
+    return True
+
+
+def run_locally(plan: TaskPlan, tasks: list[int], workers: int, show_progress: bool) -> None:
+    """Runs tasks on this machine's cores, a bar of finished tasks on stderr."""
+    run = partial(run_task, plan)
+    with contextlib.ExitStack() as stack:
+        seconds = 0.1 if sys.stderr.isatty() else 30  # a log file gets a line now and then
+        bar = tqdm(
+            total=plan.num_tasks, initial=plan.num_tasks - len(tasks), desc="shards", unit="task", mininterval=seconds,
+            disable=not show_progress,
+        )  # fmt: skip
+        stack.enter_context(bar)
+        if min(workers, len(tasks)) == 1:
+            results = map(run, tasks)
+        else:
+            context = multiprocessing.get_context("forkserver")  # a killed builder's workers end after their task
+            context.set_forkserver_preload(PRELOADED)
+            pool = stack.enter_context(context.Pool(min(workers, len(tasks))))
+            results = pool.imap_unordered(run, tasks)
+        for _ in results:
+            bar.update()
+
+
+class TaskStep:
+    """A datatrove pipeline of one step: run task `rank` of the plan; leaves what it fails with for the builder."""
+
+    def __init__(self, plan: TaskPlan):
+        self.plan = plan
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        try:
+            run_task(self.plan, rank)
+        except Exception as error:
+            known = isinstance(error, (DataError, SettingsError))
+            text = str(error) if known else f"{type(error).__name__}: {error} (see {self.plan.datatrove_folder}/logs)"
+            with contextlib.suppress(OSError):  # a full disk, say, which is what the task failed with
+                self.plan.task_file(rank, "error").write_text(text)
+            raise
+
+
+def raise_errors(plan: TaskPlan) -> None:
+    """Raises DataError with what tasks on other machines failed with, once; a rerun tries them again."""
+    paths = sorted(plan.work.scratch("tasks").glob("*-error"))
+    errors = [f"task {path.name.split('-')[0]}: {path.read_text()}" for path in paths]
+    for path in paths:
+        path.unlink()
+    if errors:
+        more = f" (and {len(errors) - 1} more tasks failed)" if len(errors) > 1 else ""
+        raise DataError(errors[0] + more)
+
+
+def run_on_ray(plan: TaskPlan, settings: BuildSettings, num_missing: int) -> bool:
+    try:
+        import ray  # noqa: F401
+        from datatrove.executor.ray import RayPipelineExecutor
+    except ImportError:
+        raise SettingsError("executor ray needs ray: pip install 'quincunx[ray]', or give --executor local") from None
+    executor = RayPipelineExecutor(
+        [TaskStep(plan)], plan.num_tasks, settings.workers or -1, logging_dir=plan.datatrove_folder
+    )
+    with datatrove_logs_to_a_file(plan):
+        executor.run()
+    raise_errors(plan)
+    if not all(plan.work.is_done(task) for task in range(plan.num_tasks)):
+        raise DataError(f"tasks ended without a result: see {plan.datatrove_folder}, and run the same command again")
+    return True
+
+
+def submit_to_slurm(plan: TaskPlan, settings: BuildSettings, num_missing: int) -> bool:
+    """Submits a job array of the unfinished tasks, unless the one submitted before is still in the queue."""
+    from datatrove.executor.slurm import SlurmPipelineExecutor
+
+    job_file = plan.work.scratch("slurm_job")
+    arguments = dict(argument.split("=", 1) for argument in settings.slurm_args)
+    try:
+        if job_file.exists():
+            job = job_file.read_text()
+            queue = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True).stdout
+            if queue.strip():
+                finished = plan.num_tasks - num_missing
+                print(f"Slurm job {job} is in the queue, {finished} of {plan.num_tasks} tasks are finished.")
+                return False
+            raise_errors(plan)
+        executor = SlurmPipelineExecutor(
+            [TaskStep(plan)],
+            plan.num_tasks,
+            time=settings.slurm_time,
+            partition=settings.slurm_partition,
+            mem_per_cpu_gb=int(arguments.pop("mem_per_cpu_gb", 4)),
+            workers=settings.workers or -1,
+            job_name="quincunx-shards",
+            qos="",
+            venv_path=f"{sys.prefix}/bin/activate" if sys.prefix != sys.base_prefix else None,
+            sbatch_args={key: value for key, value in arguments.items() if key not in ("partition", "time")},
+            logging_dir=plan.datatrove_folder,
+        )
+        with datatrove_logs_to_a_file(plan):
+            executor.run()
+    except FileNotFoundError as error:
+        raise SettingsError(f"executor slurm needs {error.filename} on this machine: give --executor local") from None
+    except subprocess.CalledProcessError as error:
+        raise SettingsError(
+            f"sbatch refused the job (exit {error.returncode}): see its message and {plan.datatrove_folder}, and check "
+            "--slurm_partition, --slurm_time and --slurm_args"
+        ) from None
+    job_file.write_text(str(executor.job_id))
+    print(f"Submitted {num_missing} tasks as Slurm job {executor.job_id}.")
+    return False
+
+
+@contextlib.contextmanager
+def datatrove_logs_to_a_file(plan: TaskPlan) -> Iterator[None]:
+    """datatrove's messages of this process go to a file instead of the terminal."""
+    from datatrove.utils.logging import logger
+
+    Path(plan.datatrove_folder).mkdir(exist_ok=True)
+    with open(Path(plan.datatrove_folder, "build.log"), "a") as log, contextlib.redirect_stderr(log):
+        logger.remove()
+        logger.add(log)
+        try:
+            yield
+        finally:
+            logger.remove()

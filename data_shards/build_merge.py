@@ -1,11 +1,10 @@
-"""Stage 2 of a build: the tasks' results become one shard set.
+"""The end of a build: the tasks' results become one shard set.
 
-Passage ids are checked over the whole corpus, statistics are added up, shards move into the output folder, and the
-manifest, written last, turns the folder into a shard set. Every step can be repeated after a kill.
+Passage ids are checked over the whole corpus, statistics are added up, and everything is written that lies beside the
+shards. Every step can be repeated after a kill.
 """
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,44 +18,20 @@ import numpy as np
 from quincunx.data_shards.build_task import TaskPlan, id_hash
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.generations import Generations
-from quincunx.data_shards.manifest import (
-    BUILD_NAME,
-    MANIFEST_NAME,
-    SPLITS,
-    FileEntry,
-    Manifest,
-    ShardEntry,
-    shard_from_json,
-)
-from quincunx.data_shards.shard_writer import (
-    check_training_shards,
-    finish_shard_set,
-    full_disk_is_named,
-    sync_folder,
-    write_file,
-)
-from quincunx.data_shards.statistics import Statistics
-from quincunx.data_shards.statistics_counter import StatisticsCounter
+from quincunx.data_shards.manifest import BUILD_NAME, SPLITS, FileEntry, Manifest, ShardEntry, shard_from_json
+from quincunx.data_shards.shard_writer import StatisticsCounter, finish_shard_set, write_file
+from quincunx.data_shards.shards import Statistics
 from quincunx.data_shards.tokenizer import load_tokenizer
 
-PROBE_FOLDER = "probe"
-PAIRS_FOLDER = "pairs"
-PUBLISHING_NAME = "publishing"
-"""File in the working folder from when the manifest that was in the output folder is gone."""
-HASHES_AT_ONCE = 2**24
 
-
-def merge_tasks(plan: TaskPlan, output: Path, sources: tuple[FileEntry, ...], record: dict[str, Any]) -> Manifest:
-    """Publishes the finished tasks of `plan` as the shard set `output`; `record` becomes build.json.
-
-    What can be refused is refused before anything of a set that lies in `output` is touched.
+def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str, Any]) -> Manifest:
+    """Makes a shard set of the finished tasks' shards; `record` becomes build.json.
 
     Raises:
         DataError: a corpus without passages or without training passages, duplicate passage ids, no natural queries
-            for a probe or pairs that were asked for, a full disk.
+            for a probe or pairs that were asked for.
     """
-    work = Path(plan.work)
-    results = [read_result(plan, task) for task in range(plan.content["tasks"])]
+    results = [json.loads(plan.work.part_file(task).read_text()) for task in range(plan.num_tasks)]
     counts: Counter[str] = Counter()
     fields = {split: Counter() for split in SPLITS}
     for result in results:
@@ -66,118 +41,73 @@ def merge_tasks(plan: TaskPlan, output: Path, sources: tuple[FileEntry, ...], re
     if plan.generations:
         with closing(Generations(Path(plan.generations))) as generations:
             counts["unknown_generations"] = generations.counts.passages - counts["joined_generations"]
-    shards = [shard for split in SPLITS for result in results for shard in result["shards"] if shard.split == split]
+    entries = [shard_from_json(shard) for result in results for shard in result["shards"]]
+    shards = [shard for split in SPLITS for shard in entries if shard.split == split]
     if not shards:
         raise DataError(
             f"the corpus {plan.path} holds no passage ({counts['bad_records']} bad records, {counts['empty_passages']} "
             "empty passages): check the path and the format"
         )
-    check_training_shards(shards)
-    check_duplicates(plan, shards, output)
+    check_duplicates(plan, shards)
     tokenizer = load_tokenizer(plan.tokenizer)
     counter = StatisticsCounter(len(tokenizer), plan.content["num_buckets"])
-    for task in range(plan.content["tasks"]):
+    for task in range(plan.num_tasks):
         counter.add_statistics(Statistics.from_bytes(plan.task_file(task, "statistics.npz").read_bytes()))
-    examples = [example for result in results for example in result["examples"]]
-    with full_disk_is_named(output):
-        write_probe(plan, work)
-        pairs = write_pairs(plan, work)
-        (output / MANIFEST_NAME).unlink(missing_ok=True)  # from here on, the set that was here is no more
-        (work / PUBLISHING_NAME).touch()
-        move_shards(plan, output, shards)
-        for name in (PROBE_FOLDER, PAIRS_FOLDER):
-            move_folder(work / name, output / name)
-        record = record | {"bad_record_examples": examples} | ({"pairs": pairs} if pairs else {})
-        write_file(output / BUILD_NAME, (json.dumps(record, indent=1) + "\n").encode())
-        return finish_shard_set(
-            output,
-            tokenizer,
-            counter,
-            shards=shards,
-            fields={split: dict(fields[split]) for split in SPLITS},
-            max_tokens=plan.content["max_tokens"],
-            settings=plan.content,
-            counts=dict(sorted(counts.items())),
-            sources=sources,
-        )
+    record = record | {"bad_record_examples": [example for result in results for example in result["examples"]]}
+    if plan.content["probe_queries"]:
+        write_probe(plan, plan.shards_folder / "probe")
+    if plan.content.get("pairs"):
+        record["pairs"] = write_pairs(plan, plan.shards_folder / "pairs")
+    write_file(plan.shards_folder / BUILD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+    return finish_shard_set(
+        plan.shards_folder,
+        tokenizer,
+        counter,
+        shards=shards,
+        fields={split: dict(fields[split]) for split in SPLITS},
+        max_tokens=plan.content["max_tokens"],
+        settings=plan.content,
+        counts=dict(sorted(counts.items())),
+        sources=sources,
+    )
 
 
-def read_result(plan: TaskPlan, task: int) -> dict[str, Any]:
-    """What a task left: its shards' entries, fields, counts and examples of bad records."""
-    result = json.loads(plan.task_file(task, "result.json").read_text())
-    return result | {"shards": [shard_from_json(shard) for shard in result["shards"]]}
-
-
-def check_duplicates(plan: TaskPlan, shards: list[ShardEntry], output: Path) -> None:
+def check_duplicates(plan: TaskPlan, shards: list[ShardEntry]) -> None:
     """Raises DataError naming passage ids that occur more than once in the corpus.
 
-    Works on the tasks' sorted 64-bit hashes, a range of values at a time, so memory stays bounded (128 MB); ids are
-    compared only where two hashes agree.
+    Takes 8 bytes a passage: the tasks' 64-bit hashes are sorted, and ids compared only if two hashes agree.
     """
-    files = [plan.task_file(task, "hashes.bin") for task in range(plan.content["tasks"])]
-    hashes = [np.memmap(path, "<u8", "r") for path in files if path.stat().st_size]
-    num_ranges = 1 + sum(map(len, hashes)) // HASHES_AT_ONCE
-    suspects: set[int] = set()
-    for k in range(num_ranges):
-        low, high = (np.uint64(min(2**64 - 1, edge * 2**64 // num_ranges)) for edge in (k, k + 1))
-        side = "right" if k + 1 == num_ranges else "left"
-        part = np.concatenate([h[np.searchsorted(h, low) : np.searchsorted(h, high, side)] for h in hashes])
-        part.sort()
-        suspects.update(part[1:][part[1:] == part[:-1]].tolist())
+    hashes = np.concatenate([np.fromfile(plan.task_file(task, "hashes.bin"), "<u8") for task in range(plan.num_tasks)])
+    hashes.sort()
+    suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if not suspects:
         return
-    found = Counter(
-        passage_id for passage_id in read_passage_ids(plan, shards, output) if id_hash(passage_id) in suspects
-    )
+    found = Counter(passage_id for passage_id in read_passage_ids(plan, shards) if id_hash(passage_id) in suspects)
     duplicates = {passage_id: count for passage_id, count in found.items() if count > 1}
     if duplicates:
         listed = ", ".join(f"{passage_id!r} ({count} times)" for passage_id, count in islice(duplicates.items(), 5))
         raise DataError(
             f"{len(duplicates)} passage ids of {plan.path} occur more than once: {listed}; generations and held-out "
-            "passages are found by id, so give every passage its own and build again with --overwrite"
+            "passages are found by id, so give every passage its own and build again with --remake"
         )
 
 
-def read_passage_ids(plan: TaskPlan, shards: list[ShardEntry], output: Path) -> Iterator[str]:
-    """Every passage id of the shards, which may have moved to `output` already."""
+def read_passage_ids(plan: TaskPlan, shards: list[ShardEntry]) -> Iterator[str]:
+    """Every passage id of the shards."""
     for shard in shards:
-        path = plan.shards_folder / shard.name
-        with open(path if path.exists() else output / shard.name, "rb") as file:
+        with open(plan.shards_folder / shard.name, "rb") as file:
             for block in shard.blocks:
                 file.seek(block.ids_offset)
                 yield from file.read(block.ids_size).decode().split("\n")
 
 
-def move_shards(plan: TaskPlan, output: Path, shards: list[ShardEntry]) -> None:
-    """Moves the shards beside the manifest to come; shards of a set that was there before are deleted."""
-    names = {shard.name for shard in shards}
-    for old in output.glob("*.tar"):
-        if old.name.split("-")[0] in SPLITS and old.name not in names:
-            old.unlink()
-    for name in sorted(names):
-        if (plan.shards_folder / name).exists():  # else an interrupted merge has moved it
-            os.replace(plan.shards_folder / name, output / name)
-    sync_folder(output)
-
-
-def move_folder(source: Path, target: Path) -> None:
-    """Puts a folder in the place of another; where there is no such folder, the other is only removed."""
-    shutil.rmtree(target, ignore_errors=True)
-    if source.exists():
-        os.replace(source, target)
-
-
-def write_probe(plan: TaskPlan, parent: Path) -> None:
+def write_probe(plan: TaskPlan, folder: Path) -> None:
     """Writes held-out passages with natural queries as a BEIR folder: the retrieval probe's queries, corpus and qrels.
 
     All held-out passages are the corpus; at most `probe_queries` of those with a query, those of the smallest id
     hashes, are asked for.
     """
-    folder = parent / PROBE_FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
     limit = plan.content["probe_queries"]
-    if not limit:
-        return
     passages = list(read_texts(plan, "heldout"))
     asked = sorted(
         (passage for passage in passages if passage["query"]),
@@ -192,16 +122,12 @@ def write_probe(plan: TaskPlan, parent: Path) -> None:
     write_beir(folder, passages, {query_id(passage): passage["query"] for passage in asked}, {"test": judged})
 
 
-def write_pairs(plan: TaskPlan, parent: Path) -> dict[str, int] | None:
+def write_pairs(plan: TaskPlan, folder: Path) -> dict[str, int]:
     """Writes the training split's passages and their natural queries as a BEIR folder to fine-tune on, qrels/train.tsv.
 
     Passages that share a query's text share the query. A query that some held-out passage has too is left out, so that
-    the probe asks for nothing that was trained on. Returns the counts, None where the settings ask for no pairs.
+    the probe asks for nothing that was trained on. Returns the counts.
     """
-    folder = parent / PAIRS_FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    if not plan.content.get("pairs"):
-        return None
     held_out = {folded(passage["query"]) for passage in read_texts(plan, "heldout")}
     asked: dict[str, list[dict[str, str]]] = {}
     for passage in read_texts(plan, "train"):
@@ -226,7 +152,7 @@ def folded(query: str) -> str:
 
 def read_texts(plan: TaskPlan, split: str) -> Iterator[dict[str, str]]:
     """{"passage_id", "text", "query"} of every passage that the tasks kept of a split, in order."""
-    for task in range(plan.content["tasks"]):
+    for task in range(plan.num_tasks):
         with open(plan.task_file(task, f"{split}.jsonl")) as lines:
             yield from map(json.loads, lines)
 
@@ -241,7 +167,7 @@ def write_beir(
     """Writes a BEIR folder. queries: text by id; qrels: (query id, passage id) by split, all of grade 1."""
     corpus = ({"_id": p["passage_id"], "title": "", "text": p["text"]} for p in passages)
     asked = ({"_id": query, "text": text} for query, text in queries.items())
-    (folder / "qrels").mkdir(parents=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
     for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", asked)):
         write_file(folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
     for split, judged in qrels.items():

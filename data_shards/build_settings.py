@@ -26,7 +26,7 @@ class BuildSettings:
     tokenizer: str
     """Hugging Face tokenizer (id, folder, package:NAME/FOLDER), or train:8192 to train WordPiece on the corpus."""
     max_tokens: int = setting(144, low=SHORTEST_PASSAGE)
-    """Most tokens of a passage, [CLS] and [SEP] counted."""
+    """Maximum number of tokens of a passage, [CLS] and [SEP] counted."""
     generations: list[str] = setting([])
     """Files or folders of generated queries and continuations, joined by passage id (docs/generations.md)."""
     with_titles: bool = True
@@ -36,7 +36,7 @@ class BuildSettings:
     held_out_share: float = setting(0.01, low=0, below=1)
     """Share of the documents (by hash of their id) kept for the held-out loss, never trained on."""
     probe_queries: int = setting(0, low=0)
-    """Most held-out passages with a natural query that are written as a BEIR folder, probe/; 0 writes none."""
+    """Maximum number of held-out passages with a natural query that probe/, a BEIR folder, asks for; 0: no probe/."""
     pairs: bool = False
     """Also write pairs/, a BEIR folder to fine-tune on: the training passages and their natural queries."""
     tasks: int = setting(0, low=0)
@@ -59,8 +59,8 @@ class BuildSettings:
     """Slots for the document frequencies of words of several tokens, a power of two."""
     tokenizer_megabytes: int = setting(32, low=1)
     """Text that a tokenizer is trained on, in MB, taken evenly from the corpus."""
-    overwrite: bool = False
-    """Build anew where the output folder holds a shard set, or an unfinished build with other settings."""
+    remake: bool = False
+    """Build anew; what is there, finished or begun, is moved aside to OUTPUT.old-N."""
     progress: bool = True
     """Whether a progress bar is shown."""
 

@@ -1,14 +1,14 @@
-"""Stage 1 of a build: one task reads its part of the corpus and writes its shards, counts and passage-id hashes.
+"""One task of a build: reads its part of the corpus and writes its shards, counts and passage-id hashes.
 
 A task depends on the plan and its number alone, so it gives the same bytes on any machine, alone or beside others. Its
-result file is written last: a task that has none is run again from its start.
+result is a part of the artefact and is written last: a task without one is run again from its start.
 """
 
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -17,31 +17,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from quincunx.data_shards.artefact import Work
 from quincunx.data_shards.block import FIELDS, Text
-from quincunx.data_shards.block_writer import Sample
-from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.durable import full_disk_is_named
+from quincunx.data_shards.generations import Generations
 from quincunx.data_shards.manifest import SPLITS, shard_to_json
-from quincunx.data_shards.shard_writer import ShardWriter, full_disk_is_named, write_file
-from quincunx.data_shards.statistics_counter import StatisticsCounter
+from quincunx.data_shards.passages import Passage, read_passages
+from quincunx.data_shards.records import Document, ReadReport
+from quincunx.data_shards.shard_writer import Sample, ShardWriter, StatisticsCounter, write_file
+from quincunx.data_shards.tokenizer import load_tokenizer
+from quincunx.data_shards.words import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from quincunx.data_shards.documents import Document
-    from quincunx.data_shards.generations import Generations
-    from quincunx.data_shards.passages import Passage
-
 BATCH_DOCUMENTS = 64
-PROGRESS_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskPlan:
-    """What every task of a build needs; written once as plan.json, read by the workers.
+    """What every task of a build needs.
 
     tokenizer    folder of the set's tokenizer
     generations  index file of the generated texts, or ""
-    work         folder of the unfinished build; the tasks write below it
+    work         the shard set in the making: shards go to its folder, the rest to its scratch folder
     content      the settings that decide the shards' bytes (build.py), which the manifest will carry
     """
 
@@ -49,34 +48,36 @@ class TaskPlan:
     path: str
     tokenizer: str
     generations: str
-    work: str
+    work: Work
     content: dict[str, Any]
 
     @property
+    def num_tasks(self) -> int:
+        return self.content["tasks"]
+
+    @property
     def shards_folder(self) -> Path:
-        return Path(self.work, "shards")
+        return self.work.folder / "made"
+
+    @property
+    def datatrove_folder(self) -> str:
+        """Where datatrove keeps logs and marks."""
+        return str(self.work.scratch("datatrove"))
 
     def task_file(self, task: int, kind: str) -> Path:
-        return Path(self.work, "tasks", f"{task:05d}-{kind}")
+        return self.work.scratch("tasks") / f"{task:05d}-{kind}"
 
 
-def run_task(plan: TaskPlan, task: int, leave_with_parent: bool = False) -> None:
+def run_task(plan: TaskPlan, task: int) -> None:
     """Runs task `task`; a finished one is left alone.
 
-    leave_with_parent: end this process when its parent is gone; for the workers of a pool whose builder was killed.
-
     Raises:
-        DataError: a bad record, an unusable passage id, a full disk.
+        DataError: a bad record, a full disk.
         SettingsError: a tokenizer that cannot be loaded.
     """
-    if plan.task_file(task, "result.json").exists():
+    if plan.work.is_done(task):
         return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core's work; tasks run beside each other
-    from quincunx.data_shards.documents import ReadReport
-    from quincunx.data_shards.generations import Generations
-    from quincunx.data_shards.passages import read_passages
-    from quincunx.data_shards.tokenizer import load_tokenizer
-
     content = plan.content
     tokenizer = load_tokenizer(plan.tokenizer)
     report = ReadReport()
@@ -99,69 +100,46 @@ def run_task(plan: TaskPlan, task: int, leave_with_parent: bool = False) -> None
         tokenizer,
         content["max_tokens"],
         task,
-        content["tasks"],
+        plan.num_tasks,
         content["on_bad_record"],
         content["with_titles"],
         report,
     )
-    generations = Generations(Path(plan.generations)) if plan.generations else None
-    progress = _Progress(plan.task_file(task, "progress"), leave_with_parent)
     hashes: list[int] = []
     counts: Counter[str] = Counter()
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    kept = {"train": content.get("pairs", False), "heldout": content.get("pairs", False) or content["probe_queries"]}
-    try:
-        with full_disk_is_named(plan.shards_folder):
-            for document, passages, samples in make_samples(documents, tokenizer, generations, counts):
-                if not samples:
-                    continue
-                split = "heldout" if is_held_out(document.doc_id, content["held_out_share"]) else "train"
-                writers[split].add_document(samples)
-                counts[f"{split}_documents"] += 1
-                hashes += [id_hash(sample.passage_id) for sample in samples]
-                if kept[split]:
-                    texts[split] += [
-                        json.dumps({"passage_id": p.passage_id, "text": p.text, "query": p.query}) for p in passages
-                    ]
-                progress.report(len(hashes))
-            for writer in writers.values():
-                writer.close()
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
-    finally:
-        if generations:
-            generations.close()
-    _write_results(plan, task, writers, counter, hashes, texts, counts + report.counts, report.examples)
-
-
-def _write_results(
-    plan: TaskPlan,
-    task: int,
-    writers: dict[str, ShardWriter],
-    counter: StatisticsCounter,
-    hashes: list[int],
-    texts: dict[str, list[str]],
-    counts: Counter[str],
-    examples: list[str],
-) -> None:
-    for split, writer in writers.items():
-        counts["lost_neighbours"] += writer.num_lost_neighbours
-        for name in FIELDS:
-            counts[f"{split}_{name}_tokens"] += writer.field_tokens[name]
-    write_file(plan.task_file(task, "hashes.bin"), np.sort(np.array(hashes, "<u8")).tobytes())
-    write_file(plan.task_file(task, "statistics.npz"), counter.to_bytes())
-    for split, lines in texts.items():
-        write_file(plan.task_file(task, f"{split}.jsonl"), "".join(line + "\n" for line in lines).encode())
-    result = {
-        "shards": [shard_to_json(shard) for split in SPLITS for shard in writers[split].shards],
-        "fields": {split: writers[split].field_counts for split in SPLITS},
-        "counts": dict(counts),
-        "examples": examples,
-    }
-    write_file(plan.task_file(task, "result.json"), json.dumps(result).encode())
-    plan.task_file(task, "progress").unlink(missing_ok=True)
+    pairs = content.get("pairs", False)
+    kept = {"train": pairs, "heldout": pairs or content["probe_queries"]}
+    generated = closing(Generations(Path(plan.generations))) if plan.generations else nullcontext()
+    with full_disk_is_named(plan.work.path.parent), generated as generations:
+        for document, passages, samples in make_samples(documents, tokenizer, generations, counts):
+            if not samples:
+                continue
+            split = "heldout" if is_held_out(document.doc_id, content["held_out_share"]) else "train"
+            writers[split].add_document(samples)
+            counts[f"{split}_documents"] += 1
+            hashes += [id_hash(sample.passage_id) for sample in samples]
+            if kept[split]:
+                texts[split] += [
+                    json.dumps({"passage_id": p.passage_id, "text": p.text, "query": p.query}) for p in passages
+                ]
+        counts += report.counts
+        for split, writer in writers.items():
+            writer.close()
+            counts["lost_neighbours"] += writer.num_lost_neighbours
+            for name in FIELDS:
+                counts[f"{split}_{name}_tokens"] += writer.field_tokens[name]
+            write_file(plan.task_file(task, f"{split}.jsonl"), "".join(line + "\n" for line in texts[split]).encode())
+        write_file(plan.task_file(task, "hashes.bin"), np.array(hashes, "<u8").tobytes())
+        write_file(plan.task_file(task, "statistics.npz"), counter.to_bytes())
+        result = {
+            "shards": [shard_to_json(shard) for split in SPLITS for shard in writers[split].shards],
+            "fields": {split: writers[split].field_counts for split in SPLITS},
+            "counts": dict(counts),
+            "examples": report.examples,
+        }
+        with plan.work.part(task, ".result.json", published=False, mode="w") as file:
+            json.dump(result, file)
 
 
 def is_held_out(doc_id: str, share: float) -> bool:
@@ -178,14 +156,14 @@ def id_hash(identifier: str) -> int:
 
 
 def make_samples(
-    documents: Iterable[tuple["Document", list["Passage"]]],
+    documents: Iterable[tuple[Document, list[Passage]]],
     tokenizer: "PreTrainedTokenizerFast",
-    generations: "Generations | None",
+    generations: Generations | None,
     counts: Counter[str],
-) -> Iterator[tuple["Document", list["Passage"], list[Sample]]]:
+) -> Iterator[tuple[Document, list[Passage], list[Sample]]]:
     """Each document with its passages and their samples; generated texts are joined by passage id and tokenised.
 
-    A passage without generated queries keeps its natural query, where it has one. Counts `joined_generations`.
+    A passage without generated queries keeps its natural query, if it has one. Counts `joined_generations`.
     """
     documents = iter(documents)
     while batch := list(islice(documents, BATCH_DOCUMENTS)):
@@ -202,7 +180,7 @@ def make_samples(
         for document, passages in batch:
             samples = [
                 Sample(
-                    _usable_id(passage.passage_id),
+                    passage.passage_id,
                     Text(passage.token_ids, passage.word_starts),
                     queries=next(query_texts),
                     continuation=next(continuation_texts),
@@ -213,9 +191,7 @@ def make_samples(
 
 
 def _tokenize_lists(tokenizer: "PreTrainedTokenizerFast", lists: list[list[str]]) -> list[Text | None]:
-    """One text for each list: its items' tokens with [SEP] between them; None where there are no tokens."""
-    from quincunx.data_shards.words import tokenize
-
+    """One text for each list: its items' tokens with [SEP] between them; None if there are no tokens."""
     flat = list(chain.from_iterable(lists))
     tokenized = iter(tokenize(tokenizer, flat)) if flat else iter(())
     separator = Text(np.array([tokenizer.sep_token_id], np.int32), np.array([True]))
@@ -227,26 +203,3 @@ def _tokenize_lists(tokenizer: "PreTrainedTokenizerFast", lists: list[list[str]]
                 parts += [separator] * bool(parts) + [Text(tokens.token_ids, tokens.word_starts)]
         texts.append(Text(*map(np.concatenate, zip(*parts))) if parts else None)
     return texts
-
-
-def _usable_id(passage_id: str) -> str:
-    if "\n" in passage_id:
-        raise DataError(f"the passage id {passage_id!r} holds a line break: give ids of one line")
-    return passage_id
-
-
-class _Progress:
-    """Tells the builder how many passages a task has made, through a small file, twice a second."""
-
-    def __init__(self, path: Path, leave_with_parent: bool):
-        self._path = path
-        self._parent = os.getppid() if leave_with_parent else None
-        self._next = 0.0
-
-    def report(self, num_passages: int) -> None:
-        if (now := time.monotonic()) < self._next:
-            return
-        self._next = now + PROGRESS_SECONDS
-        if self._parent is not None and os.getppid() != self._parent:
-            os._exit(1)  # the build was killed: nobody waits for this task, a rerun starts it again
-        self._path.write_text(str(num_passages))

@@ -1,6 +1,6 @@
 """The errors a user can cause, each with the exit code that a launcher answers with.
 
-A message is one sentence: what was given, what is allowed, how to mend it. The exit codes of every launcher:
+A message is one sentence: what was given, what is allowed, how to fix it. The exit codes of every launcher:
 0 done, 2 settings, 3 data, 4 checkpoint, 75 preempted (saved, run the same command again), 76 hung, 77 diverged.
 """
 

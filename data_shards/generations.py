@@ -11,7 +11,9 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -63,10 +65,9 @@ def index_generations(paths: Sequence[str], index_file: Path) -> GenerationCount
             one passage.
     """
     files = list_generation_files(paths)
-    temporary = index_file.with_name(f"{index_file.name}.tmp{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    connection = sqlite3.connect(temporary)
-    try:
+    unfinished = index_file.with_name(f".{index_file.name}.tmp")
+    unfinished.unlink(missing_ok=True)
+    with closing(sqlite3.connect(unfinished)) as connection:
         connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         connection.execute("PRAGMA journal_mode = OFF")
         connection.execute("PRAGMA synchronous = OFF")
@@ -77,12 +78,7 @@ def index_generations(paths: Sequence[str], index_file: Path) -> GenerationCount
             _insert_file(connection, file)
         connection.commit()
         counts = _count(connection)
-    except BaseException:
-        connection.close()
-        temporary.unlink(missing_ok=True)
-        raise
-    connection.close()
-    os.replace(temporary, index_file)
+    os.replace(unfinished, index_file)
     return counts
 
 
@@ -117,11 +113,10 @@ def _records(file: Path) -> Iterator[tuple[int, dict]]:
         try:
             table = parquet.ParquetFile(file)
             columns = [name for name in ("passage_id", *FIELDS) if name in table.schema_arrow.names]
-            number = 0
-            for batch in table.iter_batches(1024, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, {name: value for name, value in record.items() if value is not None}
+            batches = table.iter_batches(1024, columns=columns)
+            records = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, record in enumerate(records, 1):
+                yield number, {name: value for name, value in record.items() if value is not None}
         except ArrowException as error:
             raise DataError(f"{file} is not a Parquet file that can be read ({error})") from None
         return
@@ -139,7 +134,7 @@ def _records(file: Path) -> Iterator[tuple[int, dict]]:
 
 
 def parse_generation(record: dict[str, Any]) -> tuple[str, list[str], str]:
-    """(passage id, queries, continuation); blank queries are dropped, [] and "" where a field is missing."""
+    """(passage id, queries, continuation); blank queries are dropped, [] and "" if a field is missing."""
     if "passage_id" not in record or not set(FIELDS) & set(record):
         raise BadRecordError(f"the fields are {sorted(record)}; passage_id and queries or continuation are needed")
     queries = record.get("queries", [])

@@ -9,12 +9,46 @@ The mixer is Wellons' two-multiply `lowbias32` (hash-prospector); 2**30 is the s
 draws and thresholds fit a non-negative int32 and "always" (2**30) has a value of its own.
 """
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
 import numpy as np
+import xxhash
 
-from quincunx.data_shards.compiled import compiled
-
+FOLDER = Path(__file__).parent
 ALWAYS = 1 << 30
 """Threshold that every draw is below; draws are in [0, ALWAYS)."""
+
+
+def compiled(function: Callable) -> Callable:
+    """numba's njit without the GIL, so that threads scale, cached for the next process.
+
+    numba's own cache looks only at the file a function is in. Ours call each other across files, and a mask drawn by an
+    old hash would be silently wrong; so the cache lies in a folder named by the digest of every file that is compiled.
+    """
+    previous, numba.config.CACHE_DIR = numba.config.CACHE_DIR, CACHE_FOLDER
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    finally:
+        numba.config.CACHE_DIR = previous
+
+
+def _cache_folder() -> str:
+    """In NUMBA_CACHE_DIR, else beside the code, else (if that cannot be written) in the user's cache."""
+    contents = [path.read_bytes() for path in sorted(FOLDER.glob("*.py"))]
+    digest = xxhash.xxh3_64_hexdigest(b"".join(content for content in contents if b"\n@compiled\n" in content))
+    if numba.config.CACHE_DIR:
+        parent = Path(numba.config.CACHE_DIR)
+    elif os.access(FOLDER, os.W_OK):
+        parent = FOLDER / "__pycache__"
+    else:
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "quincunx")
+    return str(parent / f"numba-{digest}")
+
+
+CACHE_FOLDER = _cache_folder()
 
 
 @compiled
@@ -59,6 +93,18 @@ def word_hash(token_ids, start, end):
     for i in range(start, end):
         key = fold(key, token_ids[i])
     return key
+
+
+@compiled
+def word_slot(token_ids, start, end, vocab_size, num_buckets):
+    """Slot of the word token_ids[start:end] in a shard set's statistics; num_buckets is a power of two.
+
+    A word of one token has the slot of its id; one of several tokens shares slot vocab_size + hash mod num_buckets, so
+    that the table does not grow with the corpus.
+    """
+    if end - start == 1:
+        return np.int64(token_ids[start])
+    return vocab_size + np.int64(word_hash(token_ids, start, end) & np.uint32(num_buckets - 1))
 
 
 def dataset_seed(seed: int, dataset: int) -> int:

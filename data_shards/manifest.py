@@ -3,7 +3,7 @@
 A folder without a manifest is not a shard set. The manifest names every shard and block with size and digest, so a
 reader trusts nothing it has not compared. It holds nothing that differs between two builds of the same corpus with the
 same settings (no path, no time, no worker count): the dataset id is the digest of its canonical JSON, and checkpoints
-and models carry it. Where and how the set was built stands beside it in build.json (docs/shards.md).
+and models carry it. build.json beside it says where and how the set was built (docs/shards.md).
 """
 
 import json
@@ -21,6 +21,7 @@ BUILD_NAME = "build.json"
 STATISTICS_NAME = "statistics.npz"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "heldout")
+TAR_HEADER_BYTES = 512
 DEFAULT_BLOCK_SAMPLES = 1024
 DEFAULT_SHARD_BYTES = 256 * 2**20
 DEFAULT_NUM_BUCKETS = 2**20
@@ -90,7 +91,7 @@ class Manifest:
     @property
     def dataset_id(self) -> str:
         """xxh3_128 of the canonical JSON, 32 hex digits."""
-        return xxhash.xxh3_128_hexdigest(_canonical(asdict(self)).encode())
+        return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode())
 
     def num_samples(self, split: str) -> int:
         return sum(shard.samples for shard in self.shards if shard.split == split)
@@ -113,14 +114,16 @@ class Manifest:
         try:
             content = json.loads(text)
         except ValueError as error:
-            raise DataError(f"{path} is not JSON ({error}): copy or build the shard set again") from None
+            raise DataError(
+                f"{path} is not JSON ({error}): copy the shard set again, or build it with --remake"
+            ) from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise DataError(f"{path} is not a quincunx manifest: give the folder that build_shards.py wrote")
         version = content.get("schema_version")
         if not isinstance(version, int) or version > SCHEMA_VERSION:
             raise DataError(
-                f"{path} has schema version {version}, this quincunx reads up to {SCHEMA_VERSION}: update quincunx "
-                "or build the shards again with this version"
+                f"{path} has schema version {version}, this quincunx reads up to {SCHEMA_VERSION}: update quincunx, "
+                "or build the shards with this version and --remake"
             )
         try:
             stated_id = content.pop("dataset_id")
@@ -130,11 +133,13 @@ class Manifest:
             content["statistics"] = FileEntry(**content["statistics"])
             manifest = Manifest(**content)
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error}): copy or build the shard set again") from None
+            raise DataError(
+                f"{path} is damaged ({error}): copy the shard set again, or build it with --remake"
+            ) from None
         if manifest.dataset_id != stated_id:
             raise DataError(
-                f"{path} does not match its own dataset id {stated_id}: it was edited or damaged, copy or build the "
-                "shard set again"
+                f"{path} does not match its own dataset id {stated_id}: it was edited or damaged; copy the shard "
+                "set again, or build it with --remake"
             )
         return manifest
 
@@ -147,7 +152,3 @@ def shard_to_json(shard: ShardEntry) -> dict[str, Any]:
 def shard_from_json(content: dict[str, Any]) -> ShardEntry:
     """Inverse of shard_to_json; raises TypeError or KeyError for anything else."""
     return ShardEntry(**content | {"blocks": tuple(BlockEntry(*block) for block in content["blocks"])})
-
-
-def _canonical(content: dict[str, Any]) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

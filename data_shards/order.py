@@ -20,9 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.hashing import dataset_seed, fold, mix
+from quincunx.data_shards.hashing import compiled, dataset_seed, fold, mix
 
 NUM_LANES = 64
 WINDOW = 8192
@@ -46,21 +45,14 @@ class Order:
     how many of every sum(weights) rows it gives, a positive integer. window: positions of a lane shuffled together.
 
     Raises:
-        SettingsError: no dataset, an empty dataset, a weight that is not a positive integer, an unfit window.
+        SettingsError: a dataset without samples.
     """
 
     def __init__(
         self, seed: int, block_samples: Sequence[np.ndarray], weights: Sequence[int] | None = None, window: int = WINDOW
     ):
         weights = [1] * len(block_samples) if weights is None else list(weights)
-        if not block_samples or len(weights) != len(block_samples):
-            raise SettingsError(f"{len(block_samples)} shard sets with {len(weights)} weights; give one weight to each")
-        if any(weight != int(weight) or weight < 1 for weight in weights):
-            raise SettingsError(
-                f"shard weights {weights}: allowed are integers from 1 (write 3 and 1 for 0.75 and 0.25)"
-            )
-        if window < 1:
-            raise SettingsError(f"a shuffle window of {window} samples; allowed are integers from 1")
+        assert len(weights) == len(block_samples) and min(weights) >= 1 and window >= 1
         self.seed = seed & 0xFFFFFFFF
         self.window = window
         self.block_starts = [_starts(samples) for samples in block_samples]
@@ -111,13 +103,8 @@ class Order:
         return Rows(datasets[by_lane], epochs[by_lane], sample_ids[by_lane])
 
     def rank_batch(self, step: int, global_batch: int, rank: int, world_size: int) -> Rows:
-        """The share of one rank: the rank-th of world_size equal contiguous parts of the global batch.
-
-        Raises:
-            SettingsError: global_batch is not divisible by world_size.
-        """
-        if global_batch % world_size:
-            raise SettingsError(f"a global batch of {global_batch} passages cannot be divided by {world_size} ranks")
+        """The share of one rank: the rank-th of world_size equal contiguous parts of the global batch."""
+        assert global_batch % world_size == 0
         part = global_batch // world_size
         rows = self.global_batch(step, global_batch)
         return Rows(*(column[rank * part : (rank + 1) * part] for column in rows))

@@ -1,36 +1,36 @@
 """Packs samples into a batch: gathers their texts from blocks and has every task's packed text written.
 
 A batch is a pure function of the rows (dataset, epoch, sample id) and the settings: which other rows stand beside a
-row, on which rank or worker, changes nothing. The compiled loops here and in packed_texts.py release the GIL.
+row, on which rank or worker, changes nothing. The compiled loops here and in masks.py release the GIL.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import torch
 
-from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make_text
 from quincunx.data_shards.block import token_dtype
-from quincunx.data_shards.compiled import compiled
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.hashing import dataset_seed
-from quincunx.data_shards.masks import DRAWS, UNIFORM
-from quincunx.data_shards.packed_texts import (
+from quincunx.data_shards.hashing import compiled, dataset_seed
+from quincunx.data_shards.masks import (
+    DRAWS,
     NEXT,
     PASSAGE,
     TEXT_INDEX,
+    UNIFORM,
     Texts,
     Vocabulary,
     pack_enhanced,
     pack_masked,
 )
+from quincunx.data_shards.order import Rows
 from quincunx.data_shards.shards import ShardSet
 from quincunx.data_shards.tasks import (
     CORRUPTION_CODE,
-    CORRUPTIONS,
     DECODER_CORRUPTION_CODE,
     ENCODER_CODE,
-    NEIGHBOURS,
     TaskSpec,
     field_of,
 )
@@ -47,7 +47,7 @@ class Packer:
     does not fit. split: "train" or "heldout".
 
     Raises:
-        SettingsError: a value out of range, a task twice, or shard sets of different tokenizers.
+        SettingsError: shard sets of different tokenizers.
     """
 
     def __init__(
@@ -63,18 +63,6 @@ class Packer:
         seed: int,
         split: str = "train",
     ):
-        for name, rate in (("encoder_mask_rate", encoder_mask_rate), ("decoder_mask_rate", decoder_mask_rate)):
-            if not 0 < rate < 1:
-                raise SettingsError(f"{name} is {rate}; allowed are shares between 0 and 1")
-        if corruption not in CORRUPTIONS:
-            raise SettingsError(f"corruption is {corruption!r}; allowed: {', '.join(CORRUPTIONS)}")
-        if neighbour not in NEIGHBOURS:
-            raise SettingsError(f"neighbour is {neighbour!r}; allowed: {', '.join(NEIGHBOURS)}")
-        if max_tokens < 3:
-            raise SettingsError(f"max_tokens is {max_tokens}; a sequence is [CLS], at least one token, and [SEP]")
-        names = [task.name for task in tasks]
-        if len(set(names)) < len(names):
-            raise SettingsError(f"tasks {', '.join(names)}: name each task once")
         manifests = [shard_set.manifest for shard_set in shard_sets]
         for shard_set, manifest in zip(shard_sets, manifests):
             if manifest.tokenizer_digest != manifests[0].tokenizer_digest:
@@ -95,15 +83,15 @@ class Packer:
     def vocab_size(self) -> int:
         return self.vocabulary.size
 
-    def pack(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> PackedBatch:
-        """The batch of R rows: datasets int16 [R], epochs int32 [R], sample ids int64 [R] of the split.
+    def pack(self, rows: Rows) -> Batch:
+        """The batch of some rows of the order (R of them).
 
         Raises:
             DataError: a block that cannot be read.
         """
-        texts, num_cut = self.gather(datasets, epochs, sample_ids)
-        hidden = np.zeros((len(sample_ids), self.limit), bool)
-        encoder = pack_masked(
+        texts, num_cut = self.gather(rows)
+        hidden = np.zeros((len(rows.sample_ids), self.limit), bool)
+        input_ids, bounds, _, positions, labels = pack_masked(
             texts,
             self.vocabulary,
             PASSAGE,
@@ -115,43 +103,55 @@ class Packer:
             True,
             hidden,
         )
-        return PackedBatch(
-            encoder=PackedText(*encoder[:2]),
-            encoder_label_positions=encoder[3],
-            encoder_labels=encoder[4],
-            tasks={task.name: self._pack_task(task, texts, hidden) for task in self.tasks},
-            sample_ids=sample_ids,
-            datasets=datasets,
-            epochs=epochs,
+        contexts, tasks = {}, {}
+        for task in self.tasks:
+            self._pack_task(task, texts, hidden, contexts, tasks)
+        return Batch(
+            encoder=make_text(input_ids, bounds),
+            encoder_labels=make_labels(positions, labels, bounds),
+            contexts=contexts,
+            tasks=tasks,
+            rows=rows,
             num_cut_texts=num_cut,
         )
 
-    def _pack_task(self, task: TaskSpec, texts: Texts, hidden: np.ndarray) -> PackedTask:
+    def names(self, rows: Rows) -> dict[str, list]:
+        """What names the passages of some rows: their columns."""
+        return {name: column.tolist() for name, column in rows._asdict().items()}
+
+    def _pack_task(
+        self, task: TaskSpec, texts: Texts, hidden: np.ndarray, contexts: dict[str, Context], tasks: dict[str, Task]
+    ) -> None:
         text, code, draw = TEXT_INDEX[task.kind.field], task.kind.code, DRAWS[task.kind.draw]
         rate = self.decoder_mask_rate
         if task.decoder == "enhanced":
+            name = task.kind.field
             columns = pack_enhanced(texts, self.vocabulary, text, code, draw, rate, hidden)
         else:
-            corruption_code = DECODER_CORRUPTION_CODE + code
+            name, corruption_code = task.name, DECODER_CORRUPTION_CODE + code
             columns = pack_masked(
                 texts, self.vocabulary, text, code, corruption_code, draw, rate, self.only_mask, False, hidden
             )
-        return PackedTask(PackedText(*columns[:2]), *columns[2:])
+        input_ids, bounds, passages, positions, labels, *rule = columns
+        if name not in contexts:
+            contexts[name] = Context(make_text(input_ids, bounds), torch.tensor(passages, dtype=torch.int64))
+        tasks[task.name] = Task(name, make_labels(positions, labels, bounds), *map(torch.from_numpy, rule))
 
-    def gather(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> tuple[Texts, int]:
+    def gather(self, rows: Rows) -> tuple[Texts, int]:
         """The texts of the rows, and how many of them were cut at max_tokens."""
+        datasets, epochs, sample_ids = rows
         shape = (len(TEXT_INDEX), len(sample_ids), self.limit)
         tokens, starts = np.empty(shape, token_dtype(self.vocab_size)), np.empty(shape, bool)
         lengths = np.zeros(shape[:2], np.int32)
         num_cut = 0
         for dataset in np.unique(datasets):
             shard_set, block_starts = self.shard_sets[dataset], self.block_starts[dataset]
-            rows = np.flatnonzero(datasets == dataset)
-            blocks = np.searchsorted(block_starts, sample_ids[rows], side="right") - 1
+            places = np.flatnonzero(datasets == dataset)
+            blocks = np.searchsorted(block_starts, sample_ids[places], side="right") - 1
             by_block = np.argsort(blocks, kind="stable")
-            rows, blocks = rows[by_block], blocks[by_block]
-            indices = sample_ids[rows] - block_starts[blocks]
-            for low, high in pairwise([*np.flatnonzero(np.diff(blocks, prepend=-1)), len(rows)]):
+            places, blocks = places[by_block], blocks[by_block]
+            indices = sample_ids[places] - block_starts[blocks]
+            for low, high in pairwise([*np.flatnonzero(np.diff(blocks, prepend=-1)), len(places)]):
                 block = shard_set.read_block(self.split, int(blocks[low]))
                 num_cut += _gather_block(
                     block.token_ids,
@@ -159,7 +159,7 @@ class Packer:
                     block.offsets,
                     block.has_next,
                     indices[low:high],
-                    rows[low:high],
+                    places[low:high],
                     self.texts_wanted,
                     tokens,
                     starts,
@@ -194,15 +194,11 @@ def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:
 
 @compiled
 def _gather_block(token_ids, word_starts, offsets, has_next, indices, rows, wanted, tokens, starts, lengths):
-    """Copies the wanted texts of samples `indices` of one block to `rows` of the tables; returns the texts cut.
-
-    The texts lie far apart in memory. Every cache line is touched before anything is copied: loads that do not wait for
-    one another overlap, which takes a fifth off.
-    """
+    """Copies the wanted texts of samples `indices` of one block to `rows` of the tables; returns the texts cut."""
     limit = tokens.shape[2]
-    num_cut, touched = 0, 0
-    lows = np.empty((len(indices), len(wanted)), np.int64)
+    num_cut = 0
     for n in range(len(indices)):
+        row = rows[n]
         for text in range(len(wanted)):
             sample, field = indices[n], max(text - 1, 0)
             if not wanted[text] or (text == NEXT and not has_next[sample]):
@@ -217,20 +213,11 @@ def _gather_block(token_ids, word_starts, offsets, has_next, indices, rows, want
                     length -= 1
                 if not length:  # one word fills the sequence
                     length = limit
-            lows[n, text], lengths[text, rows[n]] = low, length
-            for i in range(low, low + length, 32):
-                touched += token_ids[i]
-            for i in range(low, low + length, 64):
-                touched += word_starts[i]
-    for n in range(len(indices)):
-        row = rows[n]
-        for text in range(len(wanted)):
-            low, length = lows[n, text], lengths[text, row]
+            lengths[text, row] = length
             for i in range(length):
                 tokens[text, row, i] = token_ids[low + i]
-            for i in range(length):
                 starts[text, row, i] = word_starts[low + i]
-    return num_cut + (touched < 0)  # never below 0, but the compiler does not know and keeps the loads
+    return num_cut
 
 
 @compiled

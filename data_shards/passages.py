@@ -6,19 +6,19 @@ they fit; a sentence longer than a passage starts a passage of its own and is cu
 than a passage (a base64 blob) is cut inside.
 
 A ready-made collection (passage_ids given) keeps its passages: each is title and paragraph, never joined with the next,
-cut by the same rule where it is too long.
+cut by the same rule if it is too long.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quincunx.data_shards.documents import Document, ReadReport
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.readers import read_documents
+from quincunx.data_shards.records import Document, ReadReport
 from quincunx.data_shards.sentences import sentence_starts
 from quincunx.data_shards.words import Tokens, tokenize
 
@@ -54,20 +54,10 @@ def document_texts(document: Document, with_titles: bool = True) -> list[str]:
     return [" ".join([*title, *document.paragraphs])]
 
 
-def paragraph_starts(document: Document, with_titles: bool = True) -> list[int]:
-    """Index of the first character of every paragraph (and of the title) in the text of a running document."""
-    parts = [document.title] if with_titles and document.title else []
-    starts, position = [], 0
-    for part in [*parts, *document.paragraphs]:
-        starts.append(position)
-        position += len(part) + 1
-    return starts
-
-
 def cut_tokens(tokens: Tokens, boundaries: list[int], limit: int) -> list[tuple[int, int]]:
     """Token ranges [start, end) of the passages of one text; together they are [0, n).
 
-    boundaries: characters at which a sentence starts. limit: most tokens a range may have, 1 or more.
+    boundaries: characters at which a sentence starts. limit: maximum number of tokens of a range, 1 or more.
     """
     num_tokens = len(tokens.token_ids)
     # A token belongs to the sentence of its last character (a leading space is part of some tokens); a sentence that
@@ -93,13 +83,6 @@ def _last_at_most(increasing: np.ndarray, limit: int) -> int:
     return int(increasing[np.searchsorted(increasing, limit, side="right") - 1])
 
 
-def split_document(
-    document: Document, tokenizer: "PreTrainedTokenizerFast", max_tokens: int, with_titles: bool = True
-) -> list[Passage]:
-    """The passages of one document in reading order; see `split_documents`."""
-    return next(split_documents([document], tokenizer, max_tokens, with_titles))[1]
-
-
 def split_documents(
     documents: Iterable[Document],
     tokenizer: "PreTrainedTokenizerFast",
@@ -109,11 +92,11 @@ def split_documents(
 ) -> Iterator[tuple[Document, list[Passage]]]:
     """Every document with its passages, in order; a document without a token is given with none.
 
-    Passage ids: the collection's own where there are (with #0, #1... where a passage had to be cut), else the
+    Passage ids: the collection's own if it has them (with #0, #1... if a passage had to be cut), else the
     document's id with #0, #1... A query goes to the first piece of its paragraph.
 
     Args:
-        max_tokens: most tokens of a passage, [CLS] and [SEP] counted, 3 or more.
+        max_tokens: maximum number of tokens of a passage, [CLS] and [SEP] counted, 3 or more.
         report: counts `empty_passages` (no token), `cut_passages` (of a collection, too long) and `cut_words`.
 
     Raises:
@@ -130,22 +113,23 @@ def split_documents(
             passages: list[Passage] = []
             for k, text in enumerate(of_document):
                 tokens = next(tokenized)
-                starts = [0] if document.passage_ids else paragraph_starts(document, with_titles)
-                passages += _cut_text(document, k, text, tokens, starts, max_tokens - NUM_SPECIAL, report)
+                passages += _cut_text(document, k, text, tokens, with_titles, max_tokens - NUM_SPECIAL, report)
             yield document, passages
 
 
 def _cut_text(
-    document: Document, k: int, text: str, tokens: Tokens, starts: list[int], limit: int, report: ReadReport
+    document: Document, k: int, text: str, tokens: Tokens, with_titles: bool, limit: int, report: ReadReport
 ) -> list[Passage]:
-    """The passages of the k-th text of a document; starts: where its paragraphs start."""
+    """The passages of the k-th text of a document."""
     if not len(tokens.token_ids):
         report.counts["empty_passages"] += 1
         return []
-    bounds = [*starts, len(text)]
+    collection = bool(document.passage_ids)
+    title = [document.title] if with_titles and document.title else []
+    parts = [text] if collection else [*title, *document.paragraphs]  # a sentence ends with its part
+    bounds = [*accumulate((len(part) + 1 for part in parts[:-1]), initial=0), len(text)]
     sentences = [start + i for start, end in pairwise(bounds) for i in sentence_starts(text[start:end])]
     ranges = cut_tokens(tokens, sentences, limit)
-    collection = bool(document.passage_ids)
     stem = document.passage_ids[k] if collection else document.doc_id
     report.counts["cut_passages"] += collection and len(ranges) > 1
     passages = []

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import xxhash
 
-from quincunx.data_shards.documents import Document, Input, ReadReport
 from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.records import Document, Input, ReadReport
 from quincunx.data_shards.sentences import sentence_starts
 
 STDLIB = "stdlib"
@@ -176,7 +176,7 @@ def split_summary(docstring: str) -> tuple[str, str]:
     """(query, body): the first sentence of a docstring and the rest, both on one line.
 
     A first paragraph that is a signature (C extensions write one) stays in the body. The query is "" and the body is
-    everything where the first sentence has fewer than 3 or more than 40 words.
+    everything if the first sentence has fewer than 3 or more than 40 words.
     """
     text = UNDERLINE.sub("", inspect.cleandoc(docstring))
     paragraphs = [part for part in re.split(r"\n\s*\n", text) if part.strip()]

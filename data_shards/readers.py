@@ -1,6 +1,6 @@
 """Corpora in the formats of the field to documents; any part of a corpus without reading the rest.
 
-The formats, one example line each, stand in docs/corpora.md. A corpus of B bytes is cut into n parts at byte k*B/n; a
+The formats, one example line each, are in docs/corpora.md. A corpus of B bytes is cut into n parts at byte k*B/n; a
 record belongs to the part that holds its first byte, a document of several records to the part of its first record, so
 that the parts together give the same documents for every n. Parquet is cut at row groups, a compressed file is one
 piece, and python_docs is cut between packages.
@@ -16,10 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from quincunx.data_shards.documents import Document, Input, ReadReport
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.python_docs import list_packages, read_package
-from quincunx.data_shards.records import PARSERS, BadRecordError, Row, parse_parquet_row
+from quincunx.data_shards.records import PARSERS, BadRecordError, Document, Input, ReadReport, Row, parse_parquet_row
 
 PATTERNS = {
     "beir": ("corpus.jsonl", "corpus.jsonl.gz"),
@@ -29,7 +28,6 @@ PATTERNS = {
     "parquet": ("*.parquet",),
 }
 FORMATS = (*PATTERNS, "python_docs")
-ON_BAD_RECORD = ("stop", "skip")
 LOOK_BACK_BYTES = 1 << 16
 
 
@@ -67,7 +65,6 @@ def list_inputs(format: str, path: str) -> list[Input]:
 
 def part_range(total: int, task: int, num_tasks: int) -> tuple[int, int]:
     """The half-open range of [0, total) that is part `task` of `num_tasks`."""
-    assert 0 <= task < num_tasks
     return task * total // num_tasks, (task + 1) * total // num_tasks
 
 
@@ -87,11 +84,9 @@ def read_documents(
         report: is filled with counts and the first bad records.
 
     Raises:
-        SettingsError: an unknown format or on_bad_record.
+        SettingsError: an unknown format.
         DataError: no corpus there, or a bad record, named by file and line.
     """
-    if on_bad_record not in ON_BAD_RECORD:
-        raise SettingsError(f"on_bad_record is {on_bad_record!r}: give stop or skip")
     report = report if report is not None else ReadReport()
     inputs = list_inputs(format, path)
     if format == "parquet":
@@ -137,45 +132,38 @@ def _read_rows(
     report: ReadReport,
 ) -> Iterator[Document]:
     """The documents whose first line begins at an owned byte. A blank, empty or bad line ends a document."""
-    offset = _line_start_before(file, owned.start)
+    start = offset = _line_start_before(file, owned.start)  # where this document begins, and this line
     file.seek(offset)
-    earlier: Row | None = None  # the last row of a document that began before the owned bytes
     rows: list[Row] = []
     for line in file:
-        mine = offset in owned
         row = None
         try:
             row = parse(_decode(line, offset))
         except BadRecordError as error:
-            if mine:
+            if offset in owned:
                 number = 1 + _count_lines(source, offset)
                 _handle_bad_record(f"{source.name}:{number}", str(error), on_bad_record, report)
-        if offset >= owned.stop and not (rows and row and rows[-1].is_followed_by(row)):
-            break
-        is_before = offset < owned.start
-        offset += len(line)
-        if mine and row:
+        if row and offset in owned:
             report.counts["records"] += 1
-        if mine and row and not row.document.paragraphs:
-            report.counts["empty_passages"] += 1
+            report.counts["empty_passages"] += not row.document.paragraphs
         if row and not row.document.paragraphs:
             row = None
-        if is_before or (earlier and row and earlier.is_followed_by(row)):
-            earlier = row
-            continue
-        earlier = None
-        if rows and not (row and rows[-1].is_followed_by(row)):
-            yield _join_rows(rows)
-            rows = []
+        if not (rows and row and rows[-1].is_followed_by(row)):
+            if rows and start in owned:
+                yield _join_rows(rows)
+            if offset >= owned.stop:
+                return
+            rows, start = [], offset
         if row:
             rows.append(row)
-    if rows:
+        offset += len(line)
+    if rows and start in owned:
         yield _join_rows(rows)
 
 
 def _handle_bad_record(where: str, reason: str, on_bad_record: str, report: ReadReport) -> None:
     if on_bad_record == "stop":
-        raise DataError(f"{where}: {reason}; mend the record, or leave such records out with --on_bad_record skip")
+        raise DataError(f"{where}: {reason}; fix the record, or leave such records out with --on_bad_record skip")
     report.add_bad_record(where, reason)
 
 
@@ -203,21 +191,16 @@ def _count_lines(source: Input, offset: int) -> int:
 
 
 def _decode(line: bytes, offset: int) -> str:
-    if offset == 0:
-        line = line.removeprefix(b"\xef\xbb\xbf")
     try:
-        return line.decode()
+        return line.decode("utf-8-sig" if offset == 0 else "utf-8")
     except UnicodeDecodeError as error:
         raise BadRecordError(f"not UTF-8 ({error.reason} at byte {error.start} of the line)") from None
 
 
 def _join_rows(rows: list[Row]) -> Document:
-    first = rows[0].document
-    if len(rows) == 1:
-        return first
     documents = [row.document for row in rows]
     return replace(
-        first,
+        documents[0],
         paragraphs=tuple(paragraph for document in documents for paragraph in document.paragraphs),
         passage_ids=tuple(passage_id for document in documents for passage_id in document.passage_ids),
     )
@@ -245,14 +228,15 @@ def _read_parquet(
                 "are needed"
             )
         columns += ["title"] * ("title" in names)
-        file_start = position
+        number = 0
         for group in range(file.num_row_groups):
-            group_start, position = position, position + file.metadata.row_group(group).num_rows
-            if not first <= group_start < end:
+            num_rows = file.metadata.row_group(group).num_rows
+            position += num_rows
+            if not first <= position - num_rows < end:
+                number += num_rows
                 continue
-            for number, record in enumerate(
-                file.read_row_group(group, columns).to_pylist(), group_start - file_start + 1
-            ):
+            for record in file.read_row_group(group, columns).to_pylist():
+                number += 1
                 report.counts["records"] += 1
                 try:
                     document = parse_parquet_row(record)

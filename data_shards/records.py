@@ -1,4 +1,4 @@
-"""One record of a corpus file to one document: the line formats of the field, and rows of Parquet tables.
+"""What readers give, and one record of a corpus file to one document: the line formats of the field, and Parquet rows.
 
 A parser takes a line and gives a Row, or None for a blank line or a header; a record without text gives a document
 without paragraphs. docs/corpora.md shows a line of each format.
@@ -6,12 +6,70 @@ without paragraphs. docs/corpora.md shows a line of each format.
 
 import csv
 import json
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from quincunx.data_shards.documents import Document
+from quincunx.data_shards.durable import file_digest
 
+MAX_EXAMPLES = 20
 DPR_HEADER = ["id", "text", "title"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text in reading order; two passages that follow each other in it are neighbours.
+
+    doc_id       unique in the corpus
+    title        of the whole document, or ""; it counts as text (see passages.py)
+    paragraphs   in reading order, none of them blank
+    passage_ids  () for running text, which is cut into passages that may span paragraphs; else one id per paragraph:
+                 each paragraph is a passage of a ready-made collection and is never joined with its neighbour
+    queries      () or one natural query per paragraph, "" if there is none (a docstring's summary line)
+    """
+
+    doc_id: str
+    title: str
+    paragraphs: tuple[str, ...]
+    passage_ids: tuple[str, ...] = ()
+    queries: tuple[str, ...] = ()
+
+
+@dataclass
+class ReadReport:
+    """What was read and what was left out, and why; passed to a reader, which fills it.
+
+    counts    documents, records, bad_records, empty_passages, and what a format counts besides
+    examples  the first bad records, each as "file:line: reason"
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def add_bad_record(self, where: str, reason: str) -> None:
+        self.counts["bad_records"] += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(f"{where}: {reason}")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A source of a corpus: one file, or all Python files of one package.
+
+    name   relative to the corpus, the same on every machine
+    bytes  of all its files, as they lie on disk (compressed if they are)
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    bytes: int
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3_128 (32 hex digits) of the files' content in order; reads them all, once."""
+        return file_digest(*self.files)
 
 
 class BadRecordError(Exception):
@@ -23,7 +81,7 @@ class Row:
     """One record. Rows that follow each other in a file and share a group are one document.
 
     group  what they share (an article's name), or None: a document by itself
-    order  the row's number in its group, or None where the file's order counts; a gap starts a new document
+    order  the row's number in its group, or None if the file's order counts; a gap starts a new document
     """
 
     document: Document
@@ -56,7 +114,7 @@ def check_id(value: Any, name: str) -> str:
 
 
 def _passage(passage_id: str, title: str, text: str) -> Document:
-    """A one-passage document; where there is a title only, it is the text. Without either: no paragraphs."""
+    """A one-passage document; if there is a title only, it is the text. Without either: no paragraphs."""
     if title and not text:
         title, text = "", title
     return Document(passage_id, title, (text,) if text else (), (passage_id,) if text else ())

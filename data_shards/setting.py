@@ -2,7 +2,7 @@
 
     seed: int = setting(42, low=0, high=2**32 - 1, role="stream")
 
-Roles say what a resumed run may change (engine/resume.py):
+Roles say what a resumed run may change (engine/checkpoint.py):
 learned   what is learned: a change is printed (the default)
 stream    where a step lies in the data: under another value a resumed run would repeat and miss examples
 model     the model's shape: under another value a checkpoint does not fit

@@ -4,21 +4,22 @@ The bytes depend on the samples alone: USTAR members in sorted order, mtime 0, u
 under its final name only when it is complete and on disk.
 """
 
-import errno
-import os
+import io
 import shutil
+import struct
 import tarfile
 from collections.abc import Iterable
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.block import FIELDS, Block, decode_block
-from quincunx.data_shards.block_writer import Sample, encode_block
+from quincunx.data_shards.block import FIELDS, HEADER, MAGIC, VERSION, Block, Text, decode_block, token_dtype
+from quincunx.data_shards.durable import file_digest, full_disk_is_named, sync_folder, written_whole
 from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.hashing import compiled, word_slot
 from quincunx.data_shards.manifest import (
     DEFAULT_BLOCK_SAMPLES,
     DEFAULT_NUM_BUCKETS,
@@ -26,16 +27,121 @@ from quincunx.data_shards.manifest import (
     MANIFEST_NAME,
     SPLITS,
     STATISTICS_NAME,
+    TAR_HEADER_BYTES,
     TOKENIZER_FOLDER,
     BlockEntry,
     FileEntry,
     Manifest,
     ShardEntry,
 )
-from quincunx.data_shards.shards import TAR_HEADER_BYTES, member_digest
-from quincunx.data_shards.statistics_counter import StatisticsCounter
+from quincunx.data_shards.shards import Statistics
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+@dataclass(frozen=True)
+class Sample:
+    """A passage and its companions; `has_next`: the next sample is the next passage of the same document."""
+
+    passage_id: str
+    passage: Text
+    queries: Text | None = None
+    continuation: Text | None = None
+    has_next: bool = False
+
+
+def encode_block(samples: list[Sample], vocab_size: int) -> bytes:
+    """The bytes of one block (block.py); the same samples give the same bytes.
+
+    Raises:
+        DataError: a passage without tokens, or an id outside [0, vocab_size).
+    """
+    for sample in samples:
+        if len(sample.passage.token_ids) == 0:
+            raise DataError(f"passage {sample.passage_id!r} has no tokens: remove it from the corpus")
+    missing = Text(np.empty(0, np.int64), np.empty(0, bool))
+    texts = [getattr(sample, name) or missing for name in FIELDS for sample in samples]
+    lengths = np.array([len(text.token_ids) for text in texts], "<i4")
+    token_ids = np.concatenate([text.token_ids for text in texts])
+    word_starts = np.concatenate([text.word_starts for text in texts])
+    assert len(token_ids) == len(word_starts)
+    if token_ids.min() < 0 or token_ids.max() >= vocab_size:
+        worst = int(token_ids.max() if token_ids.max() >= vocab_size else token_ids.min())
+        raise DataError(
+            f"token id {worst} near passage {samples[0].passage_id!r} is outside the vocabulary of {vocab_size}: "
+            "give the tokenizer that made the ids"
+        )
+    has_next = np.array([sample.has_next for sample in samples], bool)
+    has_next[-1] = False  # a neighbour is looked up in the same block
+    dtype = token_dtype(vocab_size)
+    body = b"".join(
+        [
+            HEADER.pack(MAGIC, VERSION, dtype.itemsize, len(samples), len(FIELDS), 0, len(token_ids)),
+            lengths.tobytes(),
+            token_ids.astype(dtype).tobytes(),
+            np.packbits(word_starts, bitorder="little").tobytes(),
+            np.packbits(has_next, bitorder="little").tobytes(),
+        ]
+    )
+    body += bytes(-len(body) % 8)
+    return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+
+
+class StatisticsCounter:
+    """Counts blocks of training passages; the order of the blocks does not matter."""
+
+    def __init__(self, vocab_size: int, num_buckets: int = DEFAULT_NUM_BUCKETS):
+        assert num_buckets > 0 and num_buckets & (num_buckets - 1) == 0, "num_buckets is a power of two"
+        self.num_passages = 0
+        self.num_buckets = num_buckets
+        self.token_counts = np.zeros(vocab_size, np.int64)
+        self.document_frequency = np.zeros(vocab_size + num_buckets, np.uint32)
+        self._last_seen = np.full(vocab_size + num_buckets, -1, np.int64)
+
+    def add_block(self, block: Block) -> None:
+        _count_block(
+            block.token_ids,
+            block.word_starts,
+            block.offsets[0],
+            self.num_buckets,
+            self.num_passages,
+            self.token_counts,
+            self.document_frequency,
+            self._last_seen,
+        )
+        self.num_passages += block.num_samples
+
+    def add_statistics(self, part: Statistics) -> None:
+        self.num_passages += part.num_passages
+        self.token_counts += part.token_counts
+        self.document_frequency += part.document_frequency
+
+    def to_bytes(self) -> bytes:
+        """statistics.npz; the same counts give the same bytes (stored members, zip's fixed date of 1980)."""
+        buffer = io.BytesIO()
+        np.savez(
+            buffer,
+            num_passages=np.int64(self.num_passages),
+            token_counts=self.token_counts.astype("<i8"),
+            document_frequency=self.document_frequency.astype("<u4"),
+        )
+        return buffer.getvalue()
+
+
+@compiled
+def _count_block(
+    token_ids, word_starts, offsets, num_buckets, first_passage, token_counts, document_frequency, last_seen
+):
+    vocab_size = len(token_counts)
+    for i in range(len(offsets) - 1):
+        start, end = offsets[i], offsets[i + 1]
+        word = start
+        for j in range(start, end):
+            token_counts[token_ids[j]] += 1
+            if j + 1 == end or word_starts[j + 1]:
+                slot = word_slot(token_ids, word, j + 1, vocab_size, num_buckets)
+                if last_seen[slot] != first_passage + i:
+                    last_seen[slot] = first_passage + i
+                    document_frequency[slot] += 1
+                word = j + 1
 
 
 class ShardWriter:
@@ -43,7 +149,7 @@ class ShardWriter:
 
     A block closes at the first document boundary at or beyond `block_samples` samples; a document that would stretch a
     block to twice that is cut there, and `num_lost_neighbours` counts the pair that the cut parts. A shard closes at
-    the first block boundary at or beyond `shard_bytes`. `counter`, where given, counts every block.
+    the first block boundary at or beyond `shard_bytes`. `counter`, if given, counts every block.
     """
 
     def __init__(
@@ -85,16 +191,15 @@ class ShardWriter:
         if self._tar is not None:
             self._close_shard()
 
-    def abandon(self) -> None:
-        """Removes the unfinished file, for the way out after an error."""
-        if self._tar is not None:
-            self._tar.abandon()
-            self._tar = None
-
     def _close_block(self) -> None:
         data = encode_block(self._pending, self._vocab_size)
         block = decode_block(data, check=False)
-        self._count(block)
+        for row, name in enumerate(FIELDS):
+            self.field_counts[name] += int((block.lengths[row] > 0).sum())
+            self.field_tokens[name] += int(block.lengths[row].sum(dtype=np.int64))
+        self.field_counts["next"] += int(block.has_next.sum())
+        if self._counter is not None:
+            self._counter.add_block(block)
         ids = "\n".join(sample.passage_id for sample in self._pending).encode()
         assert ids.count(b"\n") == len(self._pending) - 1, "a passage id holds no line break"
         if self._tar is None:
@@ -109,121 +214,46 @@ class ShardWriter:
         self.shards.append(self._tar.close())
         self._tar = None
 
-    def _count(self, block: Block) -> None:
-        for row, name in enumerate(FIELDS):
-            self.field_counts[name] += int((block.lengths[row] > 0).sum())
-            self.field_tokens[name] += int(block.lengths[row].sum(dtype=np.int64))
-        self.field_counts["next"] += int(block.has_next.sum())
-        if self._counter is not None:
-            self._counter.add_block(block)
-
 
 class _TarFile:
-    """One shard being written with webdataset's TarWriter, under a temporary name until it is whole."""
+    """One shard being written; it takes its name when it is closed."""
 
     def __init__(self, path: Path, split: str):
-        from webdataset.writer import TarWriter
-
         self._path, self._split = path, split
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = _HashingFile(self._temporary)
-        self._writer = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
-        self._writer.tarstream.format = tarfile.USTAR_FORMAT  # TarWriter takes `format` but does not pass it on
+        self._file = ExitStack()
+        file = self._file.enter_context(written_whole(path, "wb"))
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - see close
         self._blocks: list[BlockEntry] = []
 
     @property
     def bytes_so_far(self) -> int:
-        return self._writer.tarstream.offset
+        return self._tar.offset
 
     def add(self, block: bytes, ids: bytes, num_samples: int) -> None:
-        stem = self._path.name.removesuffix(".tar")
-        key = f"{stem}-{len(self._blocks):05d}"
-        start = self._writer.tarstream.offset
-        self._writer.write({"__key__": key, "block": block, "ids": ids})
-        ids_start = start + TAR_HEADER_BYTES + -(-len(block) // 512) * 512
-        entry = BlockEntry(
-            offset=start + TAR_HEADER_BYTES,
-            size=len(block),
-            samples=num_samples,
-            digest=member_digest(_tar_header(f"{key}.block", len(block)) + block),
-            ids_offset=ids_start + TAR_HEADER_BYTES,
-            ids_size=len(ids),
-            ids_digest=member_digest(_tar_header(f"{key}.ids", len(ids)) + ids),
-        )
-        self._blocks.append(entry)
+        key = f"{self._path.stem}-{len(self._blocks):05d}"
+        offset, digest = self._add_member(f"{key}.block", block)
+        ids_offset, ids_digest = self._add_member(f"{key}.ids", ids)
+        self._blocks.append(BlockEntry(offset, len(block), num_samples, digest, ids_offset, len(ids), ids_digest))
+
+    def _add_member(self, name: str, content: bytes) -> tuple[int, str]:
+        """Offset of the content, and the digest of header and content."""
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(content), 0o444
+        offset = self._tar.offset + TAR_HEADER_BYTES
+        self._tar.addfile(info, io.BytesIO(content))
+        return offset, xxhash.xxh3_64_hexdigest(info.tobuf(tarfile.USTAR_FORMAT) + content)
 
     def close(self) -> ShardEntry:
-        self._writer.close()
+        self._tar.close()
         self._file.close()
-        os.replace(self._temporary, self._path)
         return ShardEntry(
             name=self._path.name,
             split=self._split,
-            bytes=self._file.size,
+            bytes=self._path.stat().st_size,
             samples=sum(block.samples for block in self._blocks),
-            digest=self._file.digest.hexdigest(),
+            digest=file_digest(self._path),
             blocks=tuple(self._blocks),
         )
-
-    def abandon(self) -> None:
-        self._file.file.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-def _tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes that TarWriter puts before a member; a test compares them with the file's."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o444
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-class _HashingFile:
-    """A file opened for writing that digests what passes through."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "wb")  # noqa: SIM115 - closed by close() or abandon()
-        self.digest = xxhash.xxh3_128()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self.file.write(data)
-
-    def close(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-
-@contextmanager
-def full_disk_is_named(folder: Path):
-    """Turns a full disk or quota into a DataError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise DataError(
-            f"the disk of {folder} is full ({error.strerror}): free space and run the same command again, what is "
-            "finished is kept"
-        ) from None
-
-
-def write_file(path: Path, data: bytes) -> FileEntry:
-    """Writes a file under a temporary name, syncs and renames it; returns its manifest entry."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with full_disk_is_named(path.parent):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-    return FileEntry(path.name, len(data), xxhash.xxh3_128_hexdigest(data))
 
 
 def write_shard_set(
@@ -248,36 +278,27 @@ def write_shard_set(
     from quincunx.data_shards.tokenizer import load_tokenizer
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(str(tokenizer_folder))
     counter = StatisticsCounter(len(tokenizer), num_buckets)
     writers = {}
-    for split, documents in zip(SPLITS, (train, heldout)):
-        writers[split] = ShardWriter(
-            folder, split, 0, len(tokenizer), block_samples, shard_bytes, counter if split == "train" else None
-        )
-        with full_disk_is_named(folder):
+    with full_disk_is_named(folder):
+        for split, documents in zip(SPLITS, (train, heldout)):
+            writers[split] = ShardWriter(
+                folder, split, 0, len(tokenizer), block_samples, shard_bytes, counter if split == "train" else None
+            )
             for samples in documents:
                 writers[split].add_document(samples)
             writers[split].close()
-    shards = [shard for split in SPLITS for shard in writers[split].shards]
-    check_training_shards(shards)
-    return finish_shard_set(
-        folder,
-        tokenizer,
-        counter,
-        shards=shards,
-        fields={split: writers[split].field_counts for split in SPLITS},
-        max_tokens=max_tokens,
-        settings={"block_samples": block_samples, "shard_bytes": shard_bytes, "num_buckets": num_buckets},
-        counts={"lost_neighbours": sum(writer.num_lost_neighbours for writer in writers.values())},
-    )
-
-
-def check_training_shards(shards: list[ShardEntry]) -> None:
-    """Raises DataError where no shard is of the train split."""
-    if not any(shard.split == "train" for shard in shards):
-        raise DataError("the corpus gives no training passage: check the input, or lower held_out_share")
+        return finish_shard_set(
+            folder,
+            tokenizer,
+            counter,
+            shards=[shard for split in SPLITS for shard in writers[split].shards],
+            fields={split: writers[split].field_counts for split in SPLITS},
+            max_tokens=max_tokens,
+            settings={"block_samples": block_samples, "shard_bytes": shard_bytes, "num_buckets": num_buckets},
+            counts={"lost_neighbours": sum(writer.num_lost_neighbours for writer in writers.values())},
+        )
 
 
 def finish_shard_set(
@@ -292,9 +313,14 @@ def finish_shard_set(
     counts: dict[str, int],
     sources: Iterable[FileEntry] = (),
 ) -> Manifest:
-    """Writes tokenizer, statistics and, last, the manifest beside shards that are already in `folder`."""
+    """Writes tokenizer, statistics and, last, the manifest beside shards that are already in `folder`.
+
+    Raises DataError if no shard is of the train split.
+    """
     from quincunx.data_shards.tokenizer import special_ids, tokenizer_digest
 
+    if not any(shard.split == "train" for shard in shards):
+        raise DataError("the corpus gives no training passage: check the input, or lower held_out_share")
     tokenizer_folder = folder / TOKENIZER_FOLDER
     shutil.rmtree(tokenizer_folder, ignore_errors=True)  # the manifest lists every file: none may be left over
     tokenizer.save_pretrained(tokenizer_folder)
@@ -318,10 +344,8 @@ def finish_shard_set(
     return manifest
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_file(path: Path, data: bytes) -> FileEntry:
+    """Writes a file whole or not at all; returns its manifest entry."""
+    with written_whole(path, "wb") as file:
+        file.write(data)
+    return FileEntry(path.name, len(data), xxhash.xxh3_128_hexdigest(data))

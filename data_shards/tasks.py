@@ -9,10 +9,6 @@ from dataclasses import dataclass
 
 from quincunx.data_shards.errors import SettingsError
 
-DECODERS = ("masked", "enhanced")
-CORRUPTIONS = ("80-10-10", "mask")
-NEIGHBOURS = ("next", "halves")
-
 ENCODER_CODE = 0
 """Task code of the draw of the words that the encoder's text hides."""
 CORRUPTION_CODE = 1
@@ -58,14 +54,6 @@ class TaskSpec:
     name: str
     decoder: str
     weight: float = 1.0
-
-    def __post_init__(self):
-        if self.name not in TASKS:
-            raise SettingsError(f"unknown task {self.name!r}; the tasks are {', '.join(TASKS)}")
-        if self.decoder not in DECODERS:
-            raise SettingsError(f"unknown decoder {self.decoder!r}; allowed: {', '.join(DECODERS)}")
-        if not self.weight >= 0:
-            raise SettingsError(f"task {self.name} has weight {self.weight}; a weight is a number of at least 0")
 
     @property
     def kind(self) -> TaskKind:

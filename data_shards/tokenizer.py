@@ -2,10 +2,12 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from quincunx.data_shards.errors import SettingsError
@@ -106,3 +108,18 @@ def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
     content["truncation"] = content["padding"] = None
     content["special_ids"] = special_ids(tokenizer)
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def tokenise(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[np.ndarray]:
+    """int32 [n] per text: [CLS], the text's tokens cut to max_tokens - 2, [SEP].
+
+    tokenizer: a fast one of Hugging Face; whatever truncation and padding it was used with before is switched off.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:  # setting them changes what other threads share
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [np.array([cls, *encoding.ids[: max_tokens - 2], sep], np.int32) for encoding in encodings]

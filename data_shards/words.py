@@ -36,7 +36,7 @@ class Tokens(NamedTuple):
     """A tokenised text without special tokens, n tokens.
 
     token_ids    int32 [n]
-    word_starts  bool [n], True where a token is the first of a word
+    word_starts  bool [n], True if a token is the first of a word
     ends         int32 [n], index after the token's last character in the text, never decreasing
     """
 
@@ -91,7 +91,7 @@ def word_starts(text: str, word_ids: np.ndarray, offsets: np.ndarray) -> np.ndar
 def tokenize(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[Tokens]:
     """Tokenises texts in one batch, without special tokens. The tokenizer is one of `load_tokenizer`.
 
-    SentencePiece models hold "</s>" among their ordinary pieces; where a text spells one it becomes the unknown token.
+    SentencePiece models hold "</s>" among their ordinary pieces; if a text spells one, it becomes the unknown token.
     """
     backend = tokenizer.backend_tokenizer
     unknown = tokenizer.unk_token_id

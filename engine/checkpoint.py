@@ -1,28 +1,51 @@
-"""Finding, checking and loading checkpoints; engine/checkpoint_save.py writes them and says why they are whole.
+"""Checkpoints: written whole or not at all, found, verified, and continued by runs that fit.
 
 A checkpoint is a folder step-00001000 of DeepSpeed's own files and a manifest.json with the run's state and every
-file's size and digest. A run continues bit for bit at the same number of ranks; at another one, or at another ZeRO
-stage, the checkpoint is first converted into DeepSpeed's universal format.
+file's size and digest. DeepSpeed writes in place, and a rank killed meanwhile leaves a folder that cannot be loaded. So
+it writes into a staging folder, which gets its name only when every rank's files are on the disk:
+
+    1. every rank writes its files into checkpoints/.staging-step-N, each with fsync, its digest taken on the way;
+    2. every rank reports its files, or why it could not write them, to rank 0;
+    3. rank 0 writes manifest.json (state, sizes, digests), fsyncs, renames the folder to step-N, fsyncs its parent;
+    4. all ranks learn whether it was committed; rank 0 then drops the oldest.
+
+A kill before the rename leaves the last checkpoint as it was, one after it leaves the new one. A failed write (a full
+disk) ends in step 2: the staging folder is removed and training goes on. Several machines need a shared file system.
+
+A run continues bit for bit at the same number of ranks; at another one, or at another ZeRO stage, the checkpoint is
+first converted into DeepSpeed's universal format. Rank 0 alone chooses what to continue from, before the ranks talk.
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
+from quincunx.data_shards.durable import file_digest, publish, sync_folder, written_whole
 from quincunx.data_shards.errors import CheckpointError
+from quincunx.data_shards.setting import as_plain, local_names, names_of
+from quincunx.engine.job import Job
+from quincunx.engine.run_folder import RunFolder
+from quincunx.engine.settings import precision_of
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+STATE_KEY = "quincunx"
+STAGING = ".staging-"
+DELETING = ".deleting-"
 UNIVERSAL = ".universal"
-READ_BYTES = 1 << 22
+DAMAGED = "damaged-"
+"""Prefix of checkpoints that did not verify when the run was continued from an older one."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +60,18 @@ class Checkpoint:
     precision: str
     """float32, bfloat16 or float16: the model's precision in training."""
     state: dict[str, Any]
-    """What the run needs beside weights and moments (engine/resume.py: run_state)."""
+    """What the run needs beside weights and moments (run_state)."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What rank 0 tells the others to load."""
+
+    checkpoint: Checkpoint
+    folder: Path
+    """The checkpoint's folder, or that of its conversion."""
+    universal: bool
+    """It was converted, for another number of ranks, ZeRO stage or precision."""
 
 
 def step_name(step: int) -> str:
@@ -77,14 +111,6 @@ def verify(checkpoint: Path) -> Checkpoint:
     return found
 
 
-def file_digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def find_newest(folder: Path, report: Callable[[str], None] = print) -> Checkpoint | None:
     """The newest checkpoint under `folder` that verifies, None where there is none at all.
 
@@ -110,6 +136,101 @@ def find_step(folder: Path, step: int) -> Checkpoint:
         kept = ", ".join(str(int(path.name.removeprefix("step-"))) for path in committed(folder)) or "none"
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has those of steps {kept}")
     return verify(folder / step_name(step))
+
+
+def choose_checkpoint(
+    job: Job, model_digest: str, total_steps: int, folder: RunFolder, world_size: int
+) -> Resume | None:
+    """The checkpoint to resume from, None to start from nothing; sets an earlier run aside for --fresh.
+
+    Prints why a newer checkpoint is skipped and what has changed since. Raises
+    CheckpointError where checkpoints exist and none can be continued.
+    """
+    if job.settings.fresh and (aside := folder.set_aside()) is not None:
+        print(f"--fresh: the earlier run was moved to {aside}", flush=True)
+    folder.checkpoints.mkdir(exist_ok=True)
+    remove_leftovers(folder.checkpoints)
+    checkpoint = find_newest(folder.checkpoints)
+    if checkpoint is None:
+        return None
+    if checkpoint.step > total_steps:
+        raise CheckpointError(
+            f"{checkpoint.folder} has done {checkpoint.step} steps, more than the {total_steps} asked for; "
+            "give more steps, or start anew with --fresh or another --output"
+        )
+    for damaged in committed(folder.checkpoints):
+        if damaged != checkpoint.folder and damaged.name > checkpoint.folder.name:
+            # Out of the way of retention, which would otherwise count it among the newest. Nothing is deleted.
+            damaged.rename(damaged.with_name(f"{DAMAGED}{damaged.name}"))
+    for change in check_fits(checkpoint, job, model_digest):
+        print(f"warning: resuming with a changed setting: {change}", flush=True)
+    stage = job.machine.config["zero_optimization"]["stage"]
+    precision = precision_of(job.machine.config)
+    if not needs_conversion(checkpoint, world_size, stage, precision):
+        return Resume(checkpoint, checkpoint.folder, universal=False)
+    change = f"from {checkpoint.world_size} to {world_size} ranks, ZeRO {checkpoint.zero_stage} to {stage}"
+    print(f"converting {checkpoint.folder.name} {change}, {checkpoint.precision} to {precision}", flush=True)
+    return Resume(checkpoint, convert(checkpoint), universal=True)
+
+
+def fingerprint(job: Job, model_digest: str) -> str:
+    """What every rank must have alike: data, model, and every setting but the paths and sizes of a machine's own."""
+    local = local_names(job.settings)
+    common = {name: value for name, value in as_plain(job.settings).items() if name not in local}
+    common |= {"config": job.machine.config, "micro_batch": job.machine.micro_batch}
+    common["evaluations"] = [evaluation.kind for evaluation in job.evaluations]
+    digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
+    return f"dataset {', '.join(job.data['dataset_ids'])}, model {model_digest}, settings {digest}"
+
+
+def run_state(job: Job, model_digest: str, counters: dict[str, Any], run_id: str) -> dict[str, Any]:
+    """What a checkpoint holds beside weights and moments; JSON-able.
+
+    counters: step, skipped_steps and bad_steps (the last ones in a row). The order needs no more than the step, since
+    the examples of a step are a function of seed, global_batch and step.
+    """
+    return {
+        **counters,
+        "run_id": run_id,
+        **job.data,
+        "model_digest": model_digest,
+        "settings": as_plain(job.settings),
+        "settings_digest": job.settings.digest(),
+    }
+
+
+def settings_of(state: dict[str, Any], kind: type) -> dict[str, Any]:
+    """A checkpoint's settings; one that is younger than the checkpoint had its default then."""
+    return as_plain(kind(**{name: value for name, value in state["settings"].items() if name in field_names(kind)}))
+
+
+def field_names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def check_fits(checkpoint: Checkpoint, job: Job, model_digest: str) -> list[str]:
+    """Compares a checkpoint with the run that wants to continue it.
+
+    Returns one sentence per changed setting that changes what is learned without making it another run. Raises
+    CheckpointError where dataset, model, or the place of a step in the data differ.
+    """
+    state, settings = checkpoint.state, job.settings
+    remedy = "give the settings it was made with, or start anew with --fresh or another --output"
+    if any(state[key] != value for key, value in job.data.items()):
+        raise CheckpointError(
+            f"{checkpoint.folder} was trained on dataset {', '.join(state['dataset_ids'])} (weights "
+            f"{state['dataset_weights']}), this one is {', '.join(job.data['dataset_ids'])} "
+            f"({job.data['dataset_weights']}); {remedy}"
+        )
+    now, then = as_plain(settings), settings_of(state, type(settings))
+    changed = {name: f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value}
+    foreign = [changed[name] for name in names_of(settings, "model", "stream") if name in changed]
+    if foreign:
+        raise CheckpointError(f"{checkpoint.folder} belongs to another run: {'; '.join(foreign)}; {remedy}")
+    if state["model_digest"] != model_digest:
+        raise CheckpointError(f"{checkpoint.folder} holds a model of other shapes than this run's; {remedy}")
+    quiet = names_of(settings, "machine", "data")
+    return [sentence for name, sentence in changed.items() if name not in quiet]
 
 
 def needs_conversion(checkpoint: Checkpoint, world_size: int, zero_stage: int, precision: str) -> bool:
@@ -170,3 +291,173 @@ def consolidated_state_dict(folder: Path) -> dict[str, Any]:
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+
+
+def save_checkpoint(engine, group, folder: Path, step: int, state: dict[str, Any], keep: int) -> str | None:
+    """Commits the engine's state as `folder`/step-N; all ranks call it and all get the same answer.
+
+    engine: the DeepSpeed engine. group: the process group that the ranks report over. state: JSON-able run state, the
+    same on every rank. keep: checkpoints kept afterwards.
+    Returns None, or why the checkpoint could not be written; then nothing of it is left and the earlier ones stand.
+    """
+    import torch.distributed as dist
+
+    rank, staging = dist.get_rank(), folder / f"{STAGING}{step_name(step)}"
+    writer = CheckpointWriter()
+    if rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        writer.makedirs(str(staging))
+    engine.checkpoint_engine = writer
+    engine._copy_recovery_script = lambda save_path: None  # would raise on rank 0 alone where the disk is full
+    engine.save_checkpoint(
+        str(folder),
+        tag=staging.name,
+        client_state={STATE_KEY: state, "universal_checkpoint_info": {}},
+        save_latest=False,
+    )
+    reports = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (writer.failure, writer.files), group=group)
+    failures = [f"rank {source}: {failure}" for source, (failure, _) in enumerate(reports) if failure]
+    if rank == 0 and not failures:
+        files = {name: entry for _, written in reports for name, entry in written.items()}
+        try:
+            commit(staging, folder / step_name(step), manifest_of(engine, step, state, files))
+        except OSError as error:
+            failures.append(f"rank 0: {error}")
+    outcome = [failures]
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    if rank == 0:
+        if failures:
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            drop_oldest(folder, keep)
+    return "; ".join(outcome[0]) or None
+
+
+class CheckpointWriter:
+    """The engine that DeepSpeed writes a checkpoint's files through: digests, fsync, and no rank left waiting.
+
+    A rank that raised inside DeepSpeed's save would leave the others in its barriers, so a failure is only noted here
+    and reported when all ranks are through. The interface is deepspeed.runtime.checkpoint_engine.CheckpointEngine's.
+    """
+
+    def __init__(self):
+        self.files: dict[str, dict[str, Any]] = {}
+        self.failure: str | None = None
+
+    def save(self, state_dict: Any, path: str) -> None:
+        import torch
+
+        digesting = None
+        try:
+            with open(path, "wb") as file:
+                digesting = DigestingFile(file)
+                torch.save(state_dict, digesting)
+                file.flush()
+                os.fsync(file.fileno())
+            self.files[Path(path).name] = {"bytes": digesting.bytes, "xxh3_128": digesting.digest.hexdigest()}
+        except Exception as error:  # also what torch makes of a failed write on its way out
+            cause = (digesting and digesting.error) or error
+            self.failure = self.failure or f"{Path(path).name}: {type(cause).__name__}: {cause}"
+
+    def load(self, path: str, map_location=None) -> Any:
+        import torch
+
+        return torch.load(path, map_location=map_location, weights_only=False)  # our own files, verified before
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.failure = self.failure or f"{path}: {error.strerror}"
+
+    def create(self, info) -> None:
+        pass
+
+    def commit(self, info) -> bool:
+        return True
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        return False
+
+    def set_commit_info(self, info) -> None:
+        pass
+
+    def get_commit_info(self) -> None:
+        return None
+
+    def preserves_storage_sharing(self) -> bool:
+        return True
+
+    def cleanup(self) -> None:
+        pass
+
+
+class DigestingFile:
+    """A file that is written front to back and digested on the way; `error` is the first write that failed."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self.bytes = 0
+        self.digest = xxhash.xxh3_128()
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self.digest.update(view)
+        self.bytes += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def manifest_of(engine, step: int, state: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "step": step,
+        "world_size": engine.world_size,
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "precision": str(engine.get_data_types()[0]).removeprefix("torch."),
+        "state": state,
+        "files": files,
+    }
+
+
+def commit(staging: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest and gives the folder its name, each step on the disk before the next."""
+    with written_whole(staging / MANIFEST) as file:
+        json.dump(manifest, file, indent=1)
+    if final.exists():  # an earlier save of this step, which a resumed run has just repeated
+        discard(final)
+    publish(staging, final)
+    sync_folder(final.parent)
+
+
+def drop_oldest(folder: Path, keep: int) -> None:
+    """Deletes all but the `keep` newest committed checkpoints."""
+    for old in committed(folder)[keep:]:
+        discard(old)
+
+
+def discard(checkpoint: Path) -> None:
+    """Deletes a checkpoint so that a kill meanwhile leaves no half of it under its name."""
+    doomed = checkpoint.with_name(f"{DELETING}{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what a killed run left behind: staging and half-deleted folders, conversions. Rank 0, lock held."""
+    for pattern in (f"{STAGING}*", f"{DELETING}*", UNIVERSAL):
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)

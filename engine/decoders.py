@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
+from quincunx.data_shards.batches import Labels, Task, Text
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.lean_modules import ActivatedLinear, LeanDropout
-from quincunx.engine.tensors import TensorTask
 from quincunx.kernels.enhanced_attention import enhanced_attention, visible_attention
 from quincunx.kernels.launching import Implementation
 from quincunx.kernels.packed_attention import packed_attention
@@ -49,9 +48,10 @@ class DecoderLayer(nn.Module):
         self.attention_output = nn.Linear(shape.hidden, shape.hidden)
         self.attention_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
         self.intermediate = nn.Linear(shape.hidden, shape.intermediate)
-        self.output = ActivatedLinear(shape.intermediate, shape.hidden, ACT2FN[shape.activation])
+        self.activation = ACT2FN[shape.activation]
+        self.output = nn.Linear(shape.intermediate, shape.hidden)
         self.output_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
-        self.dropout = LeanDropout(shape.dropout)
+        self.dropout = nn.Dropout(shape.dropout)
         for module in (self.query, self.key_value, self.attention_output, self.intermediate, self.output):
             nn.init.normal_(module.weight, std=shape.init_std)
             if module.bias is not None:
@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
         """Everything after the attention, [R, D]."""
         attended_RD = self.dropout(self.attention_output(attended_RHC.flatten(-2)))
         attended_RD = self.attention_norm(attended_RD + residual_RD)
-        output_RD = self.dropout(self.output(self.intermediate(attended_RD)))
+        output_RD = self.dropout(self.output(self.activation(self.intermediate(attended_RD))))
         return self.output_norm(output_RD + attended_RD)
 
 
@@ -81,9 +81,8 @@ class MaskedDecoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(num_layers))
 
-    def forward(self, context_TD: torch.Tensor, task: TensorTask) -> torch.Tensor:
-        """Hidden states [M, D] of the task's labelled rows."""
-        text, labels = task.text, task.labels
+    def forward(self, context_TD: torch.Tensor, text: Text, labels: Labels) -> torch.Tensor:
+        """Hidden states [M, D] of the labelled rows."""
         for layer in self.layers[:-1]:
             q_THC = layer.split_heads(layer.query(context_TD) + layer.query_bias)
             k_THC, v_THC = layer.keys_and_values(context_TD)
@@ -122,7 +121,7 @@ class EnhancedDecoder(nn.Module):
         q_THC = layer.split_heads(layer.query(query_TD) + layer.query_bias)
         k_THC, v_THC = layer.keys_and_values(stream.context_TD)
         attended_THC = visible_attention(
-            q_THC, k_THC, v_THC, task.text.cu_seqlens, task.keys, task.word_ids, task.keep_thresholds, task.visibility
+            q_THC, k_THC, v_THC, stream.text.cu_seqlens, task.keys, task.word_ids, task.keep_thresholds, task.visibility
         )
         rows_M = task.labels.positions
         return layer(attended_THC.index_select(0, rows_M), query_TD.index_select(0, rows_M))
@@ -132,11 +131,12 @@ class EnhancedDecoder(nn.Module):
 class DecoderStream:
     """What one task's decoder reads."""
 
-    task: TensorTask
+    task: Task
+    text: Text
     h_SD: torch.Tensor
-    """Sentence vectors of the task's sequences."""
+    """Sentence vectors of the text's sequences."""
     context_TD: torch.Tensor
-    """The embedded text with h at position 0; one tensor for tasks that share it."""
+    """The embedded text with h at position 0."""
 
 
 def decode_enhanced(
@@ -149,19 +149,18 @@ def decode_enhanced(
 
     `positions_PD` is the raw position table, up to the longest sequence.
     """
-    tasks = [stream.task for stream in streams]
+    tasks, texts = [stream.task for stream in streams], [stream.text for stream in streams]
     parts = [decoder.queries(stream.h_SD, positions_PD) for decoder, stream in zip(decoders, streams, strict=True)]
     h_query_SHC, position_query_PHC = (torch.cat(part) for part in zip(*parts, strict=True))
-    key_value_TD = torch.cat(_keys_and_values([decoder.layers[0] for decoder in decoders], streams))
-    k_THC, v_THC = (decoders[0].layers[0].split_heads(half) for half in key_value_TD.chunk(2, dim=-1))
-    num_tokens = [len(task.text.input_ids) for task in tasks]
-    offsets = [sum(num_tokens[:i]) for i in range(len(tasks))]
-    cu_seqlens = torch.cat(
-        [tasks[0].text.cu_seqlens, *(tasks[i].text.cu_seqlens[1:] + offsets[i] for i in range(1, len(tasks)))]
-    )
-    position_starts_S = torch.cat(
-        [torch.full_like(task.text.cu_seqlens[1:], i * len(positions_PD)) for i, task in enumerate(tasks)]
-    )
+    parts = [
+        decoder.layers[0].keys_and_values(stream.context_TD) for decoder, stream in zip(decoders, streams, strict=True)
+    ]
+    k_THC, v_THC = (torch.cat(part) for part in zip(*parts, strict=True))
+    num_tokens = [len(text.input_ids) for text in texts]
+    offsets = [sum(num_tokens[:i]) for i in range(len(texts))]
+    bounds = [text.cu_seqlens[1:] + offset for text, offset in zip(texts, offsets, strict=True)]
+    cu_seqlens = torch.cat([texts[0].cu_seqlens[:1], *bounds])
+    position_starts_S = torch.cat([torch.full_like(part, i * len(positions_PD)) for i, part in enumerate(bounds)])
     if tasks[0].visibility is None:
         rule = [torch.cat([getattr(task, name) for task in tasks]) for name in ("keys", "word_ids", "keep_thresholds")]
     else:
@@ -175,35 +174,17 @@ def decode_enhanced(
         cu_seqlens,
         *rule,
         position_starts_S=position_starts_S,
-        max_length=max(task.text.max_length for task in tasks),
+        max_length=max(text.max_length for text in texts),
         impl=kernels,
     )
     decoded = []
     for decoder, stream, attended in zip(decoders, streams, attended_THC.split(num_tokens), strict=True):
-        text, rows_M = stream.task.text, stream.task.labels.positions
+        text, rows_M = stream.text, stream.task.labels.positions
         # F.embedding: its gradient sums a sequence's or a position's many rows in float32 and in a fixed order.
         residual_MD = F.embedding(text.sequences.index_select(0, rows_M), stream.h_SD)
         residual_MD = residual_MD + F.embedding(text.positions.index_select(0, rows_M), positions_PD)
         decoded.append(decoder.layers[0](attended.index_select(0, rows_M), residual_MD))
     return decoded
-
-
-def _keys_and_values(layers: Sequence[DecoderLayer], streams: Sequence[DecoderStream]) -> list[torch.Tensor]:
-    """K and V [T, 2 D] of each task; tasks that share their context (mkp and cmp) share the product, too."""
-    by_context: dict[int, list[int]] = {}
-    for i, stream in enumerate(streams):
-        by_context.setdefault(id(stream.context_TD), []).append(i)
-    results: dict[int, torch.Tensor] = {}
-    for members in by_context.values():
-        context_TD = streams[members[0]].context_TD
-        if len(members) == 1:  # joining one matrix would copy it, and keep the copy for the backward pass
-            results[members[0]] = layers[members[0]].key_value(context_TD)
-            continue
-        weight = torch.cat([layers[i].key_value.weight for i in members])
-        bias = torch.cat([layers[i].key_value.bias for i in members])
-        product = F.linear(context_TD, weight, bias)
-        results |= zip(members, product.chunk(len(members), dim=-1), strict=True)
-    return [results[i] for i in range(len(layers))]
 
 
 # Our name of a parameter of a layer -> the names of a Hugging Face BertLayer (RoBERTa, ELECTRA, XLM-R alike).

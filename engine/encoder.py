@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -20,10 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from quincunx.data_shards.batches import Text, make_text
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import resolve_model
-from quincunx.engine.lean_modules import make_lean, reads_rows
-from quincunx.engine.tensors import TensorRows
 from quincunx.kernels.packed_attention import packed_attention
 
 PACKED = "quincunx_packed"
@@ -99,34 +99,27 @@ class PackedEncoder(nn.Module):
         project = project or getattr(getattr(self.model, "encoder", None), "embedding_hidden_mapping_in", None)
         return embedded if project is None else project(embedded)
 
-    def forward(
-        self,
-        word_vectors_TE: torch.Tensor,
-        positions_T: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        max_length: int,
-        read: TensorRows | None = None,
-    ) -> torch.Tensor:
-        """Final hidden states [T, D] of packed word vectors (rows of `word_embeddings`), or those [R, D] in `read`."""
-        return final_rows(
-            self.model,
-            read,
+    def forward(self, word_vectors_TE: torch.Tensor, text: Text) -> torch.Tensor:
+        """Final hidden states [T, D] of packed word vectors (rows of `word_embeddings`)."""
+        return self.model(
             inputs_embeds=word_vectors_TE[None],
-            position_ids=positions_T[None] + self.position_offset,
-            cu_seqlens=cu_seqlens,
-            max_length=max_length,
-        )
+            position_ids=text.positions[None] + self.position_offset,
+            cu_seqlens=text.cu_seqlens,
+            max_length=text.max_length,
+        ).last_hidden_state[0]
 
 
-def final_rows(model: nn.Module, read: TensorRows | None, **inputs) -> torch.Tensor:
-    """Final hidden states of a Hugging Face encoder on packed `inputs`: [T, D], or the rows [R, D] in `read`.
+def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
+    """A Hugging Face encoder's layers in their order; none if it keeps them elsewhere than BERT and ModernBERT."""
+    stack = getattr(encoder, "encoder", encoder)
+    return list(getattr(stack, "layer", getattr(stack, "layers", [])))
 
-    Encoders like BERT finish no others in their last layer; of the rest all are computed and these are taken.
-    """
-    if read is None or not reads_rows(model):
-        hidden_TD = model(**inputs).last_hidden_state[0]
-        return hidden_TD if read is None else hidden_TD.index_select(0, read.positions)
-    return model(**inputs, read=read).last_hidden_state[0]
+
+def set_dropout(model: nn.Module, rate: float | None) -> None:
+    """Gives every dropout of hidden states `rate`; None keeps the model's own."""
+    for module in model.modules():
+        if rate is not None and isinstance(module, nn.Dropout):
+            module.p = rate
 
 
 def load_encoder(
@@ -165,7 +158,7 @@ def load_encoder(
             f"the shards' tokenizer has {vocab_size} words, encoder {name} embeds "
             f"{encoder.word_embeddings.num_embeddings}; build the shards with the encoder's own tokenizer"
         )
-    make_lean(encoder.model, dropout)
+    set_dropout(encoder.model, dropout)
     if gradient_checkpointing and not encoder.model.supports_gradient_checkpointing:
         raise SettingsError(
             f"encoder {name!r} is of type {encoder.config.model_type}, which transformers cannot checkpoint; set "
@@ -282,15 +275,14 @@ def _check_packing(name: str, encoder: PackedEncoder) -> None:
     """Reads two texts packed and one of them alone. Raises SettingsError where that fails or does not give the same."""
     training = encoder.model.training
     encoder.model.eval()
-    positions, bounds = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 3, 5], dtype=torch.int32)
+    both, second = make_text(np.arange(5), np.array([0, 3, 5])), make_text(np.arange(3, 5), np.array([0, 2]))
     try:
-        words = encoder.word_embeddings(torch.arange(5))
-        packed = encoder(words, positions, bounds, 3)[3:]
-        alone = encoder(words[3:], positions[3:], bounds[1:] - 3, 2)
+        words = encoder.word_embeddings(both.input_ids)
+        packed, alone = encoder(words, both)[3:], encoder(words[3:], second)
         obstacle = None
         if not torch.allclose(packed, alone, rtol=1e-3, atol=1e-4, equal_nan=True):
             obstacle = "they see each other"
-        elif encoder.embed(words, positions).shape[-1] != packed.shape[-1]:
+        elif encoder.embed(words, both.positions).shape[-1] != packed.shape[-1]:
             obstacle = "its embedding layer is not as wide as its vectors"
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         obstacle = _in_one_line(error)
@@ -322,3 +314,15 @@ def head_weights(masked_lm: nn.Module, encoder: PackedEncoder) -> dict[str, torc
         "bias": output.bias,
     }
     return {name: weight.detach().clone() for name, weight in weights.items() if weight is not None}
+
+
+def encoder_multiply_adds(model: nn.Module, lengths: np.ndarray) -> float:
+    """Multiply-adds of one forward of a Hugging Face encoder over texts of these lengths, matrix products only."""
+    config = model.config
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", getattr(config, "hidden_dim", 4 * width))
+    is_plain = hasattr(config, "hidden_act") or hasattr(config, "hidden_dim")  # as BERT's and DistilBERT's
+    inner *= 1 if is_plain else 1.5  # a gated feed-forward has three matrices
+    lengths = lengths.astype(np.float64)
+    of_a_layer = (4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum()
+    return config.num_hidden_layers * of_a_layer

@@ -11,14 +11,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from quincunx.data_shards.artefact import artefact
-from quincunx.data_shards.documents import Input, ReadReport
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.generations import KIND
 from quincunx.data_shards.passages import Passage, read_passages
 from quincunx.data_shards.readers import list_inputs
+from quincunx.data_shards.records import Input, ReadReport
 from quincunx.data_shards.setting import as_plain, setting
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
-from quincunx.engine.environment import Environment, choose_device
+from quincunx.engine.ranks import Environment, choose_device
 
 if TYPE_CHECKING:
     from quincunx.engine.generator import Generator, Sampling

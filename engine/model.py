@@ -1,17 +1,24 @@
 """One encoder, its shallow decoders, the LM head they share, and the loss of a micro-batch.
 
 Letters: B passages, S sequences of a task, T tokens of a text, M labelled rows of a task, N labelled rows of all, D
-channels, P longest text of the decoders.
+channels, E embedding channels (E < D in small ELECTRAs), V words, P longest text of the decoders.
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
-from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.batches import Batch, Context, Text
+from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.decoders import (
     DecoderLayer,
@@ -22,27 +29,100 @@ from quincunx.engine.decoders import (
     copy_last_layers,
     decode_enhanced,
 )
-from quincunx.engine.encoder import PackedEncoder, ScratchShape, load_encoder
-from quincunx.engine.lean_modules import encoder_layers
-from quincunx.engine.lm_head import LMHead, TiedRows, make_lm_head, norm_eps
-from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, cls_and_labels, cls_rows, empty_task
+from quincunx.engine.encoder import (
+    PackedEncoder,
+    ScratchShape,
+    encoder_layers,
+    encoder_multiply_adds,
+    load_encoder,
+)
 from quincunx.kernels.launching import Implementation
+from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
 
 SHARED = "shared"
 """Name of the decoder that all tasks share; no task is called so."""
+SENTENCE_LOSSES: dict[str, Callable[[torch.Tensor, Batch], torch.Tensor]] = {}
+"""Losses of the sentence vectors beside the tasks' own, by the name that the setting sentence_losses takes: sentence
+vectors [B, D] and the batch give [B], a loss for each passage. An entry here is all that a new loss needs."""
+BUNDLE_FILE = "bundle.json"
+DECODERS_FILE = "decoders.safetensors"
+BUNDLE_VERSION = 1
 
 
 class StepOutput(NamedTuple):
-    """What a micro-batch gives; vectors hold the encoder's task first, then the others in the recipe's order."""
+    """What a micro-batch gives; vectors hold the encoder's task first, the others in the recipe's order, then the
+    sentence losses; losses below counts these too."""
 
     loss: torch.Tensor
-    """Scalar: sum over tasks of lambda_t * (sum of nll over this micro-batch's rows) / label_counts[t]."""
+    """Scalar: sum over losses of lambda_t * (sum of nll over this micro-batch's rows) / label_counts[t]."""
     nll_sums: torch.Tensor
-    """[1 + tasks], sum of the negative log-likelihoods in nats, detached."""
+    """[losses], sum of the negative log-likelihoods in nats (of a sentence loss: its values), detached."""
     correct: torch.Tensor
-    """int64 [1 + tasks], labelled tokens whose word got the highest score."""
+    """int64 [losses], labelled tokens whose word got the highest score; 0 of a sentence loss."""
     counts: torch.Tensor
-    """int64 [1 + tasks], labelled tokens."""
+    """int64 [losses], labelled tokens, or passages."""
+    flops: float = 0.0
+    """Of forward and backward (`PretrainModel.flops`); the job fills it in, from a batch on the host."""
+
+
+class LMHead(nn.Module):
+    """Transform (dense, activation, LayerNorm) and tied output projection with a bias, up to the loss.
+
+    Letters: N labelled rows, D hidden channels, E embedding channels (E < D in small ELECTRAs), V words.
+    """
+
+    def __init__(self, hidden: int, embedding: int, vocab_size: int, activation: str, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(hidden, embedding)
+        self.activation = ACT2FN[activation]
+        self.norm = nn.LayerNorm(embedding, eps=eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """[N, D] -> [N, E], what the word embeddings are compared with."""
+        return self.norm(self.activation(self.dense(hidden_ND)))
+
+    def forward(
+        self,
+        hidden_ND: torch.Tensor,
+        output_weight_VE: torch.Tensor,
+        labels_N: torch.Tensor,
+        row_weights_N: torch.Tensor,
+        task_slices: Sequence[tuple[int, int]],
+        kernels: Implementation,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weighted loss, each task's sum of negative log-likelihoods, and correct rows: see `linear_cross_entropy`.
+
+        `output_weight_VE` is the word embedding's weight as `TiedRows` returns it.
+        """
+        return linear_cross_entropy(
+            self.transform(hidden_ND), output_weight_VE, self.bias, labels_N, row_weights_N, task_slices, impl=kernels
+        )
+
+
+class TiedRows(torch.autograd.Function):
+    """Rows [T, E] of the tied weight, and the weight [V, E] itself for the output projection.
+
+    Both gradients meet here: the rows' is added into the projection's in place. Under ZeRO-3 the weight is partitioned;
+    DeepSpeed gathers it for the module in whose forward it is read.
+    """
+
+    @staticmethod
+    def forward(ctx, weight_VE, ids_T):
+        ctx.save_for_backward(ids_T)
+        return weight_VE.index_select(0, ids_T), weight_VE.view_as(weight_VE)
+
+    @staticmethod
+    def backward(ctx, rows_gradient_TE, gradient_VE):
+        (ids_T,) = ctx.saved_tensors
+        if rows_gradient_TE.is_cuda:
+            # Sorts, and sums a word's rows in float32: thousands of [MASK]s would be lost in bf16, and index_add_ adds
+            # in any order.
+            rows_gradient_VE = torch.ops.aten.embedding_dense_backward(
+                rows_gradient_TE, ids_T, len(gradient_VE), padding_idx=-1, scale_grad_by_freq=False
+            )
+            return gradient_VE.add_(rows_gradient_VE), None
+        return gradient_VE.index_add_(0, ids_T, rows_gradient_TE), None
 
 
 class PretrainModel(nn.Module):
@@ -59,11 +139,13 @@ class PretrainModel(nn.Module):
         dropout: float,
         max_tokens: int,
         shared_decoder: bool = False,
+        sentence_losses: Mapping[str, float] | None = None,
         kernels: Implementation = "auto",
     ):
         """`max_tokens` sizes a position table of the decoders' own where the encoder has none of width D.
 
         `shared_decoder`: all tasks, whose decoders must then be of one kind, decode through one module.
+        `sentence_losses`: weights of some of SENTENCE_LOSSES.
         """
         super().__init__()
         config = encoder.config
@@ -73,7 +155,8 @@ class PretrainModel(nn.Module):
         self.query_stream = query_stream
         self.shared_decoder = shared_decoder
         self.kernels = kernels
-        self.task_names = ("mlm", *(task.name for task in tasks))
+        self.loss_weights = {"mlm": 1.0} | {task.name: task.weight for task in tasks} | dict(sentence_losses or {})
+        """Weight lambda of each loss, in the order of a StepOutput's vectors."""
         shape = LayerShape(
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
@@ -101,8 +184,7 @@ class PretrainModel(nn.Module):
         if (table is None and tasks) or (needs_table and table.embedding_dim != shape.hidden):
             self.position_table = nn.Embedding(max_tokens, shape.hidden)
             nn.init.normal_(self.position_table.weight, std=shape.init_std)
-        lambdas = torch.tensor([1.0, *(task.weight for task in tasks)])
-        self.register_buffer("lambdas", lambdas, persistent=False)
+        self.register_buffer("lambdas", torch.tensor([*self.loss_weights.values()]), persistent=False)
 
     def decoder_name(self, task: str) -> str:
         """Name in `decoders` of the decoder that a task uses: the task's own, or that of all."""
@@ -111,61 +193,66 @@ class PretrainModel(nn.Module):
     def decoder_of(self, task: str) -> MaskedDecoder | EnhancedDecoder:
         return self.decoders[self.decoder_name(task)]
 
-    def encode(self, text: TensorText) -> torch.Tensor:
+    def encode(self, text: Text) -> torch.Tensor:
         """Sentence vectors [S, D]: final hidden states of [CLS], no pooler."""
-        word_vectors = self.encoder.word_embeddings(text.input_ids)
-        return self.encoder(word_vectors, text.positions, text.cu_seqlens, text.max_length, cls_rows(text))
+        return self.encoder(self.encoder.word_embeddings(text.input_ids), text).index_select(0, text.starts)
 
-    def forward(self, batch: TensorBatch, label_counts: torch.Tensor) -> StepOutput:
+    def loss_counts(self, batch: Batch) -> list[int]:
+        """What each loss is a mean over: labelled tokens, or passages."""
+        num_sentence_losses = len(self.loss_weights) - 1 - len(self.tasks)
+        return [*batch.num_labels(), *[batch.num_passages] * num_sentence_losses]
+
+    def forward(self, batch: Batch, label_counts: torch.Tensor) -> StepOutput:
         """Loss of one micro-batch.
 
-        `label_counts` [1 + tasks] holds each task's labelled tokens in the whole global batch (all ranks, all
-        micro-batches), so that the losses of the micro-batches sum to the global batch's. A task without rows here adds
-        0 and zero gradients (every parameter takes part in every forward, which ZeRO and all-reduce rely on).
+        `label_counts` [losses] holds the loss_counts of the whole global batch (all ranks, all micro-batches), so that
+        the losses of the micro-batches sum to the global batch's. A task without rows here adds 0 and zero gradients
+        (every parameter takes part in every forward, which ZeRO and all-reduce rely on).
         """
-        assert label_counts.shape == self.lambdas.shape and batch.tasks.keys() <= set(self.task_names)
-        tasks = [batch.tasks.get(task.name) or empty_task(batch.encoder.input_ids.device) for task in self.tasks]
-        rows, output_weight_VE = self._labelled_rows(batch, tasks)
-        counts = [len(part) for part in rows]
+        assert label_counts.shape == self.lambdas.shape and list(batch.tasks) == [task.name for task in self.tasks]
+        h_BD, rows, output_weight_VE = self._labelled_rows(batch)
+        counts = batch.num_labels()
         bounds = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        labels_N = torch.cat([batch.encoder_labels.labels, *(task.labels.labels for task in tasks)])
+        labels_N = torch.cat([batch.encoder_labels.ids, *(task.labels.ids for task in batch.tasks.values())])
         per_row = self.lambdas.float() / label_counts.to(self.lambdas.device, torch.float32).clamp(min=1)
         row_weights_N = torch.cat([per_row[t].expand(count) for t, count in enumerate(counts)])
         task_slices, rows_ND = list(itertools.pairwise(bounds)), torch.cat(rows)
-        found = self.lm_head(rows_ND, output_weight_VE, labels_N, row_weights_N, task_slices, self.kernels)
-        return StepOutput(*found, torch.tensor(counts))
+        loss, sums, correct = self.lm_head(
+            rows_ND, output_weight_VE, labels_N, row_weights_N, task_slices, self.kernels
+        )
+        for place, name in list(enumerate(self.loss_weights))[len(counts) :]:
+            value = SENTENCE_LOSSES[name](h_BD, batch).float().sum()
+            loss = loss + value * per_row[place]
+            sums, correct = torch.cat([sums, value.detach()[None]]), torch.cat([correct, correct.new_zeros(1)])
+        return StepOutput(loss, sums, correct, torch.tensor(self.loss_counts(batch)))
 
-    def _labelled_rows(self, batch: TensorBatch, tasks: list[TensorTask]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Final hidden states [M, D] of the labelled rows, the encoder's and every task's; the head's weight [V, E]."""
-        texts = list({id(task.text): task.text for task in tasks}.values())
-        ids = torch.cat([batch.encoder.input_ids, *(text.input_ids for text in texts)])
+    def _labelled_rows(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Sentence vectors [B, D]; final hidden states [M, D] of the labelled rows of the encoder and every task; the
+        head's weight [V, E]."""
+        contexts = batch.contexts
+        ids = torch.cat([batch.encoder.input_ids, *(context.text.input_ids for context in contexts.values())])
         words_TE, output_weight_VE = TiedRows.apply(self.encoder.word_embeddings.weight, ids)
-        text, num_encoder = batch.encoder, len(batch.encoder.input_ids)
-        encoder_words_TE, words_TE = words_TE.split([num_encoder, len(ids) - num_encoder])
-        read, cls_B, labels_M = cls_and_labels(text, batch.encoder_labels)
-        hidden_RD = self.encoder(encoder_words_TE, text.positions, text.cu_seqlens, text.max_length, read)
-        h_BD = hidden_RD.index_select(0, cls_B)
-        embedded = self._embed(texts, words_TE) if tasks else {}
-        shared: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        streams = {}
-        for spec, task in zip(self.tasks, tasks, strict=True):
-            key = (id(task.text), id(task.passage_index))
-            if key not in shared:
-                h_SD = h_BD.index_select(0, task.passage_index)
-                shared[key] = (h_SD, embedded[id(task.text)].index_copy(0, task.text.starts, h_SD))
-            streams[spec.name] = DecoderStream(task, *shared[key])
+        encoder_words_TE, words_TE = words_TE.split([batch.num_tokens, len(ids) - batch.num_tokens])
+        hidden_TD = self.encoder(encoder_words_TE, batch.encoder)
+        h_BD = hidden_TD.index_select(0, batch.encoder.starts)
+        embedded = self._embed(contexts, words_TE) if contexts else {}
+        read = {}
+        for name, context in contexts.items():
+            h_SD = h_BD.index_select(0, context.passage_index)
+            read[name] = context.text, h_SD, embedded[name].index_copy(0, context.text.starts, h_SD)
+        streams = {name: DecoderStream(task, *read[task.context]) for name, task in batch.tasks.items()}
         decoded = self._decode(streams)
-        rows = [hidden_RD.index_select(0, labels_M)]
-        return rows + [decoded[spec.name] for spec in self.tasks], output_weight_VE
+        rows = [hidden_TD.index_select(0, batch.encoder_labels.positions)]
+        return h_BD, rows + [decoded[spec.name] for spec in self.tasks], output_weight_VE
 
-    def _embed(self, texts: list[TensorText], words_TE: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The embedding layer over all decoder texts at once, by the text's identity: [T, D] each."""
+    def _embed(self, contexts: dict[str, Context], words_TE: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The embedding layer over all decoders' texts at once: [T, D] by the context's name."""
+        texts = [context.text for context in contexts.values()]
         positions = torch.cat([text.positions for text in texts])
         embedded = self.encoder.embed(words_TE, positions)
         if self.encoder.position_embeddings is None:
             embedded = embedded + self.position_table(positions)
-        parts = embedded.split([len(text.input_ids) for text in texts])
-        return {id(text): part for text, part in zip(texts, parts, strict=True)}
+        return dict(zip(contexts, embedded.split([len(text.input_ids) for text in texts]), strict=True))
 
     def _decode(self, streams: dict[str, DecoderStream]) -> dict[str, torch.Tensor]:
         """Hidden states [M, D] of the labelled rows by task."""
@@ -173,16 +260,15 @@ class PretrainModel(nn.Module):
         for spec in self.tasks:
             decoder, stream = self.decoder_of(spec.name), streams[spec.name]
             if spec.decoder == "masked":
-                decoded[spec.name] = decoder(stream.context_TD, stream.task)
+                decoded[spec.name] = decoder(stream.context_TD, stream.text, stream.task.labels)
             elif self.query_stream == "embedded":
-                text = stream.task.text
-                query_TD = self.encoder.embed(stream.h_SD.index_select(0, text.sequences), text.positions)
-                decoded[spec.name] = decoder.decode_embedded(query_TD, stream)
+                h_TD = stream.h_SD.index_select(0, stream.text.sequences)
+                decoded[spec.name] = decoder.decode_embedded(self.encoder.embed(h_TD, stream.text.positions), stream)
             else:
                 enhanced.append(spec.name)
         if enhanced:
             members = [streams[name] for name in enhanced]
-            positions_PD = self._positions(max(stream.task.text.max_length for stream in members))
+            positions_PD = self._positions(max(stream.text.max_length for stream in members))
             decoders = [self.decoder_of(name) for name in enhanced]
             decoded |= zip(enhanced, decode_enhanced(decoders, members, positions_PD, self.kernels), strict=True)
         return decoded
@@ -193,6 +279,32 @@ class PretrainModel(nn.Module):
         if table is None:
             table, offset = self.encoder.position_embeddings, self.encoder.position_offset
         return table(torch.arange(offset, offset + length, device=self.lambdas.device))
+
+    def flops(self, batch: Batch) -> float:
+        """FLOPs of forward and backward (three times the forward) of one micro-batch, matrix products only.
+
+        Recomputation (gradient checkpointing) does not count, as usual for MFU. benchmarks/flops.py counts what is run.
+        """
+        width = self.encoder.config.hidden_size
+        multiply_adds = encoder_multiply_adds(self.encoder.model, np.diff(batch.encoder.cu_seqlens))
+        rows = float(sum(batch.num_labels()))
+        words = self.encoder.word_embeddings
+        multiply_adds += rows * (words.num_embeddings + width) * words.embedding_dim
+        for spec in self.tasks:
+            task = batch.tasks[spec.name]
+            text = batch.contexts[task.context].text
+            tokens, labels = float(len(text.input_ids)), float(len(task.labels.ids))
+            lengths = np.diff(text.cu_seqlens).astype(np.float64)
+            squares = (lengths**2).sum()
+            layers = self.decoder_of(spec.name).layers
+            inner = layers[0].intermediate.out_features
+            if spec.decoder == "masked":
+                whole_layers = len(layers) - 1
+                multiply_adds += whole_layers * ((4 * width**2 + 2 * width * inner) * tokens + 2 * width * squares)
+            # The last (or only) layer: keys and values of all tokens, the rest at labelled rows.
+            multiply_adds += 2 * width**2 * tokens + (2 * width**2 + 2 * width * inner) * labels
+            multiply_adds += 2 * width * squares * (labels / tokens if tokens else 0.0)
+        return 3 * 2 * multiply_adds
 
     def compile_parts(self) -> None:
         """torch.compile for the encoder and every decoder layer, in place; names of parameters stay."""
@@ -210,6 +322,7 @@ def build_model(
     decoder_init: Literal["random", "encoder"] = "random",
     query_stream: Literal["raw", "embedded"] = "raw",
     shared_decoder: bool = False,
+    sentence_losses: Mapping[str, float] | None = None,
     dropout: float | None = None,
     from_scratch: ScratchShape | None = None,
     vocab_size: int | None = None,
@@ -242,9 +355,95 @@ def build_model(
         dropout=dropout,
         max_tokens=max_tokens,
         shared_decoder=shared_decoder,
+        sentence_losses=sentence_losses,
         kernels=kernels,
     )
     if decoder_init == "encoder":
         for decoder in model.decoders.values():
             copy_last_layers(decoder, encoder_layers(packed.model))
     return model
+
+
+def make_lm_head(
+    config: PretrainedConfig, vocab_size: int, embedding: int, weights: dict[str, torch.Tensor] | None
+) -> LMHead:
+    """The head of an encoder: with the `weights` of its checkpoint (`encoder.head_weights`), or fresh (std 0.02).
+
+    A checkpoint without a bias somewhere (ModernBERT's dense and norm) gets one of zeros.
+    """
+    activation = getattr(config, "classifier_activation", None) or getattr(config, "hidden_act", "gelu")
+    head = LMHead(config.hidden_size, embedding, vocab_size, activation, norm_eps(config))
+    nn.init.normal_(head.dense.weight, std=getattr(config, "initializer_range", 0.02))
+    nn.init.zeros_(head.dense.bias)
+    if weights is not None:
+        head.load_state_dict(weights, strict=False)
+    return head
+
+
+def norm_eps(config: PretrainedConfig) -> float:
+    """Epsilon of the encoder's LayerNorms."""
+    return getattr(config, "layer_norm_eps", None) or getattr(config, "norm_eps", 1e-12)
+
+
+def write_bundle(folder: Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
+    """Adds LM head and decoders to an encoder's folder, which makes it a bundle (engine/export.py).
+
+    weights: every parameter of the PretrainModel outside the encoder, by its name there. description: plain values for
+    bundle.json; load_bundle reads `tasks` ({name: "masked" | "enhanced"}) and `shared_decoder` (absent: false).
+    """
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / DECODERS_FILE)
+    content = {"format": "quincunx-bundle", "version": BUNDLE_VERSION, **description}
+    (folder / BUNDLE_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def is_bundle(name: str) -> bool:
+    """Whether the `encoder` setting names a bundle."""
+    return (Path(name) / BUNDLE_FILE).is_file()
+
+
+def load_bundle(model: PretrainModel, folder: Path, report: Callable[[str], None] = print) -> None:
+    """Fills a PretrainModel's LM head and decoders from a bundle; its encoder is loaded already.
+
+    report: told which decoders of the run the bundle lacks; they keep their fresh weights.
+
+    Raises:
+        CheckpointError: a damaged bundle, one of a newer version, weights of another shape or decoder kind, or one
+            decoder for all tasks on one side and one for each on the other.
+    """
+    try:
+        content = json.loads((folder / BUNDLE_FILE).read_text())
+        version, tasks = content["version"], content["tasks"]
+        weights = load_file(folder / DECODERS_FILE)
+    except Exception as error:  # safetensors has an error class of its own for a damaged file
+        raise CheckpointError(f"the bundle {folder} cannot be read ({error}): export it again") from error
+    if version > BUNDLE_VERSION:
+        raise CheckpointError(
+            f"the bundle {folder} has format {version}, this quincunx reads {BUNDLE_VERSION}: update it"
+        )
+    shared = content.get("shared_decoder", False)
+    if tasks and model.tasks and shared != model.shared_decoder:
+        raise CheckpointError(
+            f"the bundle {folder} has one decoder for {'all tasks' if shared else 'each task'}, the recipe does not: "
+            f"set --shared_decoder {str(shared).lower()}, or start from the plain encoder folder"
+        )
+    if shared and tasks:  # its decoder serves any task
+        tasks = dict.fromkeys([task.name for task in model.tasks], next(iter(tasks.values())))
+    for task in model.tasks:
+        if tasks.get(task.name, task.decoder) != task.decoder:
+            raise CheckpointError(
+                f"the bundle {folder} has a decoder of kind {tasks[task.name]} for {task.name}, the recipe asks for "
+                f"{task.decoder}: set --decoder {tasks[task.name]}, or start from the plain encoder folder"
+            )
+    fresh = [task.name for task in model.tasks if task.name not in tasks]
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith("encoder.")}
+    fresh_decoders = tuple(f"decoders.{model.decoder_name(task)}." for task in fresh)
+    wanted = {name for name in own if not name.startswith(fresh_decoders)}
+    wrong = [name for name in sorted(wanted) if name not in weights or weights[name].shape != own[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"the bundle {folder} does not fit the recipe's decoders ({wrong[0]} is missing or of another shape): use "
+            f"its settings, which stand in {BUNDLE_FILE}, or start from the plain encoder folder"
+        )
+    model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    if fresh:
+        report(f"the bundle {folder} has no decoder for {', '.join(fresh)}: they start from fresh weights")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quincunx.data_shards.batches import PackedBatch
+from quincunx.data_shards.batches import Batch, to_device
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
@@ -21,19 +21,13 @@ from quincunx.data_shards.shards import ShardSet, open_shards
 from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
-from quincunx.engine.bundle import is_bundle, load_bundle
-from quincunx.engine.deepspeed_config import load_config
-from quincunx.engine.environment import Environment, choose_device
+from quincunx.engine.evaluations import load_held_out, load_probe, run_held_out, run_probe
 from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
-from quincunx.engine.held_out import HeldOut, load_held_out, run_held_out
-from quincunx.engine.host_memory import return_freed_memory
 from quincunx.engine.job import Evaluation
-from quincunx.engine.model import PretrainModel, StepOutput, build_model
-from quincunx.engine.probe import Probe, load_probe, run_probe
+from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, StepOutput, build_model, is_bundle, load_bundle
+from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.run_folder import RunFolder
-from quincunx.engine.settings import PretrainSettings, find_idle_settings
-from quincunx.engine.tensors import to_tensors
-from quincunx.engine.throughput import training_flops
+from quincunx.engine.settings import Machine, PretrainSettings, find_idle_settings, load_machine
 from quincunx.engine.training import run_training
 from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
 from quincunx.kernels.launching import choose
@@ -44,73 +38,27 @@ class PretrainJob:
     """A pre-training, on one rank; fields and methods as engine/job.py has them."""
 
     settings: PretrainSettings
-    config: dict[str, Any]
-    micro_batch: int
-    total_steps: int
-    cuda: bool
+    machine: Machine
     model: PretrainModel
     stream: Stream
-    shard_sets: list[ShardSet]
-    held_out: HeldOut | None
-    probe: Probe | None
+    data: dict[str, list]
+    evaluations: list[Evaluation]
+    tokenizer_folder: Path
 
     @property
-    def dataset_ids(self) -> list[str]:
-        return [shard_set.manifest.dataset_id for shard_set in self.shard_sets]
-
-    @property
-    def dataset_weights(self) -> list[int]:
-        return [weight for _, weight in self.settings.shard_weights()]
-
-    @property
-    def task_names(self) -> list[str]:
-        return self.model.task_names
-
-    @property
-    def task_weights(self) -> list[float]:
-        return [1.0, *(task.weight for task in self.model.tasks)]
-
-    @property
-    def evaluations(self) -> list[Evaluation]:
-        found = []
-        if self.held_out is not None:
-            measure = partial(run_held_out, self.model, self.held_out)
-            found.append(Evaluation("held_out", self.settings.held_out_every, measure, shown=False))
-        if self.probe is not None:
-            measure = partial(run_probe, self.model, self.probe)
-            found.append(Evaluation("probe", self.settings.probe_every, measure, shown=True))
-        return found
-
-    @property
-    def warnings(self) -> list[str]:
-        return find_idle_settings(self.settings)
-
-    def describe(self) -> str:
-        loss = " + ".join(["mlm", *(f"{task.weight:.2g} {task.name}" for task in self.model.tasks)])
-        return f"loss {loss} ({self.settings.decoder}); {self.stream.order.describe(self.settings.global_batch)}"
+    def loss_weights(self) -> dict[str, float]:
+        return self.model.loss_weights
 
     def write_model_files(self, folder: Path) -> None:
-        save_model_files(folder, self.model, self.shard_sets[0].tokenizer_folder)
-
-    def num_labels(self, batch: PackedBatch) -> list[int]:
-        return batch.num_labels()
+        save_model_files(folder, self.model, self.tokenizer_folder)
 
     def forward_passes(
-        self, engine: Any, batches: list[PackedBatch], label_counts: torch.Tensor, seeds: list[int]
+        self, engine: Any, batches: list[Batch], label_counts: torch.Tensor, seeds: list[int]
     ) -> Iterator[StepOutput]:
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
-            yield engine(to_tensors(batch, label_counts.device), label_counts)
-
-    def flops(self, batch: PackedBatch) -> float:
-        return training_flops(self.model, batch)
-
-    def sample_ids(self, step: int) -> dict[str, list]:
-        rows = self.stream.order.global_batch(step, self.settings.global_batch)
-        return {name: getattr(rows, name).tolist() for name in rows._fields}
-
-    def compile(self) -> None:
-        self.model.compile_parts()
+            output = engine(to_device(batch, label_counts.device), label_counts)
+            yield output._replace(flops=self.model.flops(batch))
 
     def export(self, folder: RunFolder) -> list[Path]:
         export_run(folder.path, folder.export)
@@ -124,8 +72,7 @@ def pretrain(settings: PretrainSettings, environment: Environment) -> int:
 
 def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob:
     """Checks shards and model, and opens them. Raises SettingsError or DataError."""
-    cuda = choose_device(settings.device, environment)
-    config, micro_batch = load_config(settings, environment.world_size, cuda)
+    machine = load_machine(settings, environment.world_size, choose_device(settings.device, environment))
     report = print if environment.is_main else lambda line: None
     paths, weights = zip(*settings.shard_weights(), strict=True)
     shard_sets = [open_shards(path, settings.cache, int(settings.cache_gb * 1e9)) for path in paths]
@@ -151,30 +98,45 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
         packers["train"],
         order,
         global_batch=settings.global_batch,
-        micro_batch=micro_batch,
+        micro_batch=machine.micro_batch,
         rank=environment.rank,
         world_size=environment.world_size,
         num_workers=settings.num_workers,
     )
     model = make_model(settings, tasks, shard_sets[0], report)
-    report(f"kernels: {describe_kernels(settings, cuda, model)}")
-    if not cuda:
-        return_freed_memory(sum(parameter.numel() for parameter in model.parameters()))
-    held_out = None
-    if settings.held_out_every:
-        held_out = load_held_out(packers["heldout"], packers["train"], settings.held_out_passages, micro_batch)
+    report(f"kernels: {describe_kernels(settings, machine.cuda, model)}")
+    loss = " + ".join(name if name == "mlm" else f"{weight:.2g} {name}" for name, weight in model.loss_weights.items())
+    report(f"loss {loss} ({settings.decoder}); {order.describe(settings.global_batch)}")
+    for sentence in find_idle_settings(settings):
+        report(f"warning: {sentence}")
     return PretrainJob(
         settings=settings,
-        config=config,
-        micro_batch=micro_batch,
-        total_steps=settings.total_steps(sum(order.num_samples)),
-        cuda=cuda,
+        machine=machine,
         model=model,
         stream=stream,
-        shard_sets=shard_sets,
-        held_out=held_out,
-        probe=make_probe(settings, shard_sets[0]),
+        data={
+            "dataset_ids": [shard_set.manifest.dataset_id for shard_set in shard_sets],
+            "dataset_weights": [*weights],
+        },
+        evaluations=make_evaluations(settings, model, packers, machine.micro_batch, shard_sets[0]),
+        tokenizer_folder=shard_sets[0].tokenizer_folder,
     )
+
+
+def make_evaluations(
+    settings: PretrainSettings, model: PretrainModel, packers: dict[str, Packer], micro_batch: int, shard_set: ShardSet
+) -> list[Evaluation]:
+    """The held-out losses, where passages are held out, and the probe, where one is given."""
+    found = []
+    if settings.held_out_every:
+        held_out = load_held_out(packers["heldout"], packers["train"], settings.held_out_passages, micro_batch)
+        if held_out is not None:
+            measure = partial(run_held_out, model, held_out)
+            found.append(Evaluation("held_out", settings.held_out_every, measure, shown=False))
+    if settings.probe is not None and settings.probe_every:
+        probe = load_probe(settings.probe, load_tokenizer(shard_set.tokenizer_folder), settings.max_tokens)
+        found.append(Evaluation("probe", settings.probe_every, partial(run_probe, model, probe), shown=True))
+    return found
 
 
 def describe_kernels(settings: PretrainSettings, cuda: bool, model: PretrainModel) -> str:
@@ -227,6 +189,9 @@ def make_model(
             intermediate=settings.intermediate_size or 4 * settings.hidden_size,
             max_positions=settings.max_positions or settings.max_tokens,
         )
+    if unknown := [name for name, _ in settings.sentence_weights() if name not in SENTENCE_LOSSES]:
+        known = ", ".join(SENTENCE_LOSSES) or "there are none yet"
+        raise SettingsError(f"sentence_losses names {', '.join(unknown)}; known: {known} (engine/model.py)")
     torch.manual_seed(settings.seed)
     model = build_model(
         settings.encoder,
@@ -236,6 +201,7 @@ def make_model(
         decoder_init=settings.decoder_init,
         query_stream=settings.query_stream,
         shared_decoder=settings.shared_decoder,
+        sentence_losses=dict(settings.sentence_weights()),
         dropout=settings.dropout,
         from_scratch=shape,
         vocab_size=shard_set.manifest.vocab_size,
@@ -260,9 +226,3 @@ def start_at_unigram(bias_V: torch.nn.Parameter, token_counts: np.ndarray) -> No
     counts[: len(token_counts)] += torch.from_numpy(token_counts.astype(np.float64))
     with torch.no_grad():
         bias_V.copy_((counts / counts.sum()).log())
-
-
-def make_probe(settings: PretrainSettings, shard_set: ShardSet) -> Probe | None:
-    if settings.probe is None or not settings.probe_every:
-        return None
-    return load_probe(settings.probe, load_tokenizer(shard_set.tokenizer_folder), settings.max_tokens)

@@ -1,19 +1,43 @@
-"""What a training run learns and from what: every setting once, with its default, unit, range and role.
+"""The settings of a training run, and the DeepSpeed JSON: read, checked against them, its "auto" values filled in.
 
-How it is run (ZeRO stage, offload, precision) is in the DeepSpeed JSON instead (ds_configs/, docs/training.md).
-Pre-training's defaults are the papers': RetroMAE's if both give one, MASTER's if only MASTER does.
+The settings say what is learned, the JSON how it is run (ZeRO stage, offload, precision: ds_configs/,
+docs/training.md). A value that the settings own must be "auto" or absent in the JSON; a number there would be a second
+truth. The micro-batch may stand in either. Pre-training's defaults are the papers': RetroMAE's if both give one,
+MASTER's if only MASTER does.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
+from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.setting import as_plain, names_of, setting
 from quincunx.data_shards.tasks import TASKS, TaskSpec
+
+BUNDLED = Path(__file__).parent.parent / "ds_configs"
+LARGEST_DEFAULT_MICRO_BATCH = 32
+
+OWNED_BY_RECIPE = {
+    "train_batch_size": "global_batch",
+    "gradient_accumulation_steps": "global_batch and micro_batch",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.betas": "adam_betas",
+    "optimizer.params.eps": "adam_eps",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler": "warmup_share and steps",
+}
+"""Key of the JSON -> the settings that decide it."""
+
+SECTIONS = (
+    "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "optimizer",
+    "scheduler", "fp16", "bf16", "checkpoint",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +171,8 @@ class PretrainSettings(RunSettings):
     """All tasks decode through one decoder instead of one each (MASTER's ablation, Table 6)."""
     task_weights: list[float] | None = setting(None, low=0, below=10**6)
     """Weight lambda of each task's loss; the encoder's own has 1 (default: the share of passages with its text)."""
+    sentence_losses: list[str] = setting([], role="model")
+    """Losses of the sentence vectors beside the tasks', each NAME or NAME:WEIGHT (engine/model.py: SENTENCE_LOSSES)."""
     encoder_mask_rate: float = setting(0.30, above=0, below=1)
     """Share of the encoder's tokens that are masked, alpha (RetroMAE, MASTER: 0.30)."""
     decoder_mask_rate: float = setting(0.50, above=0, below=1)
@@ -184,6 +210,11 @@ class PretrainSettings(RunSettings):
             pairs.append((path, int(weight)) if colon and weight.isdigit() and not is_port else (entry, 1))
         return pairs
 
+    def sentence_weights(self) -> list[tuple[str, float]]:
+        """(name, weight) of each sentence loss; a bare name has weight 1."""
+        pairs = [entry.partition(":") for entry in self.sentence_losses]
+        return [(name, float(weight or 1)) for name, _, weight in pairs]
+
     def contradictions(self) -> list[str]:
         problems = super().contradictions()
 
@@ -200,6 +231,11 @@ class PretrainSettings(RunSettings):
         need(
             weights is None or len(weights) == len(self.tasks),
             f"task_weights has {len(weights or [])} numbers for {len(self.tasks)} tasks",
+        )
+        given = [entry.partition(":")[2] for entry in self.sentence_losses]
+        need(
+            all(weight.replace(".", "", 1).isdigit() for weight in given if weight),
+            f"sentence_losses is {', '.join(self.sentence_losses)}; give NAME or NAME:WEIGHT, as in contrastive:0.1",
         )
         sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
         given = [name for name in sizes if getattr(self, name) is not None]
@@ -233,3 +269,184 @@ def find_idle_settings(settings: PretrainSettings) -> list[str]:
     if settings.held_out_every == 0:
         idle("held_out_passages", "held_out_every is 0")
     return sentences
+
+
+def find_config_problems(settings: RunSettings, world_size: int) -> list[str]:
+    """What is wrong with the DeepSpeed JSON, alone and beside the settings, as clauses.
+
+    Raises SettingsError for a file that cannot be read.
+    """
+    config = load_deepspeed_json(settings.deepspeed)
+    micro_batch, problems = choose_micro_batch(config, settings, world_size)
+    filled = fill_config(config, settings, micro_batch, world_size, cuda=False)
+    if left := sorted(auto_keys(filled)):
+        problems.append(f'the DeepSpeed JSON has "auto" where nothing fills it: {", ".join(left)}')
+    return find_conflicts(config, settings) + problems
+
+
+class Machine(NamedTuple):
+    """How a run is run."""
+
+    config: dict[str, Any]
+    """The DeepSpeed JSON, filled."""
+    micro_batch: int
+    """Examples of one forward pass of one rank."""
+    cuda: bool
+
+
+def load_machine(settings: RunSettings, world_size: int, cuda: bool) -> Machine:
+    """Of checked settings."""
+    config = load_deepspeed_json(settings.deepspeed)
+    micro_batch, _ = choose_micro_batch(config, settings, world_size)
+    return Machine(fill_config(config, settings, micro_batch, world_size, cuda), micro_batch, cuda)
+
+
+def load_deepspeed_json(name: str) -> dict[str, Any]:
+    """The JSON that `--deepspeed` names: a file, or one of ours by name (`zero2`, also `ds_configs/zero2.json`)."""
+    path = Path(name)
+    if not path.is_file() and path.parent in (Path(), Path("ds_configs")):
+        path = BUNDLED / f"{path.name.removesuffix('.json')}.json"
+    if not path.is_file():
+        ours = ", ".join(sorted(file.stem for file in BUNDLED.glob("*.json")))
+        raise SettingsError(f"--deepspeed {name}: no such file, and none of ours ({ours})")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise SettingsError(f"--deepspeed {name} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise SettingsError(f"--deepspeed {name} must hold one JSON object")
+    return config
+
+
+def find_conflicts(config: dict[str, Any], settings: RunSettings) -> list[str]:
+    """Every value of the JSON that contradicts the recipe or that training here cannot honour, each as one clause."""
+    clauses = []
+    for key, owner in OWNED_BY_RECIPE.items():
+        value = lookup(config, key)
+        if value is not None and value != "auto":
+            clauses.append(f'the DeepSpeed JSON sets {key} to {json.dumps(value)}, which {owner} decides; write "auto"')
+    micro_batch = config.get("train_micro_batch_size_per_gpu")
+    if isinstance(micro_batch, int) and settings.micro_batch is not None:
+        clauses.append(
+            f"the DeepSpeed JSON sets train_micro_batch_size_per_gpu to {micro_batch} and the recipe micro_batch to "
+            f'{settings.micro_batch}; write "auto" in the JSON or leave micro_batch out'
+        )
+    for key in SECTIONS:
+        section = lookup(config, key)
+        if section is not None and not isinstance(section, dict):
+            clauses.append(f"the DeepSpeed JSON has {json.dumps(section)} as {key}; it must be an object")
+    if isinstance(micro_batch, bool) or (not isinstance(micro_batch, int | None) and micro_batch != "auto"):
+        clauses.append(
+            f"the DeepSpeed JSON has {json.dumps(micro_batch)} as train_micro_batch_size_per_gpu; "
+            'allowed: a whole number or "auto"'
+        )
+    stage = lookup(config, "zero_optimization.stage")
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        clauses.append(f"the DeepSpeed JSON has zero_optimization.stage {stage}; allowed: 1, 2, 3")
+    kind = lookup(config, "optimizer.type")
+    if kind not in (None, "auto", "AdamW"):
+        clauses.append(f"the DeepSpeed JSON has optimizer.type {kind}; allowed: AdamW")
+    if lookup(config, "fp16.enabled") is True and lookup(config, "bf16.enabled") is True:
+        clauses.append("the DeepSpeed JSON enables fp16 and bf16; choose one")
+    if lookup(config, "torch_autocast.enabled") is True:
+        clauses.append("the DeepSpeed JSON enables torch_autocast; enable bf16 instead")
+    if lookup(config, "checkpoint.load_universal") is not None:
+        clauses.append("the DeepSpeed JSON sets checkpoint.load_universal, which resuming decides; leave it out")
+    return clauses
+
+
+def choose_micro_batch(config: dict[str, Any], settings: RunSettings, world_size: int) -> tuple[int, list[str]]:
+    """(examples of one forward pass of one rank, what is wrong with the batch sizes).
+
+    From the recipe, else from the JSON, else the largest divisor of the rank's share that is at most 32.
+    """
+    if settings.global_batch % world_size:
+        return 1, [
+            f"global_batch {settings.global_batch} is not divisible by the {world_size} ranks; "
+            f"nearest: {nearest_multiples(settings.global_batch, world_size)}"
+        ]
+    share = settings.global_batch // world_size
+    given = settings.micro_batch or config.get("train_micro_batch_size_per_gpu", "auto")
+    if given == "auto":
+        return max(n for n in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if share % n == 0), []
+    if not isinstance(given, int) or given < 1 or share % given:
+        divisors = [n for n in range(1, min(share, 4096) + 1) if share % n == 0]
+        allowed = ", ".join(map(str, divisors[-8:]))
+        return 1, [
+            f"micro_batch {given} does not divide the {share} examples of a rank; the largest that do: {allowed}"
+        ]
+    return given, []
+
+
+def nearest_multiples(number: int, divisor: int) -> str:
+    below = number // divisor * divisor
+    return f"{below} or {below + divisor}" if below else str(divisor)
+
+
+def fill_config(
+    config: dict[str, Any], settings: RunSettings, micro_batch: int, world_size: int, cuda: bool
+) -> dict[str, Any]:
+    """The JSON as DeepSpeed gets it: every "auto" replaced, what the recipe owns set.
+
+    cuda: training runs on GPUs, in bfloat16 where they have it; else in float32.
+    """
+    filled = deepcopy(config)
+    offload = lookup(filled, "zero_optimization.offload_optimizer.device") == "cpu"
+    filled["train_micro_batch_size_per_gpu"] = micro_batch
+    filled["gradient_accumulation_steps"] = settings.global_batch // (micro_batch * world_size)
+    filled["train_batch_size"] = settings.global_batch
+    filled["gradient_clipping"] = settings.max_grad_norm
+    filled.pop("scheduler", None)
+    optimizer = {
+        "lr": settings.learning_rate,
+        "betas": list(settings.adam_betas),
+        "eps": settings.adam_eps,
+        "weight_decay": settings.weight_decay,
+    }
+    given = lookup(config, "optimizer.params") or {}
+    optimizer |= {key: value for key, value in given.items() if key not in optimizer and value != "auto"}
+    # torch's AdamW needs no compiler; an offloaded optimizer runs on the CPU, where only DeepSpeed's own is fast.
+    optimizer.setdefault("torch_adam", not offload)
+    if optimizer["torch_adam"]:
+        optimizer.setdefault("fused", True)  # one pass over weights and moments instead of ten
+    filled["optimizer"] = {"type": "AdamW", "params": optimizer}
+    if lookup(filled, "bf16.enabled") == "auto":
+        filled["bf16"]["enabled"] = cuda and bfloat16_supported() and lookup(filled, "fp16.enabled") is not True
+    for section in ("offload_optimizer", "offload_param"):
+        if lookup(filled, f"zero_optimization.{section}.pin_memory") == "auto":
+            filled["zero_optimization"][section]["pin_memory"] = cuda
+    return filled
+
+
+def precision_of(filled: dict[str, Any]) -> str:
+    """float32, bfloat16 or float16: what a filled JSON trains the model in."""
+    if lookup(filled, "bf16.enabled"):
+        return "bfloat16"
+    return "float16" if lookup(filled, "fp16.enabled") else "float32"
+
+
+def bfloat16_supported() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def lookup(config: dict[str, Any], dotted: str) -> Any:
+    """The value under `a.b.c`, None where any part is missing."""
+    value: Any = config
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def auto_keys(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all values that are still "auto"."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found += auto_keys(value, f"{prefix}{key}.")
+        elif value == "auto":
+            found.append(prefix + key)
+    return found

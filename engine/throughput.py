@@ -7,13 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from quincunx.data_shards.batches import PackedBatch
-from quincunx.engine.environment import sum_over_ranks
 from quincunx.engine.job import Job, StepOutput
-from quincunx.engine.lean_modules import reads_rows
-from quincunx.engine.model import PretrainModel
+from quincunx.engine.ranks import sum_over_ranks
 
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIE": 756e12, "GH200": 989e12, "H100": 989e12, "A100": 312e12,
@@ -32,7 +28,7 @@ class Window:
         self._start()
 
     def _start(self) -> None:
-        num_tasks = len(self._job.task_names)
+        num_tasks = len(self._job.loss_weights)
         self._sums = torch.zeros(2, num_tasks, dtype=torch.float64, device=self._device)
         self._counts = np.zeros(num_tasks)
         self._passages = self._tokens = self._flops = self._cut = 0.0
@@ -42,11 +38,11 @@ class Window:
         """One applied optimizer step of this rank."""
         for batch, output in zip(batches, outputs, strict=True):
             self._sums += torch.stack([output.nll_sums, output.correct]).to(self._sums)
-            self._counts += self._job.num_labels(batch)
+            self._counts += self._job.model.loss_counts(batch)
             self._passages += batch.num_passages
             self._tokens += batch.num_tokens
             self._cut += batch.num_cut_texts
-            self._flops += self._job.flops(batch) if self._peak else 0.0
+            self._flops += output.flops
 
     def metrics(self) -> dict[str, float]:
         """Means over all ranks since the last call, and starts anew; every rank must call it.
@@ -59,17 +55,13 @@ class Window:
         mine = torch.cat([self._sums.flatten(), torch.tensor(rest, dtype=torch.float64, device=self._device)])
         totals = sum_over_ranks(mine).cpu().numpy()
         seconds = max(time.monotonic() - self._began, 1e-9)
-        names, n = self._job.task_names, len(self._counts)
+        weights, n = self._job.loss_weights, len(self._counts)
         nll_sums, correct, counts = totals[:n], totals[n : 2 * n], totals[2 * n : 3 * n]
         passages, tokens, flops, cut = totals[3 * n :]
-        metrics = {f"loss/{name}": nll_sums[i] / counts[i] for i, name in enumerate(names) if counts[i]}
-        metrics |= {f"accuracy/{name}": correct[i] / counts[i] for i, name in enumerate(names) if counts[i]}
+        metrics = {f"loss/{name}": nll_sums[i] / counts[i] for i, name in enumerate(weights) if counts[i]}
+        metrics |= {f"accuracy/{name}": correct[i] / counts[i] for i, name in enumerate(weights) if counts[i]}
         if metrics:
-            losses = (
-                weight * metrics.get(f"loss/{name}", 0.0)
-                for weight, name in zip(self._job.task_weights, names, strict=True)
-            )
-            metrics["loss/total"] = sum(losses)
+            metrics["loss/total"] = sum(weight * metrics.get(f"loss/{name}", 0.0) for name, weight in weights.items())
         metrics["passages_per_second"] = passages / seconds
         metrics["tokens_per_second"] = tokens / seconds
         metrics["cut_texts"] = cut
@@ -79,50 +71,6 @@ class Window:
             metrics["mfu"] = flops / seconds / self._peak
         self._start()
         return {name: float(value) for name, value in metrics.items()}
-
-
-def training_flops(model: PretrainModel, batch: PackedBatch) -> float:
-    """FLOPs of forward and backward (three times the forward) of one micro-batch, matrix products only.
-
-    Recomputation (gradient checkpointing) does not count, as usual for MFU. benchmarks/flops.py counts what is run.
-    """
-    width = model.encoder.config.hidden_size
-    labels = np.searchsorted(batch.encoder_label_positions, batch.encoder.cu_seqlens)
-    multiply_adds = encoder_multiply_adds(model.encoder.model, np.diff(batch.encoder.cu_seqlens), 1 + np.diff(labels))
-    rows = float(sum(batch.num_labels()))
-    words = model.encoder.word_embeddings
-    multiply_adds += rows * (words.num_embeddings + width) * words.embedding_dim
-    for spec in model.tasks:
-        task = batch.tasks[spec.name]
-        tokens, labels = float(len(task.text.input_ids)), float(len(task.labels))
-        lengths = np.diff(task.text.cu_seqlens).astype(np.float64)
-        squares = (lengths**2).sum()
-        layers = model.decoder_of(spec.name).layers
-        inner = layers[0].intermediate.out_features
-        if spec.decoder == "masked":
-            whole_layers = len(layers) - 1
-            multiply_adds += whole_layers * ((4 * width**2 + 2 * width * inner) * tokens + 2 * width * squares)
-        # The last (or only) layer: keys and values of all tokens, the rest at labelled rows.
-        multiply_adds += 2 * width**2 * tokens + (2 * width**2 + 2 * width * inner) * labels
-        multiply_adds += 2 * width * squares * (labels / tokens if tokens else 0.0)
-    return 3 * 2 * multiply_adds
-
-
-def encoder_multiply_adds(model: nn.Module, lengths: np.ndarray, read: np.ndarray | None = None) -> float:
-    """Multiply-adds of one forward of a Hugging Face encoder over texts of these lengths, matrix products only.
-
-    `read`: how many rows of each text are read in the end (None: all), which is what its last layer finishes.
-    """
-    config = model.config
-    width, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", getattr(config, "hidden_dim", 4 * width))
-    is_plain = hasattr(config, "hidden_act") or hasattr(config, "hidden_dim")  # as BERT's and DistilBERT's
-    inner *= 1 if is_plain else 1.5  # a gated feed-forward has three matrices
-    lengths = lengths.astype(np.float64)
-    read = lengths if read is None or not reads_rows(model) else read.astype(np.float64)
-    whole = (layers - 1) * ((4 * width**2 + 2 * width * inner) * lengths.sum() + 2 * width * (lengths**2).sum())
-    last = (2 * width**2 + 2 * width * inner) * read.sum() + 2 * width * (lengths * read).sum()
-    return whole + 2 * width**2 * lengths.sum() + last
 
 
 def peak_flops_of(device: torch.device, world_size: int, precision: str) -> float | None:

@@ -1,197 +1,255 @@
-"""Tracking: a run's metrics in metrics.jsonl, and from there in MLflow, at no cost to the run.
+"""The sender: a process of its own that carries metrics.jsonl into MLflow. The only file that imports mlflow.
 
-The training process only appends lines to metrics.jsonl. A second process (tracking_sender.py) reads that file from
-the byte where it stopped, sends what is new and keeps its place in tracking.json. So a slow, dead or hanging server
-delays nothing but the sender (MLflow's `log_metrics` blocks for 246 s on a dead one), nothing queues in memory, and
-`python launchers/send_metrics.py --run FOLDER` sends the rest at any later time.
+Its life hangs on its stdin, whose other end the training process holds. "close" means send what is left and go; end of
+file means that the training process is dead, so go at once: whoever resumes the run sends the rest. It runs at low
+priority, ignores the signals that a scheduler sends to every process of a job, and retries a store that does not
+answer for as long as the run lasts.
 """
 
-import contextlib
-import dataclasses
-import json
+import fcntl
 import os
-import shlex
-import subprocess
+import select
+import signal
 import sys
-import uuid
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
-from quincunx.engine.metrics_file import METRICS_FILE, MetricsWriter
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.run_folder import (
+    LOG_FILE,
+    METRICS_FILE,
+    TrackingState,
+    is_remote,
+    numbers,
+    parse_line,
+    resolve_uri,
+)
 
-STATE_FILE = "tracking.json"
-LOG_FILE = "tracking.log"
-CLOSE_SECONDS = 10.0
-CLOSE_SECONDS_FINISHED = 60.0
-STATUSES = ("finished", "preempted", "interrupted", "diverged", "hung", "failed")
-
-
-def resolve_uri(uri: str, run_folder: Path) -> str:
-    """The MLflow tracking URI of a `tracking` setting: "sqlite" is mlflow.db in the run folder, "none" is no MLflow."""
-    return f"sqlite:///{Path(run_folder).resolve() / 'mlflow.db'}" if uri == "sqlite" else uri
-
-
-def is_remote(uri: str) -> bool:
-    """Whether a server stands between us and the store."""
-    return not uri.startswith(("sqlite:", "file:", "/", "."))
-
-
-def view_command(uri: str, run_folder: Path) -> str:
-    """The shell command that shows the run, as a user types it."""
-    uri = resolve_uri(uri, run_folder)
-    if uri == "none":
-        return f"tail -f {shlex.quote(str(Path(run_folder) / METRICS_FILE))}"
-    return f"open {uri}" if is_remote(uri) else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+EXPERIMENT = "quincunx"
+RUN_TAG = "quincunx.run_id"
+MLFLOW_STATUS = {"finished": "FINISHED", "preempted": "SCHEDULED", "interrupted": "KILLED"}  # all others: FAILED
+POLL_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+LAST_TRY_SECONDS = 3.0
+SYSTEM_SECONDS = 10.0
+REQUEST_SECONDS = 10
+BYTES_A_BATCH = 256 * 1024
+METRICS_A_BATCH = 1000  # MLflow's own limits of one log_batch call
+PARAMS_A_BATCH = 100
 
 
-def send_command(run_folder: Path) -> str:
-    """The shell command that sends whatever the run has not sent yet."""
-    return f"python launchers/send_metrics.py --run {shlex.quote(str(run_folder))}"
+class Sender:
+    """The connection of one run to its MLflow store. Raises whatever MLflow raises where the store does not answer."""
 
+    def __init__(self, run_folder: Path, uri: str | None = None):
+        from mlflow import MlflowClient
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow's params: {"adam": {"beta1": 0.9}} becomes {"adam.beta1": "0.9"}."""
-    flat = {}
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{name}."))
+        self.folder = Path(run_folder)
+        self.state = TrackingState.load(self.folder)
+        if uri is not None:
+            self.state.point_to(resolve_uri(uri, self.folder))
+        _create_database(self.state.uri)
+        self.client = MlflowClient(tracking_uri=self.state.uri)
+        if self.state.mlflow_run_id is None:
+            self.state.mlflow_run_id = self._find_or_create_run()
+            self.state.save(self.folder)
+        self.run = self.state.mlflow_run_id
+        self._running = False
+        self._send_params()
+        self._system = SystemMetricsMonitor(self.run, tracking_uri=self.state.uri)  # not started: we read its samples
+        self._system_due = time.monotonic()
+
+    def _find_or_create_run(self) -> str:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is not None:
+            experiment_id = experiment.experiment_id
+        else:  # without a server, MLflow would put the artifacts under the folder that the command was started in
+            folder = None if is_remote(self.state.uri) else (self.folder.resolve() / "mlartifacts").as_uri()
+            experiment_id = self.client.create_experiment(name, artifact_location=folder)
+        ours = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.state.run_id}'", max_results=1)
+        if ours:
+            return ours[0].info.run_id
+        tags = {RUN_TAG: self.state.run_id}
+        return self.client.create_run(experiment_id, run_name=self.state.run_name, tags=tags).info.run_id
+
+    def _send_params(self) -> None:
+        """MLflow's params are written once; a setting that a restart changed becomes a tag `resumed_with.NAME`."""
+        from mlflow.entities import Param, RunTag
+
+        known = self.client.get_run(self.run).data.params
+        new = [Param(name, value) for name, value in self.state.params.items() if name not in known]
+        for start in range(0, len(new), PARAMS_A_BATCH):
+            self.client.log_batch(self.run, params=new[start : start + PARAMS_A_BATCH])
+        changed = [
+            RunTag(f"resumed_with.{name}", value)
+            for name, value in self.state.params.items()
+            if name in known and known[name] != value
+        ]
+        if changed:
+            self.client.log_batch(self.run, tags=changed)
+
+    def send_new_lines(self) -> None:
+        """Sends every whole line after the last one sent, and keeps the place in tracking.json after each batch."""
+        with open(self.folder / METRICS_FILE, "rb") as file:
+            while True:
+                file.seek(self.state.sent_bytes)
+                lines = [line for line in file.readlines(BYTES_A_BATCH) if line.endswith(b"\n")]
+                if not lines:
+                    return
+                self._send_records([record for record in map(parse_line, lines) if record is not None])
+                self.state.sent_bytes += sum(map(len, lines))
+                self.state.save(self.folder)
+
+    def _send_records(self, records: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        if not self._running:  # a resumed run's status is that of its last end
+            self.client.update_run(self.run, status="RUNNING")
+            self._running = True
+        metrics, reached = [], dict(self.state.sent_steps)
+        for record in records:
+            # MLflow cannot take a metric back; the steps that a resumed run repeats give the same losses, so skip them.
+            if record["kind"] != "event" and record["step"] > reached.get(record["kind"], -1):
+                reached[record["kind"]] = record["step"]
+                milliseconds = int(record["time"] * 1000)
+                metrics += [
+                    Metric(mlflow_name(name), value, milliseconds, record["step"])
+                    for name, value in numbers(record).items()
+                ]
+        for start in range(0, len(metrics), METRICS_A_BATCH):
+            self.client.log_batch(self.run, metrics=metrics[start : start + METRICS_A_BATCH])
+        self.state.sent_steps = reached
+        for record in records:
+            if record.get("event") == "artifact":
+                self._send_artifact(Path(record["path"]))
+            elif record.get("event") == "closed":
+                self._send_artifact(self.folder / METRICS_FILE)
+                self.client.set_terminated(self.run, MLFLOW_STATUS.get(record["status"], "FAILED"))
+
+    def _send_artifact(self, path: Path) -> None:
+        if path.is_dir():
+            self.client.log_artifacts(self.run, str(path), artifact_path=path.name)
+        elif path.exists():
+            self.client.log_artifact(self.run, str(path))
         else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat
+            say(f"{path} is gone, so MLflow does not get it")
+
+    def send_system_metrics(self) -> None:
+        """Each 10 s a sample of MLflow's system metrics: processor, memory, disk, network, GPUs of this node."""
+        from mlflow.entities import Metric
+
+        if time.monotonic() < self._system_due:
+            return
+        self._system_due = time.monotonic() + SYSTEM_SECONDS
+        self._system.collect_metrics()
+        now, step = int(time.time() * 1000), self.state.sent_steps.get("train", 0)
+        samples = self._system.aggregate_metrics()
+        for monitor in self._system.monitors:
+            monitor.clear_metrics()
+        self.client.log_batch(self.run, metrics=[Metric(f"system/{name}", v, now, step) for name, v in samples.items()])
 
 
-@dataclasses.dataclass
-class TrackingState:
-    """tracking.json: who the run is, where it is tracked, and how far the sender has come.
+def mlflow_name(name: str) -> str:
+    """MLflow refuses "@": probe/mrr@10 is shown as probe/mrr_at_10."""
+    return name.replace("@", "_at_")
 
-    run_id is ours, made when the run first starts and kept in its checkpoints; the MLflow run carries it as a tag, by
-    which it is found again even where a server made a run and died before it could answer.
+
+def _create_database(uri: str) -> None:
+    """Makes a new sqlite store under another name and renames it when it is whole.
+
+    Making one takes about 3 s, a run may be killed at any moment, and a half-made store is refused for ever.
     """
+    from mlflow import MlflowClient
 
-    run_id: str
-    run_name: str
-    uri: str
-    params: dict[str, str]
-    mlflow_run_id: str | None = None
-    sent_bytes: int = 0
-    sent_steps: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def load(cls, run_folder: Path) -> "TrackingState | None":
-        path = Path(run_folder) / STATE_FILE
-        return cls(**json.loads(path.read_text())) if path.exists() else None
-
-    def save(self, run_folder: Path) -> None:
-        path = Path(run_folder) / STATE_FILE
-        staging = path.with_suffix(".tmp")
-        staging.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+    path = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        MlflowClient(tracking_uri=f"sqlite:///{staging}").search_experiments(max_results=1)
         os.replace(staging, path)
 
-    def point_to(self, uri: str) -> None:
-        """Another store has received nothing yet."""
-        if uri != self.uri:
-            self.uri, self.mlflow_run_id, self.sent_bytes, self.sent_steps = uri, None, 0, {}
+
+def say(sentence: str) -> None:
+    print(f"tracking: {sentence}", flush=True)
 
 
-def open_tracker(
-    uri: str,
-    run_folder: Path,
-    run_name: str,
-    params: dict[str, Any],
-    resume_run_id: str | None = None,
-    resume_step: int = 0,
-    is_main: bool = True,
-) -> "Tracker":
-    """Opens the run's record and starts its sender; returns in milliseconds, whatever the server does.
+def follow(run_folder: Path, closing: threading.Event, failing: threading.Event) -> int:
+    """Sends new lines each second until `closing` is set and all is sent; 0 if so, 1 if the last try failed."""
+    sender, pause = None, POLL_SECONDS
+    while True:
+        last = closing.is_set()
+        try:
+            sender = sender or Sender(run_folder)
+            sender.send_new_lines()
+            sender.send_system_metrics()
+            if failing.is_set():
+                failing.clear()
+                say(f"MLflow at {sender.state.uri} answers again")
+            pause = POLL_SECONDS
+        except Exception as error:  # whatever a server or its client raises, the run goes on and so does the sender
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            if not failing.is_set():
+                failing.set()
+                uri = TrackingState.load(run_folder).uri
+                say(f"MLflow at {uri} takes no metrics ({type(error).__name__}); {METRICS_FILE} keeps them meanwhile")
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            last = closing.is_set()
+        if last:
+            return int(failing.is_set())
+        closing.wait(pause)
 
-    uri: "sqlite" (mlflow.db in the run folder), any MLflow tracking URI, or "none".
-    params: all settings, nested or flat; they become MLflow's params.
-    resume_run_id: the `run_id` that the checkpoint carries, None for a run that starts from nothing.
-    resume_step: optimizer steps the loaded checkpoint has done; later lines of metrics.jsonl are cut off.
-    is_main: False on every rank but 0; the tracker then does nothing.
+
+def send_all(run_folder: Path, uri: str | None = None) -> TrackingState:
+    """Sends whatever of the run has not been sent, to another store if `uri` is given; returns how far it came.
+
+    Sending twice is harmless. Raises SettingsError where the run is still going, else what MLflow raises.
     """
-    run_folder = Path(run_folder)
-    if not is_main:
-        return Tracker(run_folder, "", None, None)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    writer = MetricsWriter(run_folder / METRICS_FILE, resume_step)
-    state = TrackingState.load(run_folder)
-    if state is None or resume_run_id not in (None, state.run_id):
-        state = TrackingState(resume_run_id or uuid.uuid4().hex, run_name, "", {})
-    state.point_to(resolve_uri(uri, run_folder))
-    state.params = flatten(params)
-    state.sent_bytes = min(state.sent_bytes, (run_folder / METRICS_FILE).stat().st_size)
-    state.save(run_folder)
-    return Tracker(run_folder, state.run_id, writer, None if uri == "none" else _start_sender(run_folder))
+    _fail_fast()
+    with open(Path(run_folder) / LOG_FILE, "ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"{run_folder} is being sent by the run itself: wait until it has ended") from None
+        sender = Sender(run_folder, uri)
+        sender.send_new_lines()
+        return sender.state
 
 
-class Tracker:
-    """One run's record, open for writing, and the process that sends it. Made by open_tracker."""
-
-    def __init__(self, run_folder: Path, run_id: str, writer: MetricsWriter | None, sender: subprocess.Popen | None):
-        self.run_folder, self.run_id = run_folder, run_id
-        self._writer, self._sender, self._step = writer, sender, 0
-
-    def log(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
-        """Records metrics of `step` (optimizer steps done); kind is "train", "event" or an evaluation's."""
-        if self._writer is not None:
-            self._step = step
-            self._writer.append(step, kind, metrics)
-
-    def artifact(self, path: Path) -> None:
-        """Has a file or folder sent to MLflow as it stands now or a moment later."""
-        self.log(self._step, "event", {"event": "artifact", "path": str(Path(path).resolve())})
-
-    def close(self, status: str = "finished") -> None:
-        """Ends the record and waits until the sender is done: at most 10 s, at the end of a finished run 60 s.
-
-        The sender itself gives up on the first request that is not answered within 10 s. What could not be sent is said
-        on stderr, with the command that sends it later. A second call does nothing.
-        status: "finished", "preempted", "interrupted", "diverged", "hung" or "failed".
-        """
-        if status not in STATUSES:
-            raise ValueError(f"a run ends as one of {', '.join(STATUSES)}, not as {status!r}")
-        if self._writer is None:
-            return
-        self.log(self._step, "event", {"event": "closed", "status": status})
-        self._writer.close()
-        self._writer = None
-        if self._sender is not None:
-            patience = CLOSE_SECONDS_FINISHED if status == "finished" else CLOSE_SECONDS
-            if _stop_sender(self._sender, patience) != 0:
-                print(f"tracking: {unsent_sentence(self.run_folder, status)}", file=sys.stderr, flush=True)
+def _fail_fast() -> None:
+    """One request, 10 s: MLflow's own 7 retries of 120 s would hold the sender for minutes. A user's setting stands."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_SECONDS))
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
-def unsent_sentence(run_folder: Path, status: str) -> str:
-    """How much of the record MLflow has not received, and what sends it."""
-    state = TrackingState.load(run_folder)
-    with open(Path(run_folder) / METRICS_FILE, "rb") as file:
-        file.seek(state.sent_bytes)
-        unsent = sum(1 for _ in file)
-    lines = f"{unsent} line{'' if unsent == 1 else 's'} of {METRICS_FILE}"
-    if status == "preempted":
-        return f"{lines} are not in MLflow at {state.uri} yet; the resumed run sends them"
-    return f"{lines} did not reach MLflow at {state.uri}, send them with: {send_command(run_folder)}"
+def _watch_parent(closing: threading.Event, failing: threading.Event) -> None:
+    """Sets `closing` when the training process says "close"; ends this process when that one is dead."""
+    parent = os.getppid()
+    while os.getppid() == parent:  # a forked worker of the parent may keep the pipe open after its death
+        if not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
+            continue
+        if closing.is_set() or os.read(0, 16) != b"close\n":
+            break
+        if failing.is_set():  # a store that has not answered lately gets one short last try
+            threading.Timer(LAST_TRY_SECONDS, os._exit, (1,)).start()
+        closing.set()
+    os._exit(1)
 
 
-def _start_sender(run_folder: Path) -> subprocess.Popen:
-    with open(run_folder / LOG_FILE, "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "quincunx.engine.tracking_sender", str(run_folder)],
-            stdin=subprocess.PIPE,
-            stdout=2,  # its own few sentences stand on our stderr; what libraries print goes to the log
-            stderr=log,
-        )
+def main() -> None:
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    os.nice(10)
+    _fail_fast()
+    closing, failing = threading.Event(), threading.Event()
+    threading.Thread(target=_watch_parent, args=(closing, failing), daemon=True).start()
+    fcntl.flock(sys.stderr, fcntl.LOCK_EX)  # tracking.log: one sender at a time keeps its place in tracking.json
+    os._exit(follow(Path(sys.argv[1]), closing, failing))  # no thread of a library may hold it
 
 
-def _stop_sender(sender: subprocess.Popen, patience: float) -> int:
-    """Asks the sender to finish, kills it after `patience` seconds; its exit code, 0 where everything was sent."""
-    with contextlib.suppress(BrokenPipeError):  # it has died; its exit code says so
-        os.write(sender.stdin.fileno(), b"close\n")
-    try:
-        return sender.wait(patience)
-    except subprocess.TimeoutExpired:
-        sender.kill()
-        return sender.wait()
-    finally:
-        sender.stdin.close()
+if __name__ == "__main__":
+    main()

@@ -6,12 +6,16 @@ stopping on request. What differs between stages (model, data, losses, evaluatio
 engine/pretraining.py has pre-training's, engine/retrieval/retriever_job.py and reranker_job.py those of fine-tuning.
 """
 
+import difflib
+import fcntl
 import hashlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,18 +24,20 @@ import torch.distributed as dist
 from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError, DataError, SettingsError
 from quincunx.data_shards.hashing import fold, mix
 from quincunx.data_shards.setting import as_plain
-from quincunx.engine.checkpoint import load_checkpoint
-from quincunx.engine.checkpoint_save import remove_leftovers, save_checkpoint
-from quincunx.engine.deepspeed_config import lookup, precision_of
-from quincunx.engine.environment import Environment
+from quincunx.engine.checkpoint import (
+    Resume,
+    choose_checkpoint,
+    fingerprint,
+    load_checkpoint,
+    remove_leftovers,
+    run_state,
+    save_checkpoint,
+)
 from quincunx.engine.job import Job
-from quincunx.engine.optimizer import compile_once, learning_rate_at, parameter_groups
-from quincunx.engine.resume import Resume, choose_checkpoint, fingerprint, run_state
-from quincunx.engine.run_folder import RunFolder
-from quincunx.engine.settings import RunSettings
-from quincunx.engine.signals import StopRequest, Watchdog
+from quincunx.engine.ranks import Environment, StopRequest, Watchdog
+from quincunx.engine.run_folder import RunFolder, Tracker, open_tracker, view_command
+from quincunx.engine.settings import RunSettings, lookup, precision_of
 from quincunx.engine.throughput import Progress, Window, peak_flops_of
-from quincunx.engine.tracking import Tracker, open_tracker, view_command
 
 
 @dataclass
@@ -45,6 +51,7 @@ class Run:
     """The DeepSpeed engine around job.model."""
     model_digest: str
     device: torch.device
+    total_steps: int
     peak_flops: float | None
     control: Any
     """A gloo process group: what the host must know each step never waits for a GPU."""
@@ -70,14 +77,15 @@ def run_training(prepare: Callable[[], Job], settings: RunSettings, environment:
     job = prepare()
     folder = RunFolder(settings.output, environment.is_main)
     model_digest = digest_of(job.model)
+    total_steps = settings.total_steps(sum(job.stream.order.num_samples))
     resume = None
     if environment.is_main:
-        resume = choose_checkpoint(job, model_digest, folder, environment.world_size)
+        resume = choose_checkpoint(job, model_digest, total_steps, folder, environment.world_size)
         folder.write_settings(as_plain(settings))
         job.write_model_files(folder.path)
     run, status = None, "failed"
     try:
-        run = start(job, model_digest, environment, folder, resume, stop_request)
+        run = start(job, model_digest, total_steps, environment, folder, resume, stop_request)
         code = train(run)
         status = {EXIT_PREEMPTED: "preempted", EXIT_DIVERGED: "diverged"}.get(code, "finished")
         finish(run, code)
@@ -104,14 +112,15 @@ def digest_of(model: torch.nn.Module) -> str:
 def start(
     job: Job,
     model_digest: str,
+    total_steps: int,
     environment: Environment,
     folder: RunFolder,
     resume: Resume | None,
     stop_request: StopRequest,
 ) -> Run:
     """Starts the process group and DeepSpeed's engine, and loads what rank 0 chose to resume from."""
-    settings, config = job.settings, job.config
-    if not job.cuda:
+    settings, config, cuda = job.settings, job.machine.config, job.machine.cuda
+    if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed need not warn
     # DeepSpeed calls collectives by the names torch renamed; a user of ours can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed.*deprecated")
@@ -123,11 +132,11 @@ def start(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if lookup(config, "zero_optimization.offload_optimizer.device") == "cpu":
         compile_once(deepspeed.ops.op_builder.CPUAdamBuilder(), environment.is_main)
-    device = torch.device("cuda", environment.local_rank) if job.cuda else torch.device("cpu")
-    if job.cuda:
+    device = torch.device("cuda", environment.local_rank) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(device)
     patience = timedelta(minutes=settings.hang_minutes + 5)  # the watchdog is first: it says what hangs
-    backend = "nccl" if job.cuda else "gloo"
+    backend = "nccl" if cuda else "gloo"
     try:
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
     except dist.DistNetworkError as error:
@@ -154,7 +163,7 @@ def start(
     if resume is not None:
         load_checkpoint(engine, resume.folder)
     if settings.compile:
-        job.compile()
+        job.model.compile_parts()
     dist.barrier(group=control)
     if environment.is_main:
         remove_leftovers(folder.checkpoints)
@@ -179,7 +188,8 @@ def start(
         peak_flops=peak_flops_of(device, environment.world_size, precision_of(config)),
         control=control,
         tracker=tracker,
-        progress=Progress(state["step"], job.total_steps, environment.is_main),
+        total_steps=total_steps,
+        progress=Progress(state["step"], total_steps, environment.is_main),
         watchdog=Watchdog(settings.hang_minutes * 60, on_hang=lambda: tracker.close("hung")),
         stop_request=stop_request,
         step=state["step"],
@@ -190,6 +200,37 @@ def start(
     return run
 
 
+def compile_once(builder: Any, is_main: bool) -> None:
+    """Compiles and loads a DeepSpeed operator; later calls on this machine only load it.
+
+    torch marks a compilation with a file, which a killed process leaves behind and every later one waits for, without
+    end. Here ranks and runs take turns by the kernel's lock (flock), which dies with its holder: whoever holds it knows
+    that a mark still there is a dead process's, and removes it. For that the operators are compiled in a folder of
+    ours, ~/.cache/quincunx/torch_extensions, unless TORCH_EXTENSIONS_DIR names another.
+
+    builder: a DeepSpeed op builder (deepspeed.ops.op_builder). is_main: says on stderr that it takes a minute.
+    """
+    build = f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
+    default = Path.home() / ".cache" / "quincunx" / "torch_extensions" / build
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "quincunx.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / builder.name / "lock").unlink(missing_ok=True)
+        if is_main and not list((folder / builder.name).glob("*.so")):
+            print(f"compiling DeepSpeed's {builder.name} (once, about a minute)", file=sys.stderr, flush=True)
+        builder.load(verbose=False)
+
+
+def misspelt_keys(config: dict[str, Any]) -> list[str]:
+    """Keys of the DeepSpeed JSON that DeepSpeed ignores and that look like one it reads, as sentences."""
+    from deepspeed.runtime import constants
+
+    known = {value for value in vars(constants).values() if isinstance(value, str)}
+    nearest = {key: difflib.get_close_matches(key, known, 1, cutoff=0.85) for key in config if key not in known}
+    return [f"the DeepSpeed JSON has {key}; did you mean {near[0]}?" for key, near in nearest.items() if near]
+
+
 def train(run: Run) -> int:
     """The loop, from run.step to the last step; returns 0, 75 or 77."""
     job, settings, engine = run.job, run.job.settings, run.engine
@@ -197,16 +238,16 @@ def train(run: Run) -> int:
     window = Window(job, run.device, run.peak_flops)
     if run.step == 0:
         evaluate(run)
-    if job.total_steps == 0:
+    if run.total_steps == 0:
         save(run, ending=True)
 
     steps = job.stream.iterate(run.step)
-    while run.step < job.total_steps:
+    while run.step < run.total_steps:
         # What all ranks must agree on: labelled tokens of the global batch, and whether any rank is asked to stop.
         batches, failure = take(steps)
         label_counts, stop = agree(run, batches, failure)
 
-        rate = learning_rate_at(run.step, job.total_steps, settings.learning_rate, settings.warmup_share)
+        rate = learning_rate_at(run.step, run.total_steps, settings.learning_rate, settings.warmup_share)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
 
@@ -229,7 +270,7 @@ def train(run: Run) -> int:
         run.watchdog.beat()
         run.progress.step()
 
-        diverged, last = run.bad_steps >= settings.max_bad_steps, run.step == job.total_steps
+        diverged, last = run.bad_steps >= settings.max_bad_steps, run.step == run.total_steps
         ending = diverged or stop or last
         if ending or run.step % settings.log_every == 0:
             log(run, window, rate)
@@ -258,9 +299,9 @@ def agree(run: Run, batches: list, failure: DataError | None) -> tuple[torch.Ten
 
     Raises DataError on every rank where one of them has no batches but a `failure`.
     """
-    mine = torch.zeros(len(run.job.task_names) + 2, dtype=torch.float64)
+    mine = torch.zeros(len(run.job.loss_weights) + 2, dtype=torch.float64)
     for batch in batches:
-        mine[:-2] += torch.tensor(run.job.num_labels(batch), dtype=torch.float64)
+        mine[:-2] += torch.tensor(run.job.model.loss_counts(batch), dtype=torch.float64)
     mine[-2], mine[-1] = run.stop_request.pending(), failure is not None
     dist.all_reduce(mine, group=run.control)
     if mine[-1] > 0:
@@ -268,6 +309,29 @@ def agree(run: Run, batches: list, failure: DataError | None) -> tuple[torch.Ten
         dist.all_gather_object(told, failure and str(failure), group=run.control)
         raise DataError(next(f"on rank {rank}: {sentence}" for rank, sentence in enumerate(told) if sentence))
     return mine[:-2].to(run.device, torch.float32), bool(mine[-2] > 0)
+
+
+def learning_rate_at(step: int, total_steps: int, peak: float, warmup_share: float) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear from near 0 to `peak`, then linear towards 0.
+
+    Step 0 already learns (rate peak / warm-up steps) and so does the last one. A pure function, so that a resumed run
+    needs no scheduler state.
+    """
+    warmup = round(total_steps * warmup_share)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * max(0, total_steps - step) / max(1, total_steps - warmup)
+
+
+def parameter_groups(model, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of a model's trainable parameters: matrices, which decay, and biases and norm scales, which do not."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decaying = [parameter for _, parameter in named if parameter.ndim >= 2]
+    others = [parameter for _, parameter in named if parameter.ndim < 2]
+    return [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
@@ -279,7 +343,9 @@ def note_skipped_step(run: Run) -> None:
     """Writes down a step whose loss or gradient was not finite on some rank, with all its sample ids. Rank 0 only."""
     if not run.environment.is_main:
         return
-    record = {"step": run.step, **run.job.sample_ids(run.step - 1)}
+    stream = run.job.stream
+    rows = stream.order.global_batch(run.step - 1, stream.global_batch)
+    record = {"step": run.step, **stream.packer.names(rows)}
     run.tracker.log(run.step, "event", {"event": "skipped_step", "in_a_row": run.bad_steps})
     run.progress.say(f"step {run.step} skipped: its loss or gradient is not finite ({run.bad_steps} in a row)")
     try:
@@ -336,19 +402,20 @@ def save(run: Run, ending: bool) -> None:
 def announce(run: Run, resume: Resume | None) -> None:
     """Says on rank 0 what is about to run, and records it."""
     job, settings, environment = run.job, run.job.settings, run.environment
-    for sentence in job.warnings:
+    for sentence in misspelt_keys(job.machine.config):
         run.progress.say(f"warning: {sentence}")
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in job.model.parameters())
-    accumulation = settings.global_batch // (job.micro_batch * environment.world_size)
+    micro_batch = job.machine.micro_batch
+    accumulation = settings.global_batch // (micro_batch * environment.world_size)
     run.progress.say(
-        f"{parameters / 1e6:.1f} M parameters, {job.describe()}; {settings.global_batch} examples a step = "
-        f"{environment.world_size} ranks x {job.micro_batch} x {accumulation}"
+        f"{parameters / 1e6:.1f} M parameters; {settings.global_batch} examples a step = "
+        f"{environment.world_size} ranks x {micro_batch} x {accumulation}"
     )
     run.progress.say(f"watch it with: {view_command(settings.tracking, run.folder.path)}")
-    event = {"event": "started", "world_size": environment.world_size, "total_steps": job.total_steps}
+    event = {"event": "started", "world_size": environment.world_size, "total_steps": run.total_steps}
     if resume is not None:
         event |= {"event": "resumed", "checkpoint": resume.checkpoint.folder.name, "universal": resume.universal}
-        run.progress.say(f"resuming at step {run.step} of {job.total_steps} from {resume.checkpoint.folder}")
+        run.progress.say(f"resuming at step {run.step} of {run.total_steps} from {resume.checkpoint.folder}")
     run.tracker.log(run.step, "event", event)
     run.tracker.artifact(run.folder.settings_file)
 

@@ -1,16 +1,14 @@
 """Attention of RetroMAE's enhanced decoding over packed sequences: every row sees its own random draw of the columns.
 
 Letters: T tokens of all sequences end to end, S sequences, G sequences of one length group, L longest sequence of a
-group, H heads, C channels of a head, P rows of all position tables (each at least as long as its longest sequence).
+group, H heads, C channels of a head, P rows of all position tables (each at least as long as its longest sequence), R
+rows (queries) of a padded sequence.
 """
-
-from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from quincunx.kernels.hashing import visibility
 from quincunx.kernels.launching import Implementation, choose
 from quincunx.kernels.packed_attention import (
     PaddedGroups,
@@ -51,47 +49,31 @@ def enhanced_attention(
     Row i sees column j where j == 0 and i != 0, or where j != i and hash(key, i, word(j)) < threshold(j):
     `keys_S` (int32 bits of a uint32), `word_ids_T` and `keep_thresholds_T` in [0, 2**30] (int32). Instead of these
     three, `explicit_visibility` bool [S, L, L] may say it (to replay published cases); it is taken as it is. A row that
-    sees nothing gives zeros. There is no dropout of attention weights: the visibility is the noise here.
+    sees nothing gives zeros. Attention weights have no dropout; the random visibility plays that role.
 
     `impl` auto takes Triton's kernels on CUDA devices from Ampere on, for head sizes 32, 64 and 128 in bf16, fp16 and
     fp32. Results are repeatable bit for bit, and a sequence's output and dh, dK, dV do not depend on the others.
 
-    Raises ValueError for inputs that do not fit each other. The values of tensors on a GPU are trusted, because reading
-    them would wait for it.
+    Shapes, dtypes and layouts are asserted; values are trusted, because reading them would wait for the device.
     """
     num_sequences = len(h_query_SHC)
     if position_starts_S is None:
         position_starts_S = cu_seqlens.new_zeros(num_sequences)
-    floats = {"h_query": h_query_SHC, "position_query": position_query_PHC, "k": k_THC, "v": v_THC}
-    integers = {"cu_seqlens": cu_seqlens, "position_starts": position_starts_S}
-    if explicit_visibility_SLL is None:
-        integers |= {"keys": keys_S, "word_ids": word_ids_T, "keep_thresholds": keep_thresholds_T}
-    _check_tensors(floats, integers, explicit_visibility_SLL)
     if max_length is None:
         max_length = int(cu_seqlens.diff().max()) if num_sequences else 0
-    _check_lengths(cu_seqlens, position_starts_S, max_length, len(k_THC), len(position_query_PHC))
-    if explicit_visibility_SLL is not None and explicit_visibility_SLL.shape[1] < max_length:
-        _fail(
-            f"explicit_visibility is {explicit_visibility_SLL.shape[1]} wide, the longest sequence {max_length}; pad it"
-        )
-
-    if _choose(impl, k_THC) == "torch" or not len(k_THC):
-        return _attend_in_torch(
-            *floats.values(),
-            cu_seqlens,
-            position_starts_S,
-            keys_S,
-            word_ids_T,
-            keep_thresholds_T,
-            explicit_visibility_SLL,
-        )
+    floats = (h_query_SHC, position_query_PHC, k_THC, v_THC)
+    rule = (keys_S, word_ids_T, keep_thresholds_T)
+    _check(floats, (cu_seqlens, position_starts_S), rule, explicit_visibility_SLL, max_length)
+    fits = k_THC.shape[-1] in TRITON_HEAD_SIZES and k_THC.dtype in TRITON_DTYPES
+    assert fits or impl != "triton", f"the kernels take no heads of {k_THC.shape[-1]} channels in {k_THC.dtype}"
+    if not fits or not len(k_THC) or choose(impl, k_THC.device) == "torch":
+        return _attend_in_torch(*floats, cu_seqlens, position_starts_S, *rule, explicit_visibility_SLL)
     from quincunx.kernels.enhanced_attention_triton import attend
 
     if explicit_visibility_SLL is None:
-        rule = keys_S, word_ids_T, keep_thresholds_T, None
-    else:
-        rule = None, None, None, pack_visibility(explicit_visibility_SLL)
-    return attend(*floats.values(), cu_seqlens, position_starts_S, *rule, max_length)
+        return attend(*floats, cu_seqlens, position_starts_S, *rule, None, max_length)
+    bits_SLB = pack_visibility(explicit_visibility_SLL)
+    return attend(*floats, cu_seqlens, position_starts_S, None, None, None, bits_SLB, max_length)
 
 
 def pack_visibility(visible_SLL: torch.Tensor) -> torch.Tensor:
@@ -102,89 +84,28 @@ def pack_visibility(visible_SLL: torch.Tensor) -> torch.Tensor:
     return (bits_SLL.unflatten(-1, (-1, 32)) << shifts_32).sum(-1, dtype=torch.int32)
 
 
-def _fail(what: str) -> NoReturn:
-    raise ValueError(f"enhanced_attention: {what}")
-
-
-def _check_tensors(
-    floats: dict[str, torch.Tensor], integers: dict[str, torch.Tensor | None], explicit_SLL: torch.Tensor | None
+def _check(
+    floats: tuple[torch.Tensor, ...],
+    bounds: tuple[torch.Tensor, ...],
+    rule: tuple[torch.Tensor | None, ...],
+    explicit_SLL: torch.Tensor | None,
+    max_length: int,
 ) -> None:
-    """Dtypes, devices, shapes and layout."""
-    absent = [name for name, x in integers.items() if x is None]
-    if absent:
-        _fail(f"{', '.join(absent)} not given; give keys, word_ids and keep_thresholds, or explicit_visibility")
-    for name, x in floats.items():
-        if x.dtype != floats["k"].dtype or x.dtype not in (*TRITON_DTYPES, torch.float64):
-            given = ", ".join(f"{other} {y.dtype}" for other, y in floats.items())
-            _fail(f"dtypes are {given}; they must be one of bf16, fp16, fp32 and fp64, cast them")
-        if x.ndim != 3 or x.stride(-1) != 1 or (x.shape[1] > 1 and x.stride(1) != x.shape[2]):
-            _fail(
-                f"{name} has shape {list(x.shape)} and strides {x.stride()}; heads must lie side by side in [rows, "
-                "heads, channels], call contiguous()"
-            )
-    for name, x in integers.items():
-        if x.dtype != torch.int32 or not x.is_contiguous():
-            _fail(f"{name} is {x.dtype} with strides {x.stride()}; it must be contiguous int32, convert it")
-    if explicit_SLL is not None and explicit_SLL.dtype != torch.bool:
-        _fail(f"explicit_visibility is {explicit_SLL.dtype}; it must be bool, compare it to 0")
-    tensors = floats | integers | ({} if explicit_SLL is None else {"explicit_visibility": explicit_SLL})
-    if len({x.device for x in tensors.values()}) > 1:
-        given = ", ".join(f"{name} {x.device}" for name, x in tensors.items())
-        _fail(f"tensors are on {given}; move them to one device")
-
-    (num_sequences, *head_shape), num_tokens = floats["h_query"].shape, len(floats["k"])
-    allowed = {
-        "position_query": (len(floats["position_query"]), *head_shape),
-        "k": (num_tokens, *head_shape),
-        "v": (num_tokens, *head_shape),
-        "cu_seqlens": (num_sequences + 1,),
-        "position_starts": (num_sequences,),
-        "keys": (num_sequences,),
-        "word_ids": (num_tokens,),
-        "keep_thresholds": (num_tokens,),
-    }
-    if explicit_SLL is not None:
-        allowed["explicit_visibility"] = (num_sequences, *explicit_SLL.shape[-1:] * 2)
-    for name, x in tensors.items():
-        if name in allowed and x.shape != allowed[name]:
-            _fail(
-                f"{name} has shape {list(x.shape)}; for h_query {list(floats['h_query'].shape)} and k "
-                f"{list(floats['k'].shape)} it must have {list(allowed[name])}"
-            )
-
-
-def _check_lengths(
-    cu_seqlens: torch.Tensor, position_starts_S: torch.Tensor, max_length: int, num_tokens: int, num_positions: int
-) -> None:
-    """Values, as far as the host can see them."""
-    if max_length > num_positions:
-        _fail(f"position_query has {num_positions} rows, the longest sequence {max_length}; give a longer table")
-    if cu_seqlens.device.type != "cpu" or len(cu_seqlens) == 1:
-        return
-    lengths_S = cu_seqlens.diff()
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens or lengths_S.min() < 0:
-        _fail(f"cu_seqlens is {cu_seqlens.tolist()}; it must rise from 0 to the {num_tokens} tokens, sum the lengths")
-    if lengths_S.max() > max_length:
-        _fail(f"max_length is {max_length}, the longest sequence has {int(lengths_S.max())}; give that or None")
-    ends_S = position_starts_S + lengths_S
-    if position_starts_S.min() < 0 or ends_S.max() > num_positions:
-        _fail(
-            f"position_starts are {position_starts_S.tolist()}; every sequence's rows must lie within the "
-            f"{num_positions} rows of position_query"
-        )
-
-
-def _choose(impl: Implementation, k_THC: torch.Tensor) -> str:
-    """`launching.choose`, and torch for tensors that the Triton kernels do not take."""
-    chosen, head_size = choose(impl, k_THC.device), k_THC.shape[-1]
-    if chosen == "triton" and (head_size not in TRITON_HEAD_SIZES or k_THC.dtype not in TRITON_DTYPES):
-        if impl == "triton":
-            _fail(
-                f"triton cannot run heads of {head_size} channels in {k_THC.dtype}; it takes 32, 64 and 128 in bf16, "
-                "fp16 and fp32, set kernels to auto or torch"
-            )
-        return "torch"
-    return chosen
+    h_query_SHC, position_query_PHC, k_THC, v_THC = floats
+    (num_sequences, *head_shape), num_tokens = h_query_SHC.shape, len(k_THC)
+    assert len({x.dtype for x in floats}) == 1 and k_THC.is_floating_point(), [x.dtype for x in floats]
+    assert len({x.device for x in (*floats, *bounds)}) == 1, [x.device for x in (*floats, *bounds)]
+    assert list(position_query_PHC.shape[1:]) == head_shape and v_THC.shape == k_THC.shape == (num_tokens, *head_shape)
+    # The kernels read heads side by side; rows may be apart, as in parts of one projection.
+    assert all(x.stride(-1) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) for x in floats)
+    lengths = [num_sequences + 1, num_sequences]
+    if explicit_SLL is None:
+        bounds, lengths = (*bounds, *rule), [*lengths, num_sequences, num_tokens, num_tokens]
+    else:
+        assert explicit_SLL.dtype == torch.bool and explicit_SLL.shape[1] == explicit_SLL.shape[2] >= max_length
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in bounds)
+    assert [len(x) for x in bounds] == lengths, [len(x) for x in bounds]
+    assert max_length <= len(position_query_PHC), f"{max_length} positions, {len(position_query_PHC)} in the table"
 
 
 def _attend_in_torch(
@@ -241,3 +162,51 @@ def visible_attention(
         masks.append((visible_GLL | blind_GL1)[:, None])
         blind.append(blind_GL1[:, None])
     return attend_by_group(q_THC, k_THC, v_THC, padded, padded, masks, blind)
+
+
+# The random draws of data_shards/hashing.py on torch tensors, equal bit for bit. int32 stands for uint32:
+# multiplication wraps alike, and a right shift is made logical by masking.
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _as_int32(constant: int) -> int:
+    return constant - (1 << 32) if constant >= 1 << 31 else constant
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Scrambles the 32 bits of every element."""
+    x = x ^ _shift_right(x, 16)
+    x = x * _as_int32(0x7FEB352D)
+    x = x ^ _shift_right(x, 15)
+    x = x * _as_int32(0x846CA68B)
+    return x ^ _shift_right(x, 16)
+
+
+def fold(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Folds `value` into `key`, elementwise with broadcasting; int32."""
+    return mix(key ^ (value * _as_int32(0x9E3779B1)))
+
+
+def draw30(key: torch.Tensor, row: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
+    """Uniform draws in [0, 2**30), elementwise with broadcasting; int32."""
+    return _shift_right(fold(fold(key, row), word), 2)
+
+
+def visibility(
+    keys_S: torch.Tensor, rows_SR: torch.Tensor, word_ids_SL: torch.Tensor, keep_thresholds_SL: torch.Tensor
+) -> torch.Tensor:
+    """Which columns each row of enhanced decoding sees, bool [S, R, L] (RetroMAE section 3.3, Eq. 7).
+
+    visible(i, j) = (j == 0 and i != 0) or (j != i and draw30(key, i, word(j)) < threshold(j)): the sentence vector in
+    column 0 always, a row's own token never, the others by a draw per row and whole word. All inputs int32: `keys_S`
+    one key a sequence, `rows_SR` positions of the rows ([CLS] = 0), `word_ids_SL` and `keep_thresholds_SL` by column,
+    padded columns with threshold 0 (never seen).
+    """
+    columns_L = torch.arange(word_ids_SL.shape[1], dtype=torch.int32, device=word_ids_SL.device)
+    rows_SR1 = rows_SR[:, :, None]
+    draws_SRL = draw30(keys_S[:, None, None], rows_SR1, word_ids_SL[:, None, :])
+    drawn_SRL = (draws_SRL < keep_thresholds_SL[:, None, :]) & (rows_SR1 != columns_L)
+    return drawn_SRL | ((columns_L == 0) & (rows_SR1 != 0))

@@ -9,7 +9,6 @@ tables, L rows and B 32-column words of a bit-packed mask; in kernels M rows (qu
 R rows of dQ added at a time, W channels of all heads.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,6 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from quincunx.kernels.compile_case import CompileCase
-from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
 from quincunx.kernels.rounding_triton import WIDEN, round_to
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -26,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _fold(key, value):
-    """`hashing.fold` on uint32: two multiplications an element of the result."""
+    """`enhanced_attention.fold` on uint32: two multiplications an element of the result."""
     x = key ^ (value * 0x9E3779B1)
     x ^= x >> 16
     x *= 0x7FEB352D
@@ -460,7 +457,7 @@ def visible_bits(
 ) -> torch.Tensor:
     """The mask int32 [S, L, B] as the attention kernels see it, packed like `enhanced_attention.pack_visibility`.
 
-    To be compared with `hashing.visibility` on the device at hand.
+    To be compared with `enhanced_attention.visibility` on the device at hand.
     """
     packed_SLB = keys_S.new_zeros(len(keys_S), max_length, triton.cdiv(max_length, 32))
     num_tiles = triton.cdiv(max_length, PACK_SIZES["M"])
@@ -468,44 +465,3 @@ def visible_bits(
         cu_seqlens, keys_S, word_ids_T, keep_thresholds_T, packed_SLB, *packed_SLB.shape[1:], num_tiles, **PACK_SIZES
     )
     return packed_SLB
-
-
-RULE = ("keys", "word_ids", "keep_thresholds")
-INTEGERS = ("L", "B", "h_stride", "position_stride", "k_stride", "v_stride", "width")
-COUNTS = ("num_tiles", "num_tokens", "num_sequences")
-PARAMETER_TYPES = (
-    dict.fromkeys(("lse", "delta"), "*fp32")
-    | dict.fromkeys(("cu_seqlens", "position_starts", *RULE, "visible_bits", "packed"), "*i32")
-    | dict.fromkeys((*INTEGERS, *COUNTS), "i32")
-)
-"""Of every kernel's parameters, by name; the others point to tensors of the dtype at hand."""
-
-
-def compile_cases(capability: int) -> Iterator[CompileCase]:
-    """The kernels as they are launched on an architecture (80: Ampere, 90: Hopper).
-
-    Left out: fp16, which compiles to bf16's figures, and explicit masks but for one, because they replay small cases.
-    """
-    for short, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
-        for kernel in (_forward, _backward_queries, _backward_keys_values):
-            for head_size in TRITON_HEAD_SIZES:
-                tile = tiling(kernel, dtype, head_size, capability)
-                sizes = _sizes(kernel, tile, head_size)
-                name = f"{short} C{head_size}"
-                yield _case(kernel, name, short, sizes | {"visible_bits": None}, tile.num_warps, tile.num_stages)
-                if name == "bf16 C64":
-                    explicit = sizes | dict.fromkeys(RULE)
-                    yield _case(kernel, f"{name} explicit", short, explicit, tile.num_warps, tile.num_stages)
-        for kernel in (_sum_rows, _sum_sequences):
-            yield _case(kernel, short, short, SUM_SIZES)
-    yield _case(_pack_visible, "", "i32", PACK_SIZES)
-
-
-def _case(
-    kernel: triton.JITFunction, variant: str, dtype: str, constants: dict, num_warps: int = 4, num_stages: int = 3
-) -> CompileCase:
-    """With Triton's own default of 4 warps and 3 stages."""
-    signature = {name: PARAMETER_TYPES.get(name, f"*{dtype}") for name in kernel.arg_names}
-    signature |= dict.fromkeys(constants, "constexpr")
-    name = f"enhanced_attention.{kernel.__name__[1:]} {variant}".strip()
-    return CompileCase(name, kernel, signature, constants, num_warps, num_stages, dtype == "bf16" and "C" in constants)

@@ -16,17 +16,6 @@ OLDEST_CAPABILITY = (8, 0)
 """Ampere: bf16 tensor cores and asynchronous copies."""
 
 
-def choose(implementation: Implementation, device: torch.device | str) -> Literal["triton", "torch"]:
-    """The implementation that runs on `device`: `auto` is Triton on CUDA devices from Ampere on, torch elsewhere.
-
-    Raises ValueError where Triton is demanded and cannot run.
-    """
-    if implementation not in ("auto", "triton", "torch"):
-        raise ValueError(f"kernels: implementation {implementation!r} is not known; give auto, triton or torch")
-    device = torch.device(device)
-    return _choose(implementation, device.type, device.index)
-
-
 def is_recent(index: int | None) -> bool:
     """Whether a CUDA device is Ampere or newer, as Triton kernels and flash attention need; AMD's count as such."""
     card = torch.cuda.get_device_properties(index)  # no cache, nor another call: torch.compile folds this one
@@ -34,18 +23,22 @@ def is_recent(index: int | None) -> bool:
 
 
 @functools.cache
-def _choose(implementation: str, device_type: str, index: int | None) -> Literal["triton", "torch"]:
+def choose(implementation: Implementation, device: torch.device | str) -> Literal["triton", "torch"]:
+    """The implementation that runs on `device`: `auto` is Triton on CUDA devices from Ampere on, torch elsewhere.
+
+    Raises ValueError if Triton is demanded and cannot run.
+    """
+    device, obstacle = torch.device(device), None
     if implementation == "torch":
         return "torch"
-    obstacle = None
     if importlib.util.find_spec("triton") is None:
         obstacle = "the triton package is not installed (pip install triton)"
     elif INTERPRETED:
         return "triton" if implementation == "triton" else "torch"
-    elif device_type != "cuda":
-        obstacle = f"tensors are on {device_type} and Triton kernels need a CUDA device"
-    elif not is_recent(index):
-        card = torch.cuda.get_device_properties(index)
+    elif device.type != "cuda":
+        obstacle = f"tensors are on {device.type} and Triton kernels need a CUDA device"
+    elif not is_recent(device.index):
+        card = torch.cuda.get_device_properties(device.index)
         obstacle = f"the device has compute capability {card.major}.{card.minor}, kernels need 8.0 (Ampere) or newer"
     if obstacle is None:
         return "triton"

@@ -63,12 +63,19 @@ def linear_cross_entropy(
 
     The gradient of a row's weight is not computed. Gradients exist once: a second backward raises.
 
-    Raises ValueError for arguments that do not fit together and, on a CPU, for labels outside the vocabulary. On a GPU,
-    where a look at them would wait for the device, such labels make the kernels' loss NaN and stop torch's.
+    Shapes, dtypes and layouts are asserted. Labels outside the vocabulary make the kernels' loss NaN and stop torch's.
     """
-    _check(hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, impl, form)
+    num_rows, num_words = len(hidden_ND), len(weight_VD)
+    assert hidden_ND.shape[1:] == weight_VD.shape[1:] and bias_V.shape == (num_words,)
+    assert labels_N.shape == row_weights_N.shape == (num_rows,) and labels_N.dtype == torch.int64
+    assert hidden_ND.dtype == weight_VD.dtype == bias_V.dtype and row_weights_N.is_floating_point()
+    assert hidden_ND.stride(-1) == weight_VD.stride(-1) == bias_V.stride(-1) == 1
+    starts, ends = zip(*task_slices)
+    assert (*starts, num_rows) == (0, *ends), f"{task_slices} of {num_rows} rows"
+    assert form != "B" or hidden_ND.dtype == torch.bfloat16, "form B stores exponentials, only bf16 has their range"
+    assert impl != "triton" or hidden_ND.dtype != torch.float64, "the kernels compute in float32"
     if chunk_rows is None:
-        chunk_rows = largest_chunk(hidden_ND, weight_VD.shape[0])
+        chunk_rows = largest_chunk(hidden_ND, num_words)
     run_chunks = _run_chunks
     if hidden_ND.dtype != torch.float64 and choose(impl, hidden_ND.device) == "triton":
         from quincunx.kernels.linear_cross_entropy_triton import run_chunks as run_kernels
@@ -99,70 +106,6 @@ def largest_chunk(hidden_ND: torch.Tensor, num_words: int) -> int:
         # More would leave the cache between the passes over them; fewer would read and write dW too often.
         rows = min(rows, 2 * hidden_ND.shape[1])
     return max(1, rows // multiple * multiple or rows)
-
-
-def _check(hidden_ND, weight_VD, bias_V, labels_N, row_weights_N, task_slices, chunk_rows, impl, form) -> None:
-    """Raises ValueError where arguments do not fit together; reads nothing from a GPU."""
-    if hidden_ND.dim() != 2 or weight_VD.dim() != 2 or hidden_ND.shape[1] != weight_VD.shape[1]:
-        raise ValueError(
-            f"linear_cross_entropy: hidden is {list(hidden_ND.shape)} and weight {list(weight_VD.shape)}; "
-            "give [rows, channels] and [vocabulary, channels]"
-        )
-    num_rows, num_words = hidden_ND.shape[0], weight_VD.shape[0]
-    if bias_V.shape != (num_words,):
-        raise ValueError(
-            f"linear_cross_entropy: the bias is {list(bias_V.shape)} for {num_words} words; give one value a word"
-        )
-    if labels_N.shape != (num_rows,) or row_weights_N.shape != (num_rows,):
-        raise ValueError(
-            f"linear_cross_entropy: {num_rows} rows, {labels_N.numel()} labels and "
-            f"{row_weights_N.numel()} row weights; give one of each a row"
-        )
-    dtypes = [x.dtype for x in (hidden_ND, weight_VD, bias_V)]
-    allowed = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-    if dtypes[0] not in allowed or len(set(dtypes)) > 1:
-        raise ValueError(
-            f"linear_cross_entropy: hidden, weight and bias are {', '.join(map(str, dtypes))}; "
-            "cast them to one of bfloat16, float16, float32 and float64"
-        )
-    if labels_N.dtype != torch.int64 or not row_weights_N.is_floating_point():
-        raise ValueError(
-            f"linear_cross_entropy: labels are {labels_N.dtype} and row weights {row_weights_N.dtype}; "
-            "give int64 and float32"
-        )
-    devices = {x.device for x in (hidden_ND, weight_VD, bias_V, labels_N, row_weights_N)}
-    if len(devices) > 1:
-        raise ValueError(
-            f"linear_cross_entropy: tensors are on {' and '.join(sorted(map(str, devices)))}; move them to one device"
-        )
-    strides = [x.stride(-1) for x in (hidden_ND, weight_VD, bias_V)]
-    if hidden_ND.shape[1] > 1 and strides != [1, 1, 1]:
-        raise ValueError(
-            f"linear_cross_entropy: neighbours in hidden, weight and bias are {strides} elements apart, which must be "
-            "1; call .contiguous() first"
-        )
-    bounds = [0, *(bound for task in task_slices for bound in task), num_rows]
-    if not task_slices or bounds[::2] != bounds[1::2] or bounds != sorted(bounds):
-        raise ValueError(
-            f"linear_cross_entropy: task slices {list(task_slices)} of {num_rows} rows; "
-            "give slices that follow each other from the first row to the last"
-        )
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"linear_cross_entropy: {chunk_rows} rows a chunk; give at least 1, or None")
-    if form not in ("auto", "A", "B"):
-        raise ValueError(f"linear_cross_entropy: form {form!r} is not known; give auto, A or B")
-    if form == "B" and hidden_ND.dtype != torch.bfloat16:
-        raise ValueError(
-            f"linear_cross_entropy: form B stores exponentials, for which {hidden_ND.dtype} has no range or no kernel; "
-            "use bfloat16, or form A"
-        )
-    if impl == "triton" and hidden_ND.dtype == torch.float64:
-        raise ValueError("linear_cross_entropy: the kernels compute in float32 and tensors are float64; set impl=torch")
-    if labels_N.is_cpu and num_rows and (labels_N.min() < 0 or labels_N.max() >= num_words):
-        raise ValueError(
-            f"linear_cross_entropy: labels reach from {labels_N.min()} to {labels_N.max()}, the vocabulary from 0 to "
-            f"{num_words - 1}; give only rows with a label"
-        )
 
 
 def logits(hidden_KD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, chunk_rows: int) -> torch.Tensor:

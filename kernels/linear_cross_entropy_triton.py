@@ -12,8 +12,6 @@ Letters: N labelled rows; D channels; V vocabulary; K rows of one chunk; P vocab
 row stride of the workspace; C column tiles of the product; S stripes of rows.
 """
 
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from quincunx.kernels.compile_case import CompileCase
 from quincunx.kernels.launching import INTERPRETED
 from quincunx.kernels.linear_cross_entropy import Form, Gradients
 from quincunx.kernels.rounding_triton import WIDEN, round_to
@@ -481,44 +478,3 @@ def _exponentials_constants(num_words: int, num_channels: int, product: Product,
 def _rows_constants(num_words: int, product: Product, redo: bool) -> dict:
     num_tiles = triton.cdiv(_padded(num_words), product.words)
     return {"NUM_WORDS": num_words, "NUM_TILES": num_tiles, **SUMS, "REDO": redo}
-
-
-def compile_cases(capability: int, num_words: int = 30522, num_channels: int = 768) -> Iterator[CompileCase]:
-    """Every kernel as it is launched for a vocabulary and a width (BERT-base's)."""
-
-    def case(name, kernel, constants, dtype="bf16", num_warps=4, num_stages=3, product_types=None, tensor_cores=False):
-        types = {"logits_KP": f"*{dtype}", "workspace_KP": f"*{dtype}", "labels_K": "*i64", "correct_K": "*i1"}
-        types |= product_types or {}
-        types |= dict.fromkeys(("redo_flags", "redo"), "*i32")
-        types |= dict.fromkeys(("num_rows", "hidden_stride", "weight_stride"), "i32")
-        return CompileCase(
-            name=f"linear_cross_entropy {name} {dtype}",
-            kernel=kernel,
-            signature={x: "constexpr" if x in constants else types.get(x, "*fp32") for x in kernel.arg_names},
-            constants=constants,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            tensor_cores=tensor_cores,
-        )
-
-    for dtype in ("bf16", "fp16", "fp32"):
-        yield case("A statistics", _statistics_kernel, _statistics_constants(num_words), dtype)
-        yield case("A gradient", _gradient_kernel, _gradient_constants(num_words, "A"), dtype)
-    yield case("B gradient", _gradient_kernel, _gradient_constants(num_words, "B"))
-    products = dict.fromkeys([PRODUCTS[capability // 10], PRODUCTS[8]])
-    for product, redo in itertools.product(products, (False, True)):
-        unused = {} if redo else {"redo": None}
-        suffix = f" {product.rows}x{product.words}{' redo' * redo}"
-        yield case("B rows" + suffix, _rows_kernel, _rows_constants(num_words, product, redo) | unused)
-        types = {
-            name: f"tensordesc<bf16[{m},{n}]>" if product.descriptors else "*bf16"
-            for name, (m, n) in zip(("hidden_KD", "weight_VD", "exponentials_KP"), _tiles(product))
-        }
-        for store in (True, False):
-            constants = _exponentials_constants(num_words, num_channels, product, store, redo) | unused
-            if not store:
-                constants["exponentials_KP"] = None
-            name = f"B exponentials{suffix}{'' if store else ' forward only'}"
-            yield case(
-                name, _exponentials_kernel, constants, "bf16", product.num_warps, product.num_stages, types, True
-            )

@@ -3,7 +3,7 @@
     python launchers/build_shards.py --format documents --path docs.jsonl --output shards/docs \\
         --tokenizer bert-base-uncased
 
-The same command continues a build that was stopped, and says so where the set is complete. docs/shards.md describes
+The same command continues a build that was stopped, and says so if the set is complete. docs/shards.md describes
 what is written, docs/corpora.md the formats that are read.
 """
 

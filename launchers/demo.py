@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.metrics_file import numbers, read_metrics
+from quincunx.engine.run_folder import numbers, read_metrics
 from quincunx.launchers.command_line import parse_settings
 
 if TYPE_CHECKING:

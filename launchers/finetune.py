@@ -16,11 +16,10 @@ from functools import partial
 from pathlib import Path
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
-from quincunx.engine.deepspeed_config import find_config_problems
-from quincunx.engine.environment import discover_environment
+from quincunx.engine.ranks import discover_environment, one_voice, without_local_rank
 from quincunx.engine.retrieval.finetuning import FinetuneSettings, finetune
+from quincunx.engine.settings import find_config_problems
 from quincunx.launchers.command_line import parse_settings
-from quincunx.launchers.ranks import one_voice, without_local_rank
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "finetune"
 DEFAULT_RECIPE = "retriever1"

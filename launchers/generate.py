@@ -12,8 +12,8 @@ texts by passage id. See docs/generations.md.
 import sys
 
 from quincunx.data_shards.errors import exit_with_one_sentence
-from quincunx.engine.environment import discover_environment
 from quincunx.engine.generate import GenerateSettings, generate_corpus
+from quincunx.engine.ranks import discover_environment
 from quincunx.launchers.command_line import parse_settings
 
 

@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 
 from quincunx.data_shards.errors import exit_with_one_sentence
-from quincunx.engine.environment import discover_environment
+from quincunx.engine.ranks import discover_environment, one_voice, without_local_rank
 from quincunx.engine.retrieval.glue import GlueSettings, run_glue
 from quincunx.launchers.command_line import parse_settings
-from quincunx.launchers.ranks import one_voice, without_local_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -91,10 +91,10 @@ def tests_table(systems: Mapping[str, tuple]) -> str:
 
 def training_of(chain: Path, plots: dict[str, str]) -> list[str]:
     """Loss and probe curves of every run folder, with first and last values."""
-    from quincunx.engine.metrics_file import METRICS_FILE
-    from quincunx.engine.model_card import curves
+    from quincunx.engine.export import curves
     from quincunx.engine.retrieval.report import figure, table
     from quincunx.engine.retrieval.report_plots import plot_curves
+    from quincunx.engine.run_folder import METRICS_FILE
 
     rows, losses, probes = [], {}, {}
     for run in sorted(

@@ -15,10 +15,9 @@ from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.environment import Environment, discover_environment
+from quincunx.engine.ranks import Environment, discover_environment, one_voice, without_local_rank
 from quincunx.engine.retrieval.candidates import CANDIDATES, ENDINGS
 from quincunx.launchers.command_line import parse_settings
-from quincunx.launchers.ranks import one_voice, without_local_rank
 
 
 @dataclass(frozen=True, kw_only=True)

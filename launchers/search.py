@@ -117,8 +117,8 @@ def open_finder(settings: SearchSettings) -> Finder:
     passages = read_passages(settings.corpus, titles=settings.titles) if settings.corpus is not None else None
     if settings.method == "bm25":
         return bm25_finder(passages, settings.k1, settings.b)
-    from quincunx.engine.environment import discover_environment
     from quincunx.engine.generate import device_and_precision
+    from quincunx.engine.ranks import discover_environment
     from quincunx.engine.retrieval.dual_encoder import load_retriever
     from quincunx.engine.retrieval.embeddings import open_embeddings
     from quincunx.engine.retrieval.index import Index

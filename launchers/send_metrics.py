@@ -24,8 +24,8 @@ class SendSettings:
 
 def main() -> None:
     settings = parse_settings(SendSettings, __doc__.split("\n")[0])
-    from quincunx.engine.tracking import TrackingState, view_command
-    from quincunx.engine.tracking_sender import send_all
+    from quincunx.engine.run_folder import TrackingState, view_command
+    from quincunx.engine.tracking import send_all
 
     run_folder = Path(settings.run)
     state = TrackingState.load(run_folder)

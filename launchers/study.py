@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from quincunx.data_shards.artefact import written_whole
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import EXIT_PREEMPTED, SettingsError, exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.launchers.command_line import parse_settings

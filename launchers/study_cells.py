@@ -24,16 +24,17 @@ from typing import Any
 
 import yaml
 
-from quincunx.data_shards.artefact import differences, file_digest
+from quincunx.data_shards.artefact import differences
 from quincunx.data_shards.build_settings import BuildSettings
+from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
 from quincunx.data_shards.tasks import TASKS
 from quincunx.engine.generate import GenerateSettings
-from quincunx.engine.metrics_file import read_metrics
 from quincunx.engine.retrieval.evaluation import measure_name
 from quincunx.engine.retrieval.finetuning import FinetuneSettings
 from quincunx.engine.retrieval.study_report import describe_code, read_pretraining, results_of
 from quincunx.engine.retrieval.trec import read_qrels
+from quincunx.engine.run_folder import read_metrics
 from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers import finetune, pretrain
 from quincunx.launchers.command_line import as_flags, parse_settings, suggestion

@@ -1,8 +1,8 @@
-"""Re-checks a finished shard set, every byte of it, and repairs it where its corpus is at hand.
+"""Re-checks a finished shard set, every byte of it.
 
-    python launchers/verify_shards.py shards/docs --repair
+    python launchers/verify_shards.py shards/docs
 
-Exit code 0: sound (or repaired); 3: damaged, each damaged file and block is named.
+Exit code 0: sound; 3: damaged, each damaged file and block is named.
 """
 
 import sys
@@ -18,8 +18,6 @@ class VerifySettings:
 
     shards: str
     """Folder or URL of the shard set; may be given without the flag, as the first argument."""
-    repair: bool = False
-    """Rebuild damaged shards, tokenizer and statistics files from the corpus that build.json names."""
 
 
 def main() -> int:
@@ -29,22 +27,18 @@ def main() -> int:
     settings = parse_settings(VerifySettings, "Re-checks a finished shard set (docs/shards.md).", argv)
     from tqdm import tqdm
 
-    from quincunx.data_shards.verify import repair_shards, verify_shards
+    from quincunx.data_shards.verify import verify_shards
 
     with tqdm(desc="verify", unit="shard", disable=None) as bar:
         report = verify_shards(settings.shards, say=lambda name: bar.update())
     print(table(report))
-    if report.damaged and settings.repair:
-        repair_shards(settings.shards, report)
-        report = verify_shards(settings.shards)
-        print("after the repair:\n" + table(report))
     if report.damaged:
         names = ", ".join(finding.name for finding in report.damaged)
-        remedy = "give --repair to rebuild them" if report.command and not settings.repair else "copy them again"
         rebuild = (
-            f"; the set was built by `{report.command}` (with --overwrite it builds anew)" if report.command else ""
+            f", or delete the damaged shards and run `{report.command}` again, which makes only these (with --remake, "
+            "the whole set)"
         )
-        raise DataError(f"{settings.shards} is damaged in {names}: {remedy}{rebuild}")
+        raise DataError(f"{settings.shards} is damaged in {names}: copy them again{rebuild if report.command else ''}")
     return 0
 
 

@@ -19,6 +19,7 @@ more than 1e-4, relative.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +29,11 @@ from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForMaskedLM, BertConfig
 
-from quincunx.data_shards.batches import PackedText
+from quincunx.data_shards.batches import Batch, Context, Labels, Task, Text, make_labels, make_text
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.decoders import BERT_LAYER_NAMES, layer_weights
 from quincunx.engine.encoder import PACKED, PackedEncoder, head_weights
-from quincunx.engine.lean_modules import make_lean
-from quincunx.engine.lm_head import make_lm_head
-from quincunx.engine.model import PretrainModel
-from quincunx.engine.tensors import TensorBatch, TensorTask, TensorText, labels_to_tensors, text_to_tensors
+from quincunx.engine.model import PretrainModel, make_lm_head
 from quincunx.kernels.launching import Implementation
 
 LOSS_TOLERANCE = 1e-5
@@ -118,7 +116,6 @@ def build_model(impl: str, config: dict, tensors: dict[str, torch.Tensor], kerne
         raise ValueError(f"the case's weights do not fit its config: {report}")
     masked_lm.tie_weights()
     encoder = PackedEncoder(masked_lm.base_model)
-    make_lean(encoder.model, None)
     words = encoder.word_embeddings
     decoders = {
         task: [under(tensors, f"weight.{head}.{i}.") for i in range(count_layers(tensors, head))]
@@ -146,34 +143,33 @@ def count_layers(tensors: dict[str, torch.Tensor], head: str) -> int:
     return len({name.split(".")[2] for name in tensors if name.startswith(f"weight.{head}.")})
 
 
-def pack(ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> tuple[TensorText, np.ndarray, np.ndarray]:
-    """A padded text without its padding: the text, label positions and labels."""
+def pack(ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> tuple[Text, Labels]:
+    """A padded text without its padding, and its labels."""
     lengths = mask.sum(1).numpy()
     real = mask.bool().numpy()
     if not (real == (np.arange(real.shape[1]) < lengths[:, None])).all():
         raise ValueError("the case pads elsewhere than on the right")
     if (labels.numpy()[~real] != -100).any():
         raise ValueError("the case labels padding")
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     packed_labels = labels.numpy()[real]
     positions = np.flatnonzero(packed_labels != -100)
-    text = text_to_tensors(PackedText(ids.numpy()[real], cu_seqlens))
-    return text, positions, packed_labels[positions]
+    return make_text(ids.numpy()[real], cu_seqlens), make_labels(positions, packed_labels[positions], cu_seqlens)
 
 
-def to_batch(batch: dict[str, torch.Tensor], step: Pass) -> TensorBatch:
-    """The batch of one encoder pass."""
-    text, positions, labels = pack(batch[step.ids], batch[step.labels], batch[step.mask])
-    tasks = {}
-    for task, (ids, task_labels, mask) in step.decoders.items():
-        task_text, task_positions, values = pack(batch[ids], batch[task_labels], batch[mask])
-        tasks[task] = TensorTask(
-            text=task_text,
-            passage_index=torch.arange(len(task_text.starts)),
-            labels=labels_to_tensors(task_positions, values, task_text.cu_seqlens.numpy()),
-            visibility=batch["decoder_attention_mask"].bool() if task == "retromae" else None,
-        )
-    return TensorBatch(text, labels_to_tensors(positions, labels, text.cu_seqlens.numpy()), tasks)
+def to_batch(batch: dict[str, torch.Tensor], step: Pass, task_names: Sequence[str]) -> Batch:
+    """The batch of one encoder pass; the tasks of other passes are there without rows."""
+    contexts, tasks = {}, {}
+    for name in task_names:
+        if name in step.decoders:
+            text, labels = pack(*(batch[key] for key in step.decoders[name]))
+        else:
+            none, bounds = np.zeros(0, np.int64), np.zeros(1, np.int64)
+            text, labels = make_text(none, bounds), make_labels(none, none, bounds)
+        contexts[name] = Context(text, torch.arange(len(text.starts)))
+        visible = batch["decoder_attention_mask"].bool() if name == "retromae" else None
+        tasks[name] = Task(name, labels, visibility=visible)
+    return Batch(*pack(batch[step.ids], batch[step.labels], batch[step.mask]), contexts, tasks)
 
 
 def gradients_by_published_name(impl: str, model: PretrainModel) -> dict[str, torch.Tensor]:
@@ -212,23 +208,18 @@ def replay(path: Path, kernels: Implementation) -> bool:
         print(f"{name:36} {values}  relative error {error:.1e}")
 
     for step in PASSES[impl]:
-        tensor_batch = to_batch(batch, step)
-        counts = [len(tensor_batch.encoder_labels.labels)]
-        counts += [
-            len(tensor_batch.tasks[task].labels.labels) if task in tensor_batch.tasks else 0
-            for task in model.task_names[1:]
-        ]
+        packed = to_batch(batch, step, [task.name for task in model.tasks])
         # The exponential of torch's CPU flash attention has 20 bits: gradients would be up to 1.3e-4 off.
         with sdpa_kernel(SDPBackend.MATH):
-            output = model(tensor_batch, torch.tensor(counts))
+            output = model(packed, torch.tensor(packed.num_labels()))
         output.loss.backward()
         total += output.loss.detach().double()
-        losses = dict(zip(model.task_names, output.nll_sums / output.counts, strict=True))
+        losses = dict(zip(model.loss_weights, output.nll_sums / output.counts, strict=True))
         report(step.loss, losses["mlm"])
         for task in step.decoders:
             report("decoder_loss" if impl == "retromae" else f"{task}_loss", losses[task])
         with torch.no_grad():
-            report(step.vectors, model.encode(tensor_batch.encoder))
+            report(step.vectors, model.encode(packed.encoder))
     report("total_loss", total)
 
     references, norms = under(tensors, "grad."), under(tensors, "gradnorm.")

@@ -8,8 +8,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = ["kernels", "data_shards", "engine", "launchers"]
 HEAVY = {
     "deepspeed": {"engine/training.py", "engine/checkpoint.py"},
-    "mlflow": {"engine/tracking_sender.py"},
-    "ir_measures": {"engine/retrieval/evaluation.py", "engine/probe.py"},
+    "mlflow": {"engine/tracking.py"},
+    "ir_measures": {"engine/retrieval/evaluation.py", "engine/evaluations.py"},
     "faiss": {"engine/retrieval/index.py"},
     "bm25s": {"engine/retrieval/bm25.py"},
 }

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quincunx.data_shards.artefact import manifest_path, open_artefact, written_whole
+from quincunx.data_shards.artefact import manifest_path, open_artefact
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.records import BadRecordError, check_id
 from quincunx.engine.retrieval.files import first_of, in_groups, read_records

@@ -18,15 +18,12 @@ import xxhash
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from quincunx.data_shards.batches import PackedText
+from quincunx.data_shards.batches import Text
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
-from quincunx.engine.encoder import PACKED, PackedEncoder, fetch_pretrained, final_rows
-from quincunx.engine.lean_modules import make_lean
-from quincunx.engine.packing import pack
+from quincunx.engine.encoder import PACKED, PackedEncoder, fetch_pretrained, set_dropout
 from quincunx.engine.retrieval.dual_encoder import mean_pool, run_packed, save_tokenizer, save_weights
 from quincunx.engine.retrieval.sentence_folder import folder_written_whole
-from quincunx.engine.tensors import TensorText, cls_rows
 
 FAMILIES = ("bert", "roberta", "electra", "xlm-roberta", "modernbert")
 ACTIVATION = "torch.nn.modules.linear.Identity"
@@ -50,7 +47,7 @@ class CrossEncoder(nn.Module):
     def num_labels(self) -> int:
         return self.config.num_labels
 
-    def forward(self, pairs: TensorText, token_types_T: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, pairs: Text, token_types_T: torch.Tensor | None = None) -> torch.Tensor:
         """Logits: [S] of a model with one label, else [S, C].
 
         `token_types_T` int64 is 0 up to the query's [SEP] and 1 after it; None means all 0. A model without token types
@@ -58,19 +55,26 @@ class CrossEncoder(nn.Module):
         """
         arguments = {} if token_types_T is None or not self.has_types else {"token_type_ids": token_types_T[None]}
         takes_mean = self.config.model_type == "modernbert" and self.config.classifier_pooling == "mean"
-        hidden = final_rows(
-            self.model.base_model,
-            None if takes_mean else cls_rows(pairs),
+        hidden_TD = self.model.base_model(
             input_ids=pairs.input_ids[None],
             position_ids=pairs.positions[None] + self.position_offset,
             cu_seqlens=pairs.cu_seqlens,
             max_length=pairs.max_length,
             **arguments,
-        )
-        with torch.autocast(hidden.device.type, enabled=False):  # 8 bits of a score would tie many pairs
-            hidden = hidden.to(next(self.model.classifier.parameters()).dtype)
-            logits_SC = self._head(mean_pool(hidden, pairs) if takes_mean else hidden)
+        ).last_hidden_state[0]
+        with torch.autocast(hidden_TD.device.type, enabled=False):  # 8 bits of a score would tie many pairs
+            hidden_TD = hidden_TD.to(next(self.model.classifier.parameters()).dtype)
+            read_SD = mean_pool(hidden_TD, pairs) if takes_mean else hidden_TD.index_select(0, pairs.starts)
+            logits_SC = self._head(read_SD)
         return logits_SC[:, 0] if logits_SC.shape[1] == 1 else logits_SC
+
+    def loss_counts(self, batch: Any) -> list[int]:
+        """What each loss is a mean over, queries."""
+        return [len(batch)]
+
+    def compile_parts(self) -> None:
+        """torch.compile for the encoder, in place."""
+        self.model.base_model.compile(dynamic=True)
 
     def _head(self, pooled_SD: torch.Tensor) -> torch.Tensor:
         """[S, C]: what the model's own head makes of the one row of each pair that it reads."""
@@ -153,7 +157,7 @@ def load_reranker(
             f"{name!r}: its tokenizer has {len(tokenizer)} words, its model embeds "
             f"{model.get_input_embeddings().num_embeddings}; give a folder whose tokenizer is the model's own"
         )
-    make_lean(model, dropout)
+    set_dropout(model, dropout)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Reranker(encoder.eval(), tokenizer, max_tokens, _digest(encoder, tokenizer))
@@ -234,14 +238,6 @@ def tokenise_pairs(
     return ids, types, num_cut
 
 
-def pack_pairs(
-    tokenizer: Any, queries: Sequence[str], passages: Sequence[str], max_tokens: int
-) -> tuple[PackedText, np.ndarray | None, int]:
-    """Pair n is (queries[n], passages[n]): (packed pairs, token types int64 [T] or None, number of pairs cut)."""
-    ids, types, num_cut = tokenise_pairs(tokenizer, queries, passages, max_tokens)
-    return pack(ids), None if types is None else np.concatenate(types), num_cut
-
-
 def score_pairs(
     reranker: Reranker, queries: Sequence[str], passages: Sequence[str], **options: Any
 ) -> tuple[np.ndarray, int]:
@@ -252,7 +248,7 @@ def score_pairs(
     model = reranker.model
     ids, types, num_cut = tokenise_pairs(reranker.tokenizer, queries, passages, reranker.max_tokens)
 
-    def score(pairs: TensorText, batch: np.ndarray) -> torch.Tensor:
+    def score(pairs: Text, batch: np.ndarray) -> torch.Tensor:
         types_T = None if types is None else torch.from_numpy(np.concatenate([types[n] for n in batch]))
         return model(pairs, None if types_T is None else types_T.to(pairs.input_ids.device))
 

@@ -21,10 +21,10 @@ from tokenizers import normalizers
 from torch import nn
 from torch.nn.functional import normalize
 
+from quincunx.data_shards.batches import Text, batches_by_length, join_texts, to_device
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
+from quincunx.data_shards.tokenizer import load_tokenizer, tokenise, tokenizer_digest
 from quincunx.engine.encoder import PackedEncoder, load_encoder
-from quincunx.engine.packing import BATCH_TOKENS, batches_by_length, pack, tokenise
 from quincunx.engine.retrieval.sentence_folder import (
     Tower,
     fetch_folder,
@@ -32,9 +32,8 @@ from quincunx.engine.retrieval.sentence_folder import (
     read_sentence_folder,
     write_sentence_folder,
 )
-from quincunx.engine.tensors import TensorText, cls_rows, text_to_tensors
 
-CPU_BATCH_TOKENS = 4096
+BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 4096
 Kind = Literal["query", "passage"]
 Pooling = Literal["cls", "mean"]
 Precision = Literal["float32", "bfloat16"]
@@ -66,34 +65,42 @@ class DualEncoder(nn.Module):
     def tower(self, kind: Kind) -> PackedEncoder:
         return self.passage if kind == "passage" or self.query is None else self.query
 
-    def encode_packed(self, text: TensorText, kind: Kind) -> torch.Tensor:
+    def encode_packed(self, text: Text, kind: Kind) -> torch.Tensor:
         """[S, D] in the model's dtype: [CLS] or mean of all tokens, of length 1 where `normalise`."""
         encoder = self.tower(kind)
-        vectors_TE = encoder.word_embeddings(text.input_ids)
-        read = cls_rows(text) if self.pooling == "cls" else None
-        hidden = encoder(vectors_TE, text.positions, text.cu_seqlens, text.max_length, read)
-        pooled_SD = hidden if self.pooling == "cls" else mean_pool(hidden, text)
+        hidden_TD = encoder(encoder.word_embeddings(text.input_ids), text)
+        pooled_SD = hidden_TD.index_select(0, text.starts) if self.pooling == "cls" else mean_pool(hidden_TD, text)
         return normalize(pooled_SD.float(), dim=1).to(pooled_SD.dtype) if self.normalise else pooled_SD
 
-    def forward(self, queries: TensorText, passages: TensorText) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, queries: Text, passages: Text) -> tuple[torch.Tensor, torch.Tensor]:
         """([B, D], [N, D]); a shared encoder reads both in one pass, queries first."""
         if not self.shared:
             return self.encode_packed(queries, "query"), self.encode_packed(passages, "passage")
         num_queries, num_passages = len(queries.starts), len(passages.starts)
         return self.encode_packed(join(queries, passages), "passage").split([num_queries, num_passages])
 
+    def loss_counts(self, batch: Any) -> list[int]:
+        """What each loss is a mean over, queries."""
+        return [len(batch)]
 
-def mean_pool(hidden_TD: torch.Tensor, text: TensorText) -> torch.Tensor:
+    def compile_parts(self) -> None:
+        """torch.compile for the encoder, or both, in place."""
+        for encoder in (self.passage, self.query):
+            if encoder is not None:
+                encoder.model.compile(dynamic=True)
+
+
+def mean_pool(hidden_TD: torch.Tensor, text: Text) -> torch.Tensor:
     """[S, D], the mean over each sequence's tokens, [CLS] and [SEP] among them; summed in float32."""
     sums_SD = hidden_TD.new_zeros(len(text.starts), hidden_TD.shape[1], dtype=torch.float32)
     sums_SD = sums_SD.index_add(0, text.sequences, hidden_TD.float())
     return (sums_SD / text.cu_seqlens.diff()[:, None]).to(hidden_TD.dtype)
 
 
-def join(first: TensorText, second: TensorText) -> TensorText:
+def join(first: Text, second: Text) -> Text:
     """One packed text of both, the sequences of `first` before those of `second`."""
     num_tokens, num_sequences = len(first.input_ids), len(first.starts)
-    return TensorText(
+    return Text(
         input_ids=torch.cat([first.input_ids, second.input_ids]),
         positions=torch.cat([first.positions, second.positions]),
         sequences=torch.cat([first.sequences, second.sequences + num_sequences]),
@@ -156,7 +163,7 @@ def encode_texts(
     rows = tokenise([prompt + text for text in texts], retriever.tokenizer, retriever.max_tokens(kind))
     model = retriever.model
 
-    def encode(text: TensorText, batch: np.ndarray) -> torch.Tensor:
+    def encode(text: Text, batch: np.ndarray) -> torch.Tensor:
         return model.encode_packed(text, kind)
 
     options = {"device": device, "batch_tokens": batch_tokens, "precision": precision, "progress": progress}
@@ -165,7 +172,7 @@ def encode_texts(
 
 def run_packed(
     model: nn.Module,
-    forward: Callable[[TensorText, np.ndarray], torch.Tensor],
+    forward: Callable[[Text, np.ndarray], torch.Tensor],
     rows: Sequence[np.ndarray],
     shape: tuple[int, ...],
     *,
@@ -194,7 +201,7 @@ def run_packed(
         ):
             found = []
             for batch in batches:
-                found.append(forward(text_to_tensors(pack([rows[n] for n in batch]), device), batch).float())
+                found.append(forward(to_device(join_texts([rows[n] for n in batch]), device), batch).float())
                 if progress is not None:
                     progress(len(batch))
     finally:

@@ -18,7 +18,7 @@ import xxhash
 
 from quincunx.data_shards.artefact import artefact, open_artefact
 from quincunx.data_shards.errors import DataError
-from quincunx.engine.environment import Environment
+from quincunx.engine.ranks import Environment
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.progress import progress_bar
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from quincunx.data_shards.artefact import file_digest, written_whole
+from quincunx.data_shards.durable import file_digest, written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.engine.retrieval.files import read_records
 from quincunx.engine.retrieval.trec import Qrels, Run

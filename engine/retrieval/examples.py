@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.batches import PackedText
-from quincunx.data_shards.compiled import compiled
+from quincunx.data_shards.batches import Text, join_texts
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.hashing import fold, text_key
-from quincunx.data_shards.order import Order, permute_point
+from quincunx.data_shards.hashing import compiled, fold, text_key
+from quincunx.data_shards.order import Order, Rows, permute_point
 from quincunx.data_shards.stream import Stream
-from quincunx.engine.packing import pack, tokenise
+from quincunx.data_shards.tokenizer import tokenise
 from quincunx.engine.retrieval.candidates import Candidates, check_negatives, check_scores
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.files import first_of, in_groups
@@ -205,10 +204,6 @@ class GroupedBatch:
     def __len__(self) -> int:
         return len(self.query_rows)
 
-    def num_labels(self) -> list[int]:
-        """[B]: what the loss is a mean over."""
-        return [len(self)]
-
     @property
     def num_passages(self) -> int:
         return len(self.passage_rows)
@@ -218,8 +213,8 @@ class GroupedBatch:
 class RetrieverBatch(GroupedBatch):
     """A micro-batch of B queries and their B * G passages."""
 
-    queries: PackedText
-    passages: PackedText
+    queries: Text
+    passages: Text
     """Group by group, the positive first."""
     group: int
     """G"""
@@ -243,9 +238,10 @@ class RetrieverBatch(GroupedBatch):
 class RerankerBatch(GroupedBatch):
     """A micro-batch of B * G (query, passage) pairs, group by group, the positive first; fields as above."""
 
-    pairs: PackedText
-    token_types: np.ndarray | None
-    """int64 [T], None where the tokenizer gives none."""
+    pairs: list[np.ndarray]
+    """Token ids of each pair."""
+    token_types: list[np.ndarray] | None
+    """Beside them; None if the tokenizer gives none."""
     group: int
     query_rows: np.ndarray
     passage_rows: np.ndarray
@@ -253,10 +249,20 @@ class RerankerBatch(GroupedBatch):
 
     @property
     def num_tokens(self) -> int:
-        return len(self.pairs.input_ids)
+        return sum(map(len, self.pairs))
 
 
-class RetrieverPacker:
+class GroupPacker:
+    """What packers of groups share."""
+
+    groups: Groups
+
+    def names(self, rows: Rows) -> dict[str, list]:
+        """The ids of the queries of some rows."""
+        return {"query_ids": self.groups.queries.ids_at(self.groups.query_rows[rows.sample_ids])}
+
+
+class RetrieverPacker(GroupPacker):
     """Groups of queries and passages as two packed texts, for the dual encoder. See stream_examples.
 
     max_query_tokens, max_passage_tokens: longer texts are cut there, [CLS] and [SEP] counted. The prompts stand before
@@ -278,26 +284,26 @@ class RetrieverPacker:
         self._queries = _TokenCache(groups.queries, tokenizer, max_query_tokens, query_prompt)
         self._passages = _TokenCache(groups.passages, tokenizer, max_passage_tokens, passage_prompt)
 
-    def pack(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> RetrieverBatch:
+    def pack(self, rows: Rows) -> RetrieverBatch:
         """The micro-batch of B queries; see order.Rows (there is one dataset)."""
-        rows_BG, scores_BG = self.groups.draw(epochs, sample_ids)
-        query_rows = self.groups.query_rows[sample_ids]
+        rows_BG, scores_BG = self.groups.draw(rows.epochs, rows.sample_ids)
+        query_rows = self.groups.query_rows[rows.sample_ids]
         queries, num_cut_queries = self._queries.tokens(query_rows)
         passages, num_cut_passages = self._passages.tokens(rows_BG.ravel())
         return RetrieverBatch(
-            queries=pack(queries),
-            passages=pack(passages),
+            queries=join_texts(queries),
+            passages=join_texts(passages),
             group=self.groups.group,
             query_rows=query_rows,
             passage_rows=rows_BG.ravel(),
-            positives=self.groups.positives(sample_ids),
+            positives=self.groups.positives(rows.sample_ids),
             teacher_scores=scores_BG,
             num_cut_texts=num_cut_queries + num_cut_passages,
         )
 
 
-class RerankerPacker:
-    """Groups as packed (query, passage) pairs, for the cross-encoder. See stream_examples and cross_encoder.pack_pairs.
+class RerankerPacker(GroupPacker):
+    """Groups as (query, passage) pairs, for the cross-encoder. See stream_examples and cross_encoder.tokenise_pairs.
 
     max_tokens: longer pairs are cut there, special tokens counted.
     """
@@ -306,15 +312,15 @@ class RerankerPacker:
         self.groups, self._max_tokens = groups, max_tokens
         self._tokenizer = copy.deepcopy(tokenizer)
 
-    def pack(self, datasets: np.ndarray, epochs: np.ndarray, sample_ids: np.ndarray) -> RerankerBatch:
+    def pack(self, rows: Rows) -> RerankerBatch:
         """The micro-batch of B queries; see order.Rows (there is one dataset)."""
-        from quincunx.engine.retrieval.cross_encoder import pack_pairs
+        from quincunx.engine.retrieval.cross_encoder import tokenise_pairs
 
-        rows_BG, _ = self.groups.draw(epochs, sample_ids)
-        query_rows, group = self.groups.query_rows[sample_ids], self.groups.group
+        rows_BG, _ = self.groups.draw(rows.epochs, rows.sample_ids)
+        query_rows, group = self.groups.query_rows[rows.sample_ids], self.groups.group
         queries = [text for text in self.groups.queries.texts(query_rows) for _ in range(group)]
         passages = self.groups.passages.texts(rows_BG.ravel())
-        pairs, token_types, num_cut = pack_pairs(self._tokenizer, queries, passages, self._max_tokens)
+        pairs, token_types, num_cut = tokenise_pairs(self._tokenizer, queries, passages, self._max_tokens)
         return RerankerBatch(
             pairs=pairs,
             token_types=token_types,

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quincunx.data_shards.artefact import file_digest
+from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.records import BadRecordError, check_text, load_json
 

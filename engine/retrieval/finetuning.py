@@ -13,28 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from quincunx.data_shards.artefact import file_digest
+from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.setting import names_of, setting
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
-from quincunx.engine.deepspeed_config import load_config
-from quincunx.engine.environment import Environment, choose_device
-from quincunx.engine.export import MODEL_FOLDER
-from quincunx.engine.model_card import PLOT_FILE, plot_losses, probe_table
-from quincunx.engine.probe import load_probe
+from quincunx.engine.evaluations import load_probe
+from quincunx.engine.export import MODEL_FOLDER, PLOT_FILE, plot_losses, probe_table
+from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.candidates import iterate_candidates
 from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.run_folder import RunFolder
-from quincunx.engine.settings import RunSettings
+from quincunx.engine.settings import Machine, RunSettings, load_machine
 
 if TYPE_CHECKING:
     import torch
 
     from quincunx.data_shards.stream import Stream
-    from quincunx.engine.probe import Probe
+    from quincunx.engine.evaluations import Probe
     from quincunx.engine.retrieval.cross_encoder import Reranker
     from quincunx.engine.retrieval.dual_encoder import Retriever
-    from quincunx.engine.retrieval.examples import GroupedBatch
 
 OF_RETRIEVERS = (
     "max_query_tokens", "max_passage_tokens", "towers", "pooling", "normalise", "temperature", "all_pairs",
@@ -164,6 +161,7 @@ class LossSums(NamedTuple):
     loss: "torch.Tensor"
     nll_sums: "torch.Tensor"
     correct: "torch.Tensor"
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -171,48 +169,17 @@ class FinetuneJob:
     """What the two kinds of fine-tuning share; fields and methods as engine/job.py has them."""
 
     settings: FinetuneSettings
-    config: dict[str, Any]
-    micro_batch: int
-    total_steps: int
-    cuda: bool
+    machine: Machine
     loaded: "Retriever | Reranker"
     """The model to train, with its tokenizer."""
     stream: "Stream"
     probe: "Probe | None"
-    dataset_ids: list[str]
-    """Of candidates, passages, queries, and the model that training starts from."""
+    data: dict[str, list]
+    """The ids are of candidates, passages, queries, and the model that training starts from."""
 
     @property
     def model(self) -> "torch.nn.Module":
         return self.loaded.model
-
-    @property
-    def dataset_weights(self) -> list[int]:
-        return [1] * len(self.dataset_ids)
-
-    @property
-    def warnings(self) -> list[str]:
-        return self.settings.idle()
-
-    def describe(self) -> str:
-        groups = self.stream.packer.groups
-        filled = f", groups of {groups.num_filled:,} queries filled up" if groups.num_filled else ""
-        return (
-            f"stage {self.settings.stage}: {len(groups):,} queries with {groups.group - 1} negatives{filled}, an epoch "
-            f"is {len(groups) / self.settings.global_batch:,.1f} steps"
-        )
-
-    def num_labels(self, batch: "GroupedBatch") -> list[int]:
-        return [len(batch)] * len(self.task_names)
-
-    def sample_ids(self, step: int) -> dict[str, list]:
-        groups = self.stream.packer.groups
-        places = self.stream.order.global_batch(step, self.settings.global_batch).sample_ids
-        return {"query_ids": groups.queries.ids_at(groups.query_rows[places])}
-
-    def compile(self) -> None:
-        for encoder in {id(part): part for part in self.encoders()}.values():
-            encoder.compile(dynamic=True)
 
     def export(self, folder: RunFolder) -> list[Path]:
         return export_finetuned(folder.path, folder.export)
@@ -229,13 +196,11 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
     """Checks data and model, and opens them. Raises SettingsError or DataError."""
     import torch
 
-    from quincunx.engine.host_memory import return_freed_memory
     from quincunx.engine.retrieval.examples import Groups, RerankerPacker, RetrieverPacker, stream_examples
     from quincunx.engine.retrieval.reranker_job import RerankerJob
     from quincunx.engine.retrieval.retriever_job import RetrieverJob
 
-    cuda = choose_device(settings.device, environment)
-    config, micro_batch = load_config(settings, environment.world_size, cuda)
+    machine = load_machine(settings, environment.world_size, choose_device(settings.device, environment))
     groups = Groups(
         iterate_candidates(settings.candidates),
         read_queries(settings.queries),
@@ -246,8 +211,6 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
     )
     torch.manual_seed(settings.seed)
     loaded, probe = load_to_train(settings), None
-    if not cuda:
-        return_freed_memory(sum(parameter.numel() for parameter in loaded.model.parameters()))
     if settings.is_reranker:
         job, packer = RerankerJob, RerankerPacker(groups, loaded.tokenizer, max_tokens=settings.max_pair_tokens)
     else:
@@ -268,26 +231,27 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
         packer,
         seed=settings.seed,
         global_batch=settings.global_batch,
-        micro_batch=micro_batch,
+        micro_batch=machine.micro_batch,
         rank=environment.rank,
         world_size=environment.world_size,
         num_workers=settings.num_workers,
     )
+    if environment.is_main:
+        filled = f", groups of {groups.num_filled:,} queries filled up" if groups.num_filled else ""
+        print(
+            f"stage {settings.stage}: {len(groups):,} queries with {groups.group - 1} negatives{filled}, an epoch is "
+            f"{len(groups) / settings.global_batch:,.1f} steps"
+        )
+        for sentence in settings.idle():
+            print(f"warning: {sentence}")
+    digests = [file_digest(settings.candidates), groups.passages.digest, groups.queries.digest, loaded.digest]
     return job(
         settings=settings,
-        config=config,
-        micro_batch=micro_batch,
-        total_steps=settings.total_steps(len(groups)),
-        cuda=cuda,
+        machine=machine,
         loaded=loaded,
         stream=stream,
         probe=probe,
-        dataset_ids=[
-            file_digest(settings.candidates),
-            groups.passages.digest,
-            groups.queries.digest,
-            loaded.digest,
-        ],
+        data={"dataset_ids": digests, "dataset_weights": [1] * len(digests)},
     )
 
 

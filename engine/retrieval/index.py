@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
-from quincunx.data_shards.artefact import file_digest, written_whole
+from quincunx.data_shards.durable import file_digest, written_whole
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.embeddings import Embeddings
 from quincunx.engine.retrieval.progress import FEW_QUERIES, counted

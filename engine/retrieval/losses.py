@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quincunx.engine.environment import rank_and_world
+from quincunx.engine.ranks import rank_and_world
 
 
 def gather_with_gradient(mine_ND: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quincunx.data_shards.artefact import written_whole
+from quincunx.data_shards.durable import written_whole
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 

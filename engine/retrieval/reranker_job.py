@@ -13,50 +13,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from quincunx.data_shards.batches import PackedText
+from quincunx.data_shards.batches import join_texts, to_device
+from quincunx.engine.encoder import encoder_multiply_adds
 from quincunx.engine.export import MODEL_FOLDER
 from quincunx.engine.job import Evaluation
 from quincunx.engine.retrieval.cross_encoder import save_reranker
 from quincunx.engine.retrieval.examples import RerankerBatch
 from quincunx.engine.retrieval.finetuning import FinetuneJob, LossSums
 from quincunx.engine.retrieval.losses import listwise_loss, r_drop
-from quincunx.engine.tensors import text_to_tensors
-from quincunx.engine.throughput import encoder_multiply_adds
 
 
 class RerankerJob(FinetuneJob):
     """Stage reranker: a cross-encoder with listwise cross-entropy and R-Drop."""
 
     @property
-    def task_names(self) -> list[str]:
-        return ["listwise", "r_drop"] if self.settings.r_drop else ["listwise"]
-
-    @property
-    def task_weights(self) -> list[float]:
-        return [1.0, self.settings.r_drop] if self.settings.r_drop else [1.0]
+    def loss_weights(self) -> dict[str, float]:
+        return {"listwise": 1.0} | ({"r_drop": self.settings.r_drop} if self.settings.r_drop else {})
 
     @property
     def evaluations(self) -> list[Evaluation]:
         return []
 
-    def encoders(self) -> list[torch.nn.Module]:
-        return [self.model.model.base_model]
-
     def write_model_files(self, folder: Path) -> None:
         save_reranker(folder / MODEL_FOLDER, self.loaded, card=f"Where this run started: {self.settings.encoder}\n")
-
-    def flops(self, batch: RerankerBatch) -> float:
-        """Of what is read with a graph, forward and backward, and of the choice's forward before it."""
-        lengths = np.diff(batch.pairs.cu_seqlens)
-        forward = 2 * encoder_multiply_adds(self.model.model.base_model, lengths, np.ones_like(lengths))
-        share = (self.settings.gradient_candidates or batch.group) / batch.group
-        return forward * (3 * share * (2 if self.settings.r_drop else 1) + (share < 1))
 
     def forward_passes(
         self, engine: Any, batches: list[RerankerBatch], label_counts: torch.Tensor, seeds: list[int]
     ) -> Iterator[LossSums]:
         device = label_counts.device
-        weights = torch.tensor(self.task_weights, device=device)
+        weights = torch.tensor([*self.loss_weights.values()], device=device)
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
             num_queries, num_candidates = len(batch), self.settings.gradient_candidates or batch.group
@@ -77,20 +62,19 @@ class RerankerJob(FinetuneJob):
                 losses = [listwise_loss(scores_BG)]
             sums = torch.stack([part.sum() for part in losses])
             correct = (scores_BG.argmax(1) == 0).sum().to(sums.dtype).expand(len(losses))
-            yield LossSums((weights * sums / label_counts).sum(), sums.detach(), correct)
+            yield LossSums((weights * sums / label_counts).sum(), sums.detach(), correct, self._flops(batch))
 
     def _scores(self, engine: Any, batch: RerankerBatch, pairs: np.ndarray, device: torch.device) -> torch.Tensor:
         """float32 scores of the pairs whose numbers in the batch are given, in their shape."""
-        text, tokens = take_sequences(batch.pairs, pairs.ravel())
-        types = None
+        numbers, types = pairs.ravel(), None
         if batch.token_types is not None:
-            types = torch.from_numpy(batch.token_types[tokens]).to(device)
-        return engine(text_to_tensors(text, device), types).float().view(pairs.shape)
+            types = torch.from_numpy(np.concatenate([batch.token_types[number] for number in numbers])).to(device)
+        text = to_device(join_texts([batch.pairs[number] for number in numbers]), device)
+        return engine(text, types).float().view(pairs.shape)
 
-
-def take_sequences(text: PackedText, numbers: np.ndarray) -> tuple[PackedText, np.ndarray]:
-    """(the sequences of a packed text with these numbers, in that order; which of its tokens they are)."""
-    lengths = np.diff(text.cu_seqlens)[numbers]
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = np.arange(bounds[-1]) + np.repeat(text.cu_seqlens[numbers] - bounds[:-1], lengths)
-    return PackedText(text.input_ids[tokens], bounds.astype(np.int32)), tokens
+    def _flops(self, batch: RerankerBatch) -> float:
+        """Of what is read with a graph, forward and backward, and of the choice's forward before it."""
+        lengths = np.array([len(pair) for pair in batch.pairs])
+        forward = 2 * encoder_multiply_adds(self.model.model.base_model, lengths)
+        share = (self.settings.gradient_candidates or batch.group) / batch.group
+        return forward * (3 * share * (2 if self.settings.r_drop else 1) + (share < 1))

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from quincunx.engine.environment import rank_and_world
+from quincunx.data_shards.batches import to_device
+from quincunx.engine.encoder import encoder_multiply_adds
+from quincunx.engine.evaluations import run_probe
 from quincunx.engine.export import MODEL_FOLDER
 from quincunx.engine.job import Evaluation
-from quincunx.engine.probe import run_probe
+from quincunx.engine.ranks import rank_and_world
 from quincunx.engine.retrieval.dual_encoder import save_retriever
 from quincunx.engine.retrieval.examples import RetrieverBatch
 from quincunx.engine.retrieval.finetuning import FinetuneJob, LossSums
@@ -33,20 +35,16 @@ from quincunx.engine.retrieval.losses import (
     known_positives,
     margin_mse_loss,
 )
-from quincunx.engine.tensors import text_to_tensors
-from quincunx.engine.throughput import encoder_multiply_adds
 
 
 class RetrieverJob(FinetuneJob):
     """Stages retriever1, retriever2 and distil: a dual encoder."""
 
     @property
-    def task_names(self) -> list[str]:
-        return [self.settings.distil_loss, "contrastive"] if self.settings.stage == "distil" else ["contrastive"]
-
-    @property
-    def task_weights(self) -> list[float]:
-        return [1.0, self.settings.contrastive_weight] if self.settings.stage == "distil" else [1.0]
+    def loss_weights(self) -> dict[str, float]:
+        if self.settings.stage != "distil":
+            return {"contrastive": 1.0}
+        return {self.settings.distil_loss: 1.0, "contrastive": self.settings.contrastive_weight}
 
     @property
     def evaluations(self) -> list[Evaluation]:
@@ -57,22 +55,14 @@ class RetrieverJob(FinetuneJob):
         )
         return [Evaluation("probe", self.settings.probe_every, measure, shown=True)]
 
-    def encoders(self) -> list[torch.nn.Module]:
-        return [self.model.tower("query").model, self.model.tower("passage").model]
-
     def write_model_files(self, folder: Path) -> None:
         save_retriever(folder / MODEL_FOLDER, self.loaded, card=f"Where this run started: {self.settings.encoder}\n")
-
-    def flops(self, batch: RetrieverBatch) -> float:
-        lengths = np.concatenate([np.diff(batch.queries.cu_seqlens), np.diff(batch.passages.cu_seqlens)])
-        read = np.ones_like(lengths) if self.model.pooling == "cls" else None
-        return 3 * 2 * encoder_multiply_adds(self.model.passage.model, lengths, read)
 
     def forward_passes(
         self, engine: Any, batches: list[RetrieverBatch], label_counts: torch.Tensor, seeds: list[int]
     ) -> Iterator[LossSums]:
         device = label_counts.device
-        texts = [(text_to_tensors(b.queries, device), text_to_tensors(b.passages, device)) for b in batches]
+        texts = [(to_device(batch.queries, device), to_device(batch.passages, device)) for batch in batches]
         fits_at_once = len(batches) == 1
 
         def encode(number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,11 +74,13 @@ class RetrieverJob(FinetuneJob):
         leaves = [part.detach().float().requires_grad_() for pair in vectors for part in pair]
         loss, sums = self._step_losses(batches, torch.cat(leaves[::2]), torch.cat(leaves[1::2]), label_counts)
         gradients = torch.autograd.grad(loss, leaves)
-        for number in range(len(batches)):
+        for number, batch in enumerate(batches):
             pair = vectors[number] if fits_at_once else encode(number)
             # Surrogate loss: its gradient equals that of the true loss; its value is meaningless.
             carrier = sum((part * gradient).sum() for part, gradient in zip(pair, gradients[2 * number :]))
-            yield LossSums(carrier, *(sums if number == 0 else torch.zeros_like(sums)))
+            lengths = np.concatenate([np.diff(text.cu_seqlens) for text in (batch.queries, batch.passages)])
+            flops = 3 * 2 * encoder_multiply_adds(self.model.passage.model, lengths)
+            yield LossSums(carrier, *(sums if number == 0 else torch.zeros_like(sums)), flops)
 
     def _step_losses(
         self,
@@ -123,7 +115,7 @@ class RetrieverJob(FinetuneJob):
             follow = {"kl": kl_loss, "margin_mse": margin_mse_loss}[settings.distil_loss]
             losses.insert(0, follow(student_BG / settings.temperature, teacher_BG))
             firsts.insert(0, student_BG.argmax(1) == teacher_BG.argmax(1))
-        weights = torch.tensor(self.task_weights, device=device)
+        weights = torch.tensor([*self.loss_weights.values()], device=device)
         sums = torch.stack([part.sum() for part in losses])
         correct = torch.stack([part.sum() for part in firsts])
         return (weights * sums / label_counts).sum(), torch.stack([sums.detach(), correct.to(sums.dtype)])

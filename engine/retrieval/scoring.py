@@ -16,7 +16,7 @@ import numpy as np
 
 from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.errors import DataError
-from quincunx.engine.environment import Environment
+from quincunx.engine.ranks import Environment
 from quincunx.engine.retrieval.candidates import iterate_candidates, write_candidates
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.files import first_of, in_groups

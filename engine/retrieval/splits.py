@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from quincunx.data_shards.artefact import written_whole
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import Collection, read_queries
 from quincunx.engine.retrieval.trec import Qrels, load_qrels, read_answers, read_dpr, write_qrels

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from quincunx.engine import model_card
+from quincunx.engine.export import curves as curves_of
 from quincunx.engine.retrieval.evaluation import interval, paired_t_test, read_results
 from quincunx.engine.retrieval.report import figure, folded, table, write_report
 from quincunx.engine.retrieval.report_plots import plot_bars, plot_curves
@@ -42,7 +42,7 @@ def results_of(record_file: Path, per_query_file: Path) -> dict[str, Any]:
 
 def read_pretraining(run_folder: Path) -> dict[str, Any]:
     """The probe's curves, held-out losses [before, after, unigram] and the median rate, of a pre-training's metrics."""
-    curve = partial(model_card.curves, run_folder)
+    curve = partial(curves_of, run_folder)
     probe: dict[str, list] = {"step": []}
     for name, (steps, values) in curve("probe", "probe/").items():
         probe |= {"step": steps, name: [round(value, 4) for value in values]}

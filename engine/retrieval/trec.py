@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from quincunx.data_shards.artefact import written_whole
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.records import BadRecordError, check_id
 from quincunx.engine.retrieval.collection import Collection, make_collection

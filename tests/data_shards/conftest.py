@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from quincunx.data_shards.block import Text
-from quincunx.data_shards.block_writer import Sample
-from quincunx.data_shards.shard_writer import write_shard_set
+from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import ShardSet, open_shards
 
 SEP, FIRST_ORDINARY, VOCAB_SIZE = 102, 1000, 30522

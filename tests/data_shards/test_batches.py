@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,15 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quincunx.data_shards.batches import Batch, batches_by_length, join_texts
 from quincunx.data_shards.block import Text
-from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import ALWAYS
+from quincunx.data_shards.order import Rows
 from quincunx.data_shards.packer import Packer
-from quincunx.data_shards.shard_writer import write_shard_set
+from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TASKS, TaskSpec, shares_served
-from quincunx.kernels.hashing import visibility
+from quincunx.kernels.enhanced_attention import visibility
 
 CLS, SEP, MASK, VOCAB_SIZE = 101, 102, 103, 30522
 
@@ -35,9 +37,33 @@ def make_packer(shard_sets, decoder="enhanced", tasks=tuple(TASKS), **changes) -
     return Packer(shard_sets, specs, **(options | changes))
 
 
-def pack(packer: Packer, sample_ids, epoch: int = 0, dataset: int = 0):
+def pack(packer: Packer, sample_ids, epoch: int = 0, dataset: int = 0) -> SimpleNamespace:
     size = len(sample_ids)
-    return packer.pack(np.full(size, dataset, np.int16), np.full(size, epoch, np.int32), np.array(sample_ids, np.int64))
+    rows = Rows(np.full(size, dataset, np.int16), np.full(size, epoch, np.int32), np.array(sample_ids, np.int64))
+    return as_arrays(packer.pack(rows))
+
+
+def as_arrays(batch: Batch) -> SimpleNamespace:
+    """A batch as numpy arrays, each task with its text."""
+
+    def text_of(text) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=text.input_ids.numpy(), cu_seqlens=text.cu_seqlens.numpy())
+
+    def columns_of(labels) -> dict[str, np.ndarray]:
+        return {"label_positions": labels.positions.numpy(), "labels": labels.ids.numpy()}
+
+    tasks = {}
+    for name, task in batch.tasks.items():
+        context = batch.contexts[task.context]
+        rule = {key: getattr(task, key) for key in ("keys", "word_ids", "keep_thresholds")}
+        tasks[name] = SimpleNamespace(
+            text=text_of(context.text),
+            passage_index=context.passage_index.numpy(),
+            **columns_of(task.labels),
+            **{key: value if value is None else value.numpy() for key, value in rule.items()},
+        )
+    encoder = {f"encoder_{key}": value for key, value in columns_of(batch.encoder_labels).items()}
+    return SimpleNamespace(encoder=text_of(batch.encoder), tasks=tasks, num_cut_texts=batch.num_cut_texts, **encoder)
 
 
 def sequences(text) -> list[np.ndarray]:
@@ -192,7 +218,7 @@ def test_epochs_seeds_and_datasets_draw_other_masks(shard_set, other_shard_set):
 def test_rows_of_a_mixture_come_from_their_datasets(shard_set, other_shard_set):
     packer = make_packer([shard_set, other_shard_set])
     datasets, sample_ids = np.array([0, 1, 1, 0], np.int16), np.array([5, 5, 60, 200])
-    batch = packer.pack(datasets, np.zeros(4, np.int32), sample_ids)
+    batch = as_arrays(packer.pack(Rows(datasets, np.zeros(4, np.int32), sample_ids)))
     restored = original(batch.encoder, batch.encoder_label_positions, batch.encoder_labels)
     for dataset, sample_id, ids in zip(datasets, sample_ids, np.split(restored, batch.encoder.cu_seqlens[1:-1])):
         source = [shard_set, other_shard_set][dataset]
@@ -302,22 +328,6 @@ def test_the_same_text_is_packed_from_blocks_of_any_size(tmp_path, tokenizer_fol
             assert parts_of(other, row) == parts_of(batches[0], row)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"encoder_mask_rate": 0.0}, "encoder_mask_rate"),
-        ({"decoder_mask_rate": 1.0}, "decoder_mask_rate"),
-        ({"corruption": "none"}, "80-10-10, mask"),
-        ({"neighbour": "previous"}, "next, halves"),
-        ({"max_tokens": 2}, "max_tokens"),
-        ({"tasks": ("mkp", "mkp")}, "once"),
-    ],
-)
-def test_settings_out_of_range_are_refused_by_name(shard_set, changes, named):
-    with pytest.raises(SettingsError, match=named):
-        make_packer([shard_set], **changes)
-
-
 def test_shard_sets_of_two_tokenizers_are_refused(shard_set, other_shard_set, monkeypatch):
     foreign = replace(other_shard_set.manifest, tokenizer_digest="0" * 32)
     monkeypatch.setattr(other_shard_set, "manifest", foreign)
@@ -339,7 +349,26 @@ def test_a_tasks_share_is_that_of_the_passages_with_its_text_and_none_is_refused
     assert shares_served([twice, counts], [1, 1], ["npr"], "next") == [pytest.approx(shares[2] / 2)]
 
 
-@pytest.mark.parametrize("fields", [{"name": "mlp"}, {"decoder": "causal"}, {"weight": -1.0}, {"weight": float("nan")}])
-def test_a_task_that_does_not_exist_is_refused(fields):
-    with pytest.raises(SettingsError):
-        TaskSpec(**({"name": "mkp", "decoder": "masked"} | fields))
+def test_batches_hold_every_text_once_within_the_budget_longest_first():
+    lengths = [5, 90, 17, 17, 40, 8, 64, 33]
+    batches = batches_by_length([np.zeros(length, np.int32) for length in lengths], batch_tokens=80)
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
+    assert all(len(batch) == 1 or sum(lengths[index] for index in batch) <= 80 for batch in batches)
+    assert batches_by_length([]) == []
+
+
+def test_packed_texts_lie_end_to_end():
+    text = join_texts([np.array([1, 2, 3], np.int32), np.array([4], np.int32)])
+    assert text.input_ids.tolist() == [1, 2, 3, 4] and text.cu_seqlens.tolist() == [0, 3, 4]
+
+
+def test_enhanced_tasks_of_one_field_share_their_context(shard_set):
+    rows = Rows(np.zeros(20, np.int16), np.zeros(20, np.int32), np.arange(20))
+    enhanced = make_packer([shard_set]).pack(rows)
+    assert [enhanced.tasks[name].context for name in ("mkp", "cmp", "npr", "retromae")] == [
+        "passage", "passage", "next", "passage",
+    ]  # fmt: skip
+    masked = make_packer([shard_set], "masked").pack(rows)
+    assert list(masked.contexts) == list(masked.tasks) == list(TASKS)

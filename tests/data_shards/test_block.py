@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quincunx.data_shards.block import FIELDS, Text, decode_block
-from quincunx.data_shards.block_writer import Sample, encode_block
 from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.shard_writer import Sample, encode_block
 
 VOCAB_SIZES = [300, 2**16, 2**16 + 1, 250_002]
 

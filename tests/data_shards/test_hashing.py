@@ -1,14 +1,22 @@
 """The hash is the one that docs/stream.md writes down, in compiled code and in torch alike, and it is random enough."""
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quincunx.data_shards import hashing
-from quincunx.kernels import hashing as torch_hashing
+from quincunx.kernels import enhanced_attention as torch_hashing
 
 UINT32 = st.integers(0, 2**32 - 1)
+ROOT = Path(__file__).parents[2]
+PROGRAM = "from quincunx.data_shards.order import permute_point; print(permute_point(7, 100, 8192))"
 
 
 def mix(x: int) -> int:
@@ -91,3 +99,25 @@ def test_visibility_is_the_rule_of_enhanced_decoding():
                 draw = hashing.draw30(key, i, word_ids[s, j].item())
                 expected = (j == 0 and i != 0) or (j != i and draw < thresholds[s, j].item())
                 assert visible[s, i, j].item() == expected
+
+
+def test_a_change_in_the_hash_reaches_cached_functions_of_other_files(tmp_path):
+    """Cached machine code is never older than any of the files it was compiled from."""
+    copy = tmp_path / "quincunx" / "data_shards"
+    copy.mkdir(parents=True)
+    for path in (ROOT / "data_shards").glob("*.py"):
+        shutil.copy(path, copy)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run() -> str:
+        done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    first = run()
+    caches = list((tmp_path / "cache").iterdir())
+    assert len(caches) == 1 and list(caches[0].rglob("*.nbi"))
+    assert run() == first
+    source = copy / "hashing.py"
+    source.write_text(source.read_text().replace("0x7FEB352D", "0x7FEB352F"))
+    assert run() != first

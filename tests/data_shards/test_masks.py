@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quincunx.data_shards import masks
-from quincunx.data_shards.hashing import ALWAYS
-from quincunx.data_shards.statistics import word_slot
+from quincunx.data_shards.hashing import ALWAYS, word_slot
 
 VOCAB_SIZE, NUM_BUCKETS, SPECIAL_IDS = 200, 64, [0, 1, 2, 3]
 IS_SPECIAL = np.isin(np.arange(VOCAB_SIZE), SPECIAL_IDS)

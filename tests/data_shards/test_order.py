@@ -134,15 +134,6 @@ def test_the_tail_of_an_epoch_is_reported():
     assert "1,038 passages" in text and "10.4 steps" in text and "the last 38 passages" in text
 
 
-@pytest.mark.parametrize(
-    ("blocks", "weights"),
-    [([], []), ([[5]], [0]), ([[5]], [1.5]), ([[5]], [1, 2]), ([[5], []], [1, 1])],
-)
-def test_a_mixture_that_cannot_be_served_is_refused(blocks, weights):
-    with pytest.raises(SettingsError):
-        Order(0, [np.array(sizes, np.int64) for sizes in blocks], weights)
-
-
-def test_a_batch_that_the_ranks_cannot_share_is_refused():
-    with pytest.raises(SettingsError, match="10 passages cannot be divided by 4 ranks"):
-        Order(0, [np.array([50])]).rank_batch(0, 10, 0, 4)
+def test_a_shard_set_without_samples_is_refused():
+    with pytest.raises(SettingsError, match="has no samples in this split"):
+        Order(0, [np.array([5]), np.array([], np.int64)], [1, 1])

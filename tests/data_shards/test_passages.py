@@ -8,10 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quincunx.data_shards.documents import Document, ReadReport
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.passages import document_texts, read_passages, split_document, split_documents
+from quincunx.data_shards.passages import Passage, document_texts, read_passages, split_documents
+from quincunx.data_shards.records import Document, ReadReport
 from quincunx.data_shards.words import tokenize
+
+
+def split_document(document: Document, *given, **options) -> list[Passage]:
+    return next(split_documents([document], *given, **options))[1]
+
 
 FAMILIES = ["bert", "roberta", "modernbert", "xlm_roberta"]
 WORDS = st.sampled_from(

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from quincunx.data_shards.documents import Document, Input, ReadReport
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.python_docs import list_packages, read_package, split_summary
 from quincunx.data_shards.readers import read_documents
+from quincunx.data_shards.records import Document, Input, ReadReport
 
 SOURCE = '''
 """Tools for walking about in the garden.

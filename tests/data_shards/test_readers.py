@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quincunx.data_shards.documents import Document, ReadReport
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.readers import list_inputs, read_documents
+from quincunx.data_shards.records import Document, ReadReport
 
 
 def read_all(format: str, path: Path, num_tasks: int = 1, **options) -> list[Document]:
@@ -202,8 +202,6 @@ def test_what_is_no_corpus_is_refused_in_one_sentence(tmp_path):
 
     with pytest.raises(SettingsError, match=r"'document' is not known \(did you mean 'documents'\?\)"):
         list_inputs("document", str(tmp_path))
-    with pytest.raises(SettingsError, match="give stop or skip"):
-        read_all("beir", tmp_path, on_bad_record="ignore")
     with pytest.raises(DataError, match=r"no beir corpus at .* folder with corpus\.jsonl"):
         list_inputs("beir", str(tmp_path))
     (tmp_path / "corpus.jsonl").touch()

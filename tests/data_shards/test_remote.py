@@ -12,11 +12,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from quincunx.data_shards import remote
+from quincunx.data_shards import shards as shards_module
 from quincunx.data_shards.block import Text
-from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.shard_writer import write_shard_set
+from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.data_shards.verify import verify_shards
@@ -129,7 +128,12 @@ def test_a_disk_without_room_for_another_file_costs_the_cache_and_not_the_run(lo
         (tmp_path / "another").touch()
 
 
-class RangeHandler(http.server.SimpleHTTPRequestHandler):
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+class RangeHandler(QuietHandler):
     """Serves byte ranges, as every object store does; Python's own handler does not."""
 
     served = 0
@@ -144,14 +148,6 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture(params=[RangeHandler, QuietHandler], ids=["with_ranges", "without_ranges"])
@@ -174,21 +170,18 @@ def test_processes_share_one_cache_over_http(url, local_set, tmp_path):
     assert not [name for name in names if name.endswith(".tmp")]
 
 
-def test_only_the_blocks_that_are_read_travel(local_set, tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(RangeHandler, directory=str(local_set)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    shards = open_shards(f"http://127.0.0.1:{server.server_port}", cache_dir=str(tmp_path))
+@pytest.mark.parametrize("url", [RangeHandler], indirect=True)
+def test_only_the_blocks_that_are_read_travel(url, tmp_path):
+    shards = open_shards(url, cache_dir=str(tmp_path))
     RangeHandler.served = 0
     shards.read_block("train", 3)
     shards.read_block("train", 3)
-    server.shutdown()
-    server.server_close()
     sizes = [block.size + 512 for shard in shards.manifest.shards for block in shard.blocks]
     assert RangeHandler.served == sizes[3]
 
 
 def test_an_unreachable_or_unknown_remote_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shards_module.time, "sleep", lambda seconds: None)
     refusal = r"http://127\.0\.0\.1:9/set/manifest\.json cannot be read after 3 attempts .*: check the address and"
     with pytest.raises(DataError, match=refusal):
         open_shards("http://127.0.0.1:9/set", cache_dir=str(tmp_path))

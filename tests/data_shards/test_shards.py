@@ -1,5 +1,6 @@
 """Shard sets: written, read by offset, read by webdataset, and refused where they are damaged."""
 
+import os
 import shutil
 import subprocess
 import tarfile
@@ -12,12 +13,10 @@ import pytest
 import webdataset as wds
 
 from quincunx.data_shards.block import FIELDS, Text
-from quincunx.data_shards.block_writer import Sample
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.manifest import Manifest
-from quincunx.data_shards.shard_writer import write_file, write_shard_set
+from quincunx.data_shards.manifest import Manifest, ShardEntry
+from quincunx.data_shards.shard_writer import Sample, StatisticsCounter, write_file, write_shard_set
 from quincunx.data_shards.shards import open_shards
-from quincunx.data_shards.statistics_counter import StatisticsCounter
 from quincunx.data_shards.verify import verify_shards
 from quincunx.data_shards.webdataset_decoder import decode_member, split_blocks
 
@@ -48,12 +47,15 @@ def documents() -> list[list[Sample]]:
     return random_documents(0, 200)
 
 
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory, documents) -> Path:
-    folder = tmp_path_factory.mktemp("set")
+def write_small_set(folder: Path, documents: list[list[Sample]]) -> Path:
     heldout = random_documents(1, 5)
     write_shard_set(folder, TOKENIZER, documents, heldout, block_samples=32, shard_bytes=20_000, num_buckets=256)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory, documents) -> Path:
+    return write_small_set(tmp_path_factory.mktemp("set"), documents)
 
 
 @pytest.fixture
@@ -94,15 +96,7 @@ def test_a_long_document_is_cut_into_blocks_and_the_lost_neighbours_are_counted(
 
 
 def test_writing_twice_gives_the_same_bytes_as_a_plain_ustar_of_nobody(pristine, tmp_path, documents):
-    write_shard_set(
-        tmp_path,
-        TOKENIZER,
-        documents,
-        random_documents(1, 5),
-        block_samples=32,
-        shard_bytes=20_000,
-        num_buckets=256,
-    )
+    write_small_set(tmp_path, documents)
     names = sorted(str(path.relative_to(pristine)) for path in pristine.rglob("*") if path.is_file())
     assert names == sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     for name in names:
@@ -158,85 +152,55 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def cut_in_data(folder):
-    shard = entry(folder)
-    (folder / shard.name).write_bytes((folder / shard.name).read_bytes()[: shard.blocks[1].offset + 100])
-
-
-def cut_in_header(folder):
-    shard = entry(folder)
-    (folder / shard.name).write_bytes((folder / shard.name).read_bytes()[: shard.blocks[1].offset - 200])
-
-
-def cut_at_boundary(folder):
-    shard = entry(folder)
-    (folder / shard.name).write_bytes((folder / shard.name).read_bytes()[: shard.blocks[1].offset - 512])
-
-
-def flip_in_data(folder):
-    shard = entry(folder)
-    flip(folder / shard.name, shard.blocks[1].offset + shard.blocks[1].size // 2)
-
-
-def flip_in_tar_header(folder):
-    shard = entry(folder)
-    flip(folder / shard.name, shard.blocks[1].offset - 512 + 130)  # in the member's size
-
-
-def zero_filled(folder):
-    shard = entry(folder)
-    (folder / shard.name).write_bytes(bytes(shard.bytes))
-
-
-def missing(folder):
-    (folder / entry(folder).name).unlink()
-
-
-def swapped(folder):
+def swap(folder: Path, shard: ShardEntry) -> None:
     """Exchanges two shards of the same size, so that only digests can tell."""
     manifest = Manifest.from_json((folder / "manifest.json").read_text(), "m")
-    shard = entry(folder)
     other = next(s for s in manifest.shards if s.bytes == shard.bytes and s.name > shard.name)
     here, there = (folder / shard.name).read_bytes(), (folder / other.name).read_bytes()
     (folder / shard.name).write_bytes(there)
     (folder / other.name).write_bytes(here)
 
 
+def cut(folder: Path, shard: ShardEntry, size: int) -> None:
+    os.truncate(folder / shard.name, size)
+
+
 MUTILATIONS = {
-    cut_in_data: 1,
-    cut_in_header: 1,
-    cut_at_boundary: 1,
-    flip_in_data: 1,
-    flip_in_tar_header: 1,
-    zero_filled: 0,
-    missing: None,
-    swapped: 0,
+    "cut in data": (1, lambda folder, shard: cut(folder, shard, shard.blocks[1].offset + 100)),
+    "cut in header": (1, lambda folder, shard: cut(folder, shard, shard.blocks[1].offset - 200)),
+    "cut at boundary": (1, lambda folder, shard: cut(folder, shard, shard.blocks[1].offset - 512)),
+    "flip in data": (1, lambda folder, shard: flip(folder / shard.name, shard.blocks[1].offset + 99)),
+    "flip in the size of a member": (1, lambda folder, shard: flip(folder / shard.name, shard.blocks[1].offset - 382)),
+    "zero-filled": (0, lambda folder, shard: (folder / shard.name).write_bytes(bytes(shard.bytes))),
+    "missing": (None, lambda folder, shard: (folder / shard.name).unlink()),
+    "swapped": (0, swap),
 }
+"""The first damaged block, and what damages it."""
 
 
-@pytest.mark.parametrize("mutilate", MUTILATIONS, ids=lambda function: function.__name__)
-def test_a_mutilated_shard_is_refused_by_training_and_by_verify_with_shard_block_and_remedy(damaged, mutilate):
-    shard, block = entry(damaged), MUTILATIONS[mutilate]
+@pytest.mark.parametrize("name", MUTILATIONS)
+def test_a_mutilated_shard_is_refused_by_training_and_by_verify_with_shard_block_and_remedy(damaged, name):
+    shard, (block, mutilate) = entry(damaged), MUTILATIONS[name]
     first_block = len(entry(damaged, 0).blocks)
     running = open_shards(damaged)  # a run that started before the damage
-    mutilate(damaged)
+    mutilate(damaged, shard)
     with pytest.raises(DataError) as refused:
         read_all_blocks(damaged)
     message = str(refused.value)
-    assert shard.name in message and "verify_shards.py" in message and "--repair" in message
+    assert shard.name in message and "delete a damaged shard and run the command in build.json again" in message
     if block is not None:
         assert f"block {block}" in message
-    with pytest.raises(DataError, match=rf"block {block or 0} of shard {shard.name}.*verify_shards\.py .* --repair"):
+    with pytest.raises(DataError, match=rf"block {block or 0} of shard {shard.name}.*verify_shards\.py"):
         running.read_block("train", first_block + (block or 0))
     findings = {finding.name: finding.problems for finding in verify_shards(str(damaged)).damaged}
     assert shard.name in findings
     if block is not None:
         assert any(f"block {block}" in problem for problem in findings[shard.name])
-    assert len(findings) == (2 if mutilate is swapped else 1), "sound files are not accused"
+    assert len(findings) == (2 if name == "swapped" else 1), "sound files are not accused"
 
 
 def test_undamaged_blocks_of_a_set_with_a_damaged_one_are_read(damaged):
-    flip_in_data(damaged)
+    MUTILATIONS["flip in data"][1](damaged, entry(damaged))
     shards = open_shards(damaged)
     assert shards.read_block("train", 0).num_samples == entry(damaged, 0).blocks[0].samples
 
@@ -244,11 +208,18 @@ def test_undamaged_blocks_of_a_set_with_a_damaged_one_are_read(damaged):
 @pytest.mark.parametrize("name", ["statistics.npz", "tokenizer/tokenizer.json"])
 def test_a_damaged_companion_is_refused(damaged, name):
     flip(damaged / name, 1000)
-    with pytest.raises(DataError, match=rf"{name} in .* does not match its digest.*--repair"):
+    with pytest.raises(DataError, match=rf"{name} in .* does not match its digest.*: copy the file again"):
         open_shards(damaged)
     assert name in {finding.name for finding in verify_shards(str(damaged)).damaged}
     (damaged / name).unlink()
     with pytest.raises(DataError, match=rf"{name} in .* is missing"):
+        open_shards(damaged)
+
+
+def test_statistics_of_another_vocabulary_are_refused(damaged):
+    manifest = Manifest.from_json((damaged / "manifest.json").read_text(), "m")
+    (damaged / "manifest.json").write_text(replace(manifest, vocab_size=2000).to_json())
+    with pytest.raises(DataError, match=r"statistics\.npz counts a vocabulary of 30522, the manifest says 2000"):
         open_shards(damaged)
 
 

@@ -5,18 +5,19 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from quincunx.data_shards.batches import PackedBatch
+from quincunx.data_shards.batches import Batch
 from quincunx.data_shards.block import Block, Text
-from quincunx.data_shards.block_writer import Sample
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
-from quincunx.data_shards.shard_writer import write_shard_set
+from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec
@@ -40,7 +41,7 @@ def make_stream(shard_sets, weights=None, seed=5, global_batch=GLOBAL_BATCH, mic
     return Stream(packer, order, global_batch=global_batch, micro_batch=micro_batch, **options)
 
 
-def take(stream: Stream, start_step: int, num_steps: int) -> list[list[PackedBatch]]:
+def take(stream: Stream, start_step: int, num_steps: int) -> list[list[Batch]]:
     steps = stream.iterate(start_step)
     try:
         return [next(steps) for _ in range(num_steps)]
@@ -48,22 +49,19 @@ def take(stream: Stream, start_step: int, num_steps: int) -> list[list[PackedBat
         steps.close()
 
 
-def content(batch: PackedBatch) -> list[bytes]:
-    """Every array of a batch."""
-    arrays = [batch.encoder.input_ids, batch.encoder.cu_seqlens, batch.encoder_label_positions, batch.encoder_labels]
-    arrays += [batch.datasets, batch.epochs, batch.sample_ids]
-    for task in batch.tasks.values():
-        arrays += [task.text.input_ids, task.text.cu_seqlens, task.passage_index, task.label_positions, task.labels]
-        arrays += [task.keys, task.word_ids, task.keep_thresholds]
-    return [b"" if array is None else array.tobytes() for array in arrays]
-
-
-def contents(steps: list[list[PackedBatch]]) -> list[list[list[bytes]]]:
-    return [[content(batch) for batch in step] for step in steps]
+def content(value) -> list[bytes]:
+    """Every array of a batch, or of a part of it."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return [np.asarray(value).tobytes()]
+    if isinstance(value, dict):
+        return [array for part in value.values() for array in content(part)]
+    if is_dataclass(value):
+        return [array for field in fields(value) for array in content(getattr(value, field.name))]
+    return [array for part in value for array in content(part)] if isinstance(value, list | tuple) else []
 
 
 def stream_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("stream-")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("stream_")]
 
 
 def wait_until(condition, seconds: float = 10.0) -> bool:
@@ -75,17 +73,18 @@ def wait_until(condition, seconds: float = 10.0) -> bool:
 
 def test_any_number_of_workers_gives_the_batches_of_step(shard_set):
     pure = make_stream([shard_set])
-    expected = contents([pure.step(step) for step in range(30)])
+    expected = content([pure.step(step) for step in range(30)])
     for num_workers in (0, 1, 3):
-        assert contents(take(make_stream([shard_set], num_workers=num_workers), 0, 30)) == expected
+        assert content(take(make_stream([shard_set], num_workers=num_workers), 0, 30)) == expected
 
 
 def test_a_restart_at_step_k_continues_as_if_run_through(shard_set, other_shard_set):
     sets, weights = [shard_set, other_shard_set], [2, 1]
-    through = contents(take(make_stream(sets, weights, num_workers=2), 0, 40))
-    assert len({epoch for step in take(make_stream(sets, weights), 0, 40) for b in step for epoch in b.epochs}) > 2
+    through = [content(step) for step in take(make_stream(sets, weights, num_workers=2), 0, 40)]
+    assert len({epoch for step in take(make_stream(sets, weights), 0, 40) for b in step for epoch in b.rows.epochs}) > 2
     for k in (1, 17, 39):
-        assert contents(take(make_stream(sets, weights, num_workers=1), k, 40 - k)) == through[k:]
+        resumed = take(make_stream(sets, weights, num_workers=1), k, 40 - k)
+        assert [content(step) for step in resumed] == through[k:]
 
 
 def test_all_ranks_together_hold_the_global_batch_with_the_same_masks(shard_set):
@@ -95,12 +94,12 @@ def test_all_ranks_together_hold_the_global_batch_with_the_same_masks(shard_set)
         for rank in range(world_size):
             stream = make_stream([shard_set], micro_batch=micro_batch, rank=rank, world_size=world_size, num_workers=0)
             for batch in stream.step(4):
-                assert len(batch.sample_ids) == micro_batch
-                ids = np.split(batch.encoder.input_ids, batch.encoder.cu_seqlens[1:-1])
-                labels = np.zeros(len(batch.encoder.input_ids), int)
-                labels[batch.encoder_label_positions] = batch.encoder_labels
-                labels = np.split(labels, batch.encoder.cu_seqlens[1:-1])
-                for sample_id, *arrays in zip(batch.sample_ids, ids, labels):
+                assert batch.num_passages == micro_batch
+                bounds = batch.encoder.cu_seqlens[1:-1].tolist()
+                ids = np.split(batch.encoder.input_ids.numpy(), bounds)
+                labels = np.zeros(batch.num_tokens, int)
+                labels[batch.encoder_labels.positions] = batch.encoder_labels.ids
+                for sample_id, *arrays in zip(batch.rows.sample_ids, ids, np.split(labels, bounds)):
                     assert sample_id not in passages
                     passages[int(sample_id)] = b"".join(array.tobytes() for array in arrays)
         return passages
@@ -153,20 +152,15 @@ def test_workers_stay_a_bounded_number_of_steps_ahead_and_end_when_the_stream_is
     assert wait_until(lambda: not stream_threads())
 
 
-@pytest.mark.parametrize("hangs", [False, True])
-def test_a_stream_left_open_does_not_keep_the_process_alive(shard_set, hangs):
-    """Nor does it change the exit code, which an abort of a worker would; a read that hangs is waited for a while."""
+def test_a_stream_left_open_does_not_keep_the_process_alive(shard_set):
+    """Nor does it change the exit code."""
     program = f"""
-        import importlib.util, sys, time
-        import quincunx.data_shards.stream
+        import importlib.util, sys
         from quincunx.data_shards.shards import open_shards
-        quincunx.data_shards.stream.LAST_STEP_SECONDS = 1.0
         spec = importlib.util.spec_from_file_location("test_stream", {__file__!r})
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         stream = module.make_stream([open_shards({shard_set.path!r})], num_workers=2)
-        step = stream.step
-        stream.step = lambda number: time.sleep(3600) if {hangs} and number else step(number)
         steps = stream.iterate(0)
         next(steps)
         print("left open")
@@ -180,12 +174,3 @@ def test_waiting_is_counted(shard_set):
     stream = make_stream([shard_set], num_workers=0)
     take(stream, 0, 5)
     assert stream.wait_seconds > 0
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"micro_batch": 5}, {"world_size": 32}, {"global_batch": 0}, {"micro_batch": 0}, {"num_workers": -1}],
-)
-def test_batches_that_do_not_divide_are_refused(shard_set, options):
-    with pytest.raises(SettingsError, match=r"multiple of|allowed"):
-        make_stream([shard_set], **options)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from quincunx.data_shards.errors import SettingsError
@@ -12,6 +13,7 @@ from quincunx.data_shards.tokenizer import (
     load_tokenizer,
     resolve_model,
     special_ids,
+    tokenise,
     tokenizer_digest,
 )
 from quincunx.data_shards.tokenizer_training import train_wordpiece
@@ -104,3 +106,13 @@ def test_a_slow_tokenizer_is_refused():
 
     with pytest.raises(SettingsError, match=r"slow one \(ByT5Tokenizer\)"):
         prepare_tokenizer(ByT5Tokenizer(), "byt5")
+
+
+@pytest.mark.parametrize("max_tokens", [5, 40])
+def test_tokens_are_the_tokenizers_own_whatever_it_was_used_for_before(max_tokens):
+    texts = ["one two three four five six", "seven", "", "eight nine ten " * 20]
+    tokenizer = train_wordpiece(texts, 60)
+    tokenizer(texts, truncation=True, max_length=3, padding="max_length")  # leaves both switched on in the backend
+    rows = tokenise(texts, tokenizer, max_tokens)
+    assert [row.tolist() for row in rows] == tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    assert all(row.dtype == np.int32 for row in rows)

@@ -8,14 +8,17 @@ from quincunx.data_shards.errors import CheckpointError
 from quincunx.engine.checkpoint import (
     MANIFEST,
     Checkpoint,
+    CheckpointWriter,
+    commit,
     committed,
+    drop_oldest,
     file_digest,
     find_newest,
     find_step,
     needs_conversion,
+    remove_leftovers,
     step_name,
 )
-from quincunx.engine.checkpoint_save import CheckpointWriter, commit, drop_oldest, remove_leftovers
 
 
 def write_checkpoint(folder, step: int):

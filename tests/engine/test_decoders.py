@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from quincunx.data_shards.batches import PackedText
+from quincunx.data_shards.batches import Task, make_labels, make_text
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.decoders import (
     DecoderStream,
@@ -16,9 +16,9 @@ from quincunx.engine.decoders import (
     copy_last_layers,
     decode_enhanced,
 )
-from quincunx.engine.tensors import TensorTask, labels_to_tensors, text_to_tensors
 
 LENGTHS = [9, 3, 14, 2]
+TEXT = make_text(np.arange(5, 5 + sum(LENGTHS)), np.cumsum([0, *LENGTHS]))
 WIDTH = 16
 SHAPE = LayerShape(
     hidden=WIDTH, heads=2, intermediate=40, activation="gelu", eps=1e-12, dropout=0.0, init_std=0.3
@@ -34,10 +34,9 @@ def task():
     inner[cu_seqlens[:-1]] = inner[cu_seqlens[1:] - 1] = False
     positions = np.flatnonzero(inner)
     thresholds = np.where(inner, 2**29, 2**30).astype(np.int32)
-    return TensorTask(
-        text=text_to_tensors(PackedText(rng.integers(5, 50, cu_seqlens[-1]).astype(np.int32), cu_seqlens)),
-        passage_index=torch.arange(len(LENGTHS)),
-        labels=labels_to_tensors(positions, rng.integers(5, 50, len(positions)), cu_seqlens),
+    return Task(
+        "passage",
+        make_labels(positions, rng.integers(5, 50, len(positions)), cu_seqlens),
         keys=torch.arange(7, 7 + len(LENGTHS), dtype=torch.int32),
         word_ids=torch.arange(cu_seqlens[-1], dtype=torch.int32),
         keep_thresholds=torch.from_numpy(thresholds),
@@ -46,7 +45,7 @@ def task():
 
 def decode(decoder, context, h, table, task):
     """One enhanced decoder on its own."""
-    return decode_enhanced([decoder], [DecoderStream(task, h, context)], table, "torch")[0]
+    return decode_enhanced([decoder], [DecoderStream(task, TEXT, h, context)], table, "torch")[0]
 
 
 def random_rows(count, seed):
@@ -72,7 +71,7 @@ def test_a_masked_decoder_is_bert_layers_read_at_the_labelled_rows(num_layers, t
     decoder = MaskedDecoder(SHAPE, num_layers)
     copy_last_layers(decoder, layers)
     context = random_rows(sum(LENGTHS), 0)
-    ours = decoder(context, task)
+    ours = decoder(context, TEXT, task.labels)
     parts = []
     for sequence in context.split(LENGTHS):
         hidden = sequence[None]
@@ -91,8 +90,8 @@ def test_the_low_rank_query_equals_projecting_the_whole_query_stream(task):
     torch.nn.init.normal_(decoder.layers[0].query_bias)
     context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
     low_rank = decode(decoder, context, h, table, task)
-    query = h[task.text.sequences] + table[task.text.positions]
-    whole = decoder.decode_embedded(query, DecoderStream(task, h, context))
+    query = h[TEXT.sequences] + table[TEXT.positions]
+    whole = decoder.decode_embedded(query, DecoderStream(task, TEXT, h, context))
     torch.testing.assert_close(low_rank, whole, rtol=1e-5, atol=1e-5)
     inputs = [context, h, table, *decoder.parameters()]
     for a, b in zip(
@@ -113,7 +112,7 @@ def test_an_enhanced_row_does_not_see_its_own_token(task):
     after = decode(decoder, changed, h, table, task)
     same = (before == after).all(-1)
     assert same[row]
-    sequence = task.text.sequences[task.labels.positions]
+    sequence = TEXT.sequences[task.labels.positions]
     assert not same[sequence == sequence[row]].all()
     assert same[sequence != sequence[row]].all()
 
@@ -123,7 +122,7 @@ def test_position_zero_reaches_every_enhanced_row(task):
     context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
     before = decode(decoder, context, h, table, task)
     changed = context.detach().clone()
-    changed[task.text.starts] += 5
+    changed[TEXT.starts] += 5
     assert (before != decode(decoder, changed, h, table, task)).any(-1).all()
 
 
@@ -134,18 +133,20 @@ def test_decoders_of_several_tasks_run_together_as_they_would_alone(task):
     for decoder in decoders:
         torch.nn.init.normal_(decoder.layers[0].query_bias)
     shared, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
-    short_text = text_to_tensors(PackedText(np.arange(5, 17, dtype=np.int32), np.array([0, 7, 12], np.int32)))
-    labels = labels_to_tensors(np.array([1, 2, 9]), np.array([6, 7, 8]), np.array([0, 7, 12], np.int32))
-    short = TensorTask(
-        text=short_text,
-        passage_index=torch.arange(2),
-        labels=labels,
+    short_text = make_text(np.arange(5, 17), np.array([0, 7, 12]))
+    short = Task(
+        "next",
+        make_labels(np.array([1, 2, 9]), np.array([6, 7, 8]), np.array([0, 7, 12])),
         keys=torch.tensor([11, -5], dtype=torch.int32),
         word_ids=torch.arange(12, dtype=torch.int32),
         keep_thresholds=torch.full((12,), 2**29, dtype=torch.int32),
     )
     other, other_h = random_rows(12, 3), random_rows(2, 4)
-    streams = [DecoderStream(task, h, shared), DecoderStream(short, other_h, other), DecoderStream(task, h, shared)]
+    streams = [
+        DecoderStream(task, TEXT, h, shared),
+        DecoderStream(short, short_text, other_h, other),
+        DecoderStream(task, TEXT, h, shared),
+    ]
     together = decode_enhanced(decoders, streams, table, "torch")
     alone = [decode_enhanced([d], [s], table, "torch")[0] for d, s in zip(decoders, streams, strict=True)]
     inputs = [shared, h, table, other, other_h, *(p for decoder in decoders for p in decoder.parameters())]

@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.deepspeed_config import (
+from quincunx.engine.settings import (
     BUNDLED,
+    PretrainSettings,
     auto_keys,
     choose_micro_batch,
     fill_config,
@@ -14,7 +15,7 @@ from quincunx.engine.deepspeed_config import (
     load_deepspeed_json,
     precision_of,
 )
-from quincunx.engine.settings import PretrainSettings
+from quincunx.engine.training import misspelt_keys
 
 SETTINGS = PretrainSettings(steps=10, global_batch=64, micro_batch=8, max_grad_norm=0.7, adam_betas=(0.9, 0.98))
 
@@ -79,7 +80,6 @@ def test_an_auto_that_nothing_fills_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"gradient_cliping": 3}, "unknown key gradient_cliping; did you mean gradient_clipping?"),
         ({"optimizer": "AdamW"}, 'has "AdamW" as optimizer; it must be an object'),
         ({"fp16": True}, "has true as fp16; it must be an object"),
         ({"torch_autocast": {"enabled": True}}, "enables torch_autocast; enable bf16 instead"),
@@ -95,3 +95,8 @@ def test_what_deepspeed_would_ignore_or_misread_is_an_error(extra, message):
 def test_a_mistyped_path_is_not_taken_for_one_of_ours(tmp_path):
     with pytest.raises(SettingsError, match="no such file"):
         load_deepspeed_json(str(tmp_path / "zero2.json"))
+
+
+def test_a_misspelt_key_is_named_with_the_nearest_and_other_sections_are_not():
+    given = {"gradient_cliping": 3, "flops_profiler": {}, "zero_optimization": {"stage": 2}, "wandb": {}}
+    assert misspelt_keys(given) == ["the DeepSpeed JSON has gradient_cliping; did you mean gradient_clipping?"]

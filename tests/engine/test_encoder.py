@@ -5,10 +5,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, GPT2Config
 
-from quincunx.data_shards.batches import PackedText
+from quincunx.data_shards.batches import join_texts, make_text
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.encoder import ScratchShape, load_encoder
-from quincunx.engine.tensors import text_to_tensors
 
 LENGTHS = [5, 40, 17, 2, 38, 30]
 SIZES = {
@@ -56,13 +55,12 @@ def checkpoint(tmp_path):
     return save
 
 
-def make_text(seed=0):
-    ids = np.random.default_rng(seed).integers(3, 99, sum(LENGTHS)).astype(np.int32)
-    return text_to_tensors(PackedText(ids, np.cumsum([0, *LENGTHS]).astype(np.int32)))
+def random_text(seed=0):
+    return make_text(np.random.default_rng(seed).integers(3, 99, sum(LENGTHS)), np.cumsum([0, *LENGTHS]))
 
 
 def run_packed(encoder, text):
-    return encoder(encoder.word_embeddings(text.input_ids), text.positions, text.cu_seqlens, text.max_length)
+    return encoder(encoder.word_embeddings(text.input_ids), text)
 
 
 def run_padded(model, text):
@@ -79,7 +77,7 @@ def test_packed_equals_padded_in_values_and_gradients(family, checkpoint):
     folder, masked_lm = checkpoint(family)
     encoder, _ = load_encoder(folder, max_tokens=40)
     encoder.eval()
-    text = make_text()
+    text = random_text()
     packed, padded = run_packed(encoder, text), run_padded(masked_lm.base_model, text)
     torch.testing.assert_close(packed, padded, rtol=0, atol=5e-6)
     probe = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1))
@@ -97,7 +95,7 @@ def test_modernberts_local_layers_matter_in_the_comparison(checkpoint):
     """At 40 tokens and a window of 4 to each side the local layers must change the result."""
     folder, _ = checkpoint("modernbert")
     encoder, _ = load_encoder(folder)
-    text = make_text()
+    text = random_text()
     local = run_packed(encoder.eval(), text)
     for layer in encoder.model.layers:
         layer.attn.sliding_window = None
@@ -106,7 +104,7 @@ def test_modernberts_local_layers_matter_in_the_comparison(checkpoint):
 
 def test_gradient_checkpointing_changes_nothing(checkpoint):
     folder, _ = checkpoint("bert")
-    text = make_text()
+    text = random_text()
     results = []
     for checkpointing in (False, True):
         encoder, _ = load_encoder(folder, dropout=0.0, gradient_checkpointing=checkpointing)
@@ -136,7 +134,7 @@ def test_from_scratch_takes_the_architecture_at_other_sizes(family):
     assert encoder.config.hidden_size == 16 and encoder.config.num_hidden_layers == 3
     widths = {module.out_features for module in encoder.model.modules() if isinstance(module, torch.nn.Linear)}
     assert max(widths) == (128 if family == "modernbert" else 64), "4 x hidden; twice that at once where it is gated"
-    text = text_to_tensors(PackedText(np.arange(33, dtype=np.int32), np.array([0, 33], np.int32)))
+    text = join_texts([np.arange(33)])
     assert torch.isfinite(run_packed(encoder, text)).all()
 
 

@@ -7,17 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from quincunx.data_shards.batches import join_texts
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
-from quincunx.engine.bundle import BUNDLE_FILE, is_bundle, load_bundle
 from quincunx.engine.checkpoint import consolidated_state_dict, find_newest
+from quincunx.engine.evaluations import load_probe
 from quincunx.engine.export import export_run
-from quincunx.engine.metrics_file import read_metrics
-from quincunx.engine.model import PretrainModel, build_model
-from quincunx.engine.packing import pack
-from quincunx.engine.probe import load_probe
-from quincunx.engine.tensors import text_to_tensors
+from quincunx.engine.model import BUNDLE_FILE, PretrainModel, build_model, is_bundle, load_bundle
+from quincunx.engine.run_folder import read_metrics
 
 TASKS = ("mkp", "cmp", "npr", "dor")
 SHORT_AND_LONG = 12
@@ -50,7 +48,7 @@ def packed_vectors(bundle_model, finished_run, texts) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(finished_run / "export" / "encoder")
     ids = [tokenizer(text, truncation=True, max_length=40, return_tensors="np")["input_ids"][0] for text in texts]
     with torch.no_grad():
-        return bundle_model.encode(text_to_tensors(pack([row.astype("int32") for row in ids])))
+        return bundle_model.encode(join_texts([row.astype("int32") for row in ids]))
 
 
 def test_the_bundle_gives_back_every_weight_of_the_checkpoint(finished_run, bundle_model):
@@ -147,7 +145,7 @@ def test_a_folder_without_a_checkpoint_cannot_be_exported(tmp_path):
 
 def test_the_probe_of_the_exported_model_is_the_runs_last_probe(finished_run, bundle_model, beir_folder):
     from quincunx.data_shards.tokenizer import load_tokenizer
-    from quincunx.engine.probe import run_probe
+    from quincunx.engine.evaluations import run_probe
 
     probe = load_probe(beir_folder, load_tokenizer(str(finished_run / "export" / "encoder")), 40)
     last = [line for line in read_metrics(finished_run) if line["kind"] == "probe"][-1]

@@ -14,9 +14,9 @@ from quincunx.data_shards.passages import read_passages
 from quincunx.data_shards.setting import find_problems
 from quincunx.data_shards.tokenizer import load_tokenizer, special_ids
 from quincunx.data_shards.tokenizer_training import train_wordpiece
-from quincunx.engine.environment import Environment
 from quincunx.engine.generate import GenerateSettings, generate_corpus
 from quincunx.engine.generator import Sampling, draw, load_generator, uniform
+from quincunx.engine.ranks import Environment
 
 
 def place(rank: int, world_size: int) -> Environment:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from quincunx.engine.encoder import load_encoder
-from quincunx.engine.lm_head import TiedRows, make_lm_head
+from quincunx.engine.model import TiedRows, make_lm_head
 
 SIZES = {
     "vocab_size": 99,

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from quincunx.data_shards.batches import PackedBatch, PackedTask, PackedText
+from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make_text, to_device
 from quincunx.data_shards.errors import CheckpointError, SettingsError
+from quincunx.data_shards.tasks import TASKS as TASKS_OF_PACKER
 from quincunx.data_shards.tasks import TaskSpec
-from quincunx.engine.bundle import load_bundle, write_bundle
 from quincunx.engine.encoder import ScratchShape
-from quincunx.engine.model import PretrainModel, build_model
-from quincunx.engine.optimizer import parameter_groups
-from quincunx.engine.tensors import to_tensors
+from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, build_model, load_bundle, write_bundle
+from quincunx.engine.training import parameter_groups
 
 TASKS = ("mkp", "cmp", "npr", "dor")
+NAMES = ("mlm", *TASKS)
 VOCAB = 99
 
 
@@ -65,36 +65,35 @@ def make_task(rng: np.random.Generator, length: int, decoder: str, rate: float =
     }
 
 
-def pack(passages: list[dict], decoder: str) -> PackedBatch:
-    def text_of(name, kind):
+def pack(passages: list[dict], decoder: str) -> Batch:
+    contexts, tasks = {}, {}
+
+    def add(name: str, kind: str) -> None:
         owners = [i for i, passage in enumerate(passages) if name in passage]
         texts = [passages[i][name] for i in owners]
-        cu_seqlens = np.cumsum([0, *(len(text["ids"]) for text in texts)]).astype(np.int32)
-        empty = [np.zeros(0, np.int32)]
-        enhanced = kind == "enhanced"
-        return PackedTask(
-            text=PackedText(np.concatenate([*empty, *(text["ids"] for text in texts)]), cu_seqlens),
-            passage_index=np.array(owners, np.int32),
-            label_positions=np.concatenate(
-                [*empty, *(text["positions"] + start for text, start in zip(texts, cu_seqlens))]
-            ).astype(np.int32),
-            labels=np.concatenate([*empty, *(text["labels"] for text in texts)]),
-            keys=np.array([text["key"] for text in texts], np.int32) if enhanced else None,
-            word_ids=np.concatenate([*empty, *(text["words"] for text in texts)]) if enhanced else None,
-            keep_thresholds=np.concatenate([*empty, *(text["thresholds"] for text in texts)]) if enhanced else None,
-        )
+        cu_seqlens = np.cumsum([0, *(len(text["ids"]) for text in texts)])
 
-    encoder = text_of("encoder", "masked")
-    numbers = np.arange(len(passages))
-    return PackedBatch(
-        encoder=encoder.text,
-        encoder_label_positions=encoder.label_positions,
-        encoder_labels=encoder.labels,
-        tasks={name: text_of(name, decoder) for name in TASKS},
-        sample_ids=numbers,
-        datasets=np.zeros_like(numbers, np.int16),
-        epochs=np.zeros_like(numbers, np.int32),
-    )
+        def joined(parts) -> np.ndarray:
+            return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+
+        positions = joined(text["positions"] + start for text, start in zip(texts, cu_seqlens))
+        labels = make_labels(positions, joined(text["labels"] for text in texts), cu_seqlens)
+        rule, context = {}, name
+        if kind == "enhanced":
+            context = TASKS_OF_PACKER[name].field
+            rule["keys"] = torch.tensor([text["key"] for text in texts], dtype=torch.int32)
+            rule["word_ids"] = torch.from_numpy(joined(text["words"] for text in texts))
+            rule["keep_thresholds"] = torch.from_numpy(joined(text["thresholds"] for text in texts))
+        if context not in contexts:
+            text = make_text(joined(text["ids"] for text in texts), cu_seqlens)
+            contexts[context] = Context(text, torch.tensor(owners, dtype=torch.int64))
+        tasks[name] = Task(context, labels, **rule)
+
+    add("encoder", "masked")
+    encoder, labels = contexts.pop("encoder").text, tasks.pop("encoder").labels
+    for name in TASKS:
+        add(name, decoder)
+    return Batch(encoder, labels, contexts, tasks)
 
 
 def run(model, passages, decoder, micro_batch):
@@ -105,7 +104,7 @@ def run(model, passages, decoder, micro_batch):
     device = model.lambdas.device
     loss, sums, correct, seen = 0.0, 0.0, 0, 0
     for batch in batches:
-        output = model(to_tensors(batch, device), counts.to(device))
+        output = model(to_device(batch, device), counts.to(device))
         output.loss.backward()
         loss, sums = loss + output.loss.detach().double(), sums + output.nll_sums.double()
         correct, seen = correct + output.correct, seen + output.counts
@@ -157,26 +156,37 @@ def test_every_parameter_has_a_gradient_even_where_a_task_has_no_rows(family, de
     model = make_model(family, decoder, query_stream=query_stream)
     passages = make_passages(3, decoder)
     _, sums, _, counts, gradients = run(model, passages[2:], decoder, 1)
-    assert counts[model.task_names.index("npr")] == counts[model.task_names.index("dor")] == 0
+    assert counts[NAMES.index("npr")] == counts[NAMES.index("dor")] == 0
     assert torch.isfinite(sums).all() and sums[counts == 0].sum() == 0
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
     assert all((gradient == 0).all() for name, gradient in gradients.items() if name.startswith("decoders.dor"))
     assert any(gradient.abs().sum() > 0 for name, gradient in gradients.items() if name.startswith("decoders.mkp"))
 
 
+def test_a_sentence_loss_is_one_entry(monkeypatch):
+    """The mean over all passages of the global batch, whatever the micro-batch; its gradient reaches the encoder."""
+    monkeypatch.setitem(SENTENCE_LOSSES, "first", lambda h_BD, batch: h_BD[:, 0])
+    passages = make_passages(6, "enhanced")
+    model, plain = make_model(sentence_losses={"first": 0.5}), make_model()
+    vectors = plain.encode(pack(passages, "enhanced").encoder)
+    for micro_batch in (6, 2):
+        model.zero_grad()
+        batches = [pack(passages[i : i + micro_batch], "enhanced") for i in range(0, 6, micro_batch)]
+        counts = torch.tensor([model.loss_counts(batch) for batch in batches]).sum(0)
+        outputs = [model(batch, counts) for batch in batches]
+        loss = sum(output.loss for output in outputs)
+        loss.backward()
+        expected = run(plain, passages, "enhanced", 6)[0] + 0.5 * vectors[:, 0].mean()
+        torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=0)
+        assert counts[-1] == 6 and sum(output.correct[-1] for output in outputs) == 0
+    ours, theirs = (m.encoder.model.encoder.layer[0].output.dense.weight.grad for m in (model, plain))
+    assert not torch.allclose(ours, theirs)
+
+
 def test_a_sequence_does_not_depend_on_the_others_of_its_batch():
     model, passages = make_model(), make_passages(4, "enhanced")
     alone = [run(model, [passage], "enhanced", 1)[1] for passage in passages]
     torch.testing.assert_close(sum(alone), run(model, passages, "enhanced", 4)[1], rtol=1e-6, atol=1e-6)
-
-
-def test_equal_texts_of_two_tasks_are_embedded_once():
-    batch = to_tensors(pack(make_passages(4, "enhanced"), "enhanced"))
-    assert batch.tasks["mkp"].text is batch.tasks["cmp"].text
-    assert batch.tasks["mkp"].passage_index is batch.tasks["cmp"].passage_index
-    assert batch.tasks["mkp"].text is not batch.tasks["npr"].text
-    masked = to_tensors(pack(make_passages(4, "masked"), "masked"))
-    assert masked.tasks["mkp"].text is not masked.tasks["cmp"].text
 
 
 def test_position_zero_of_a_decoder_is_the_sentence_vector():
@@ -192,10 +202,8 @@ def test_position_zero_of_a_decoder_is_the_sentence_vector():
 
 def test_encode_gives_the_final_cls_states():
     model, passages = make_model(), make_passages(5, "enhanced")
-    text = to_tensors(pack(passages, "enhanced")).encoder
-    hidden = model.encoder(
-        model.encoder.word_embeddings(text.input_ids), text.positions, text.cu_seqlens, text.max_length
-    )
+    text = pack(passages, "enhanced").encoder
+    hidden = model.encoder(model.encoder.word_embeddings(text.input_ids), text)
     torch.testing.assert_close(model.encode(text), hidden[text.starts], rtol=0, atol=2e-6)
 
 
@@ -299,7 +307,6 @@ import torch.distributed as dist
 sys.path.insert(0, {folder!r})
 from test_model import TASKS, make_model, make_passages, pack
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from quincunx.engine.tensors import to_tensors
 
 torch.set_num_threads(1)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -322,7 +329,7 @@ for stage in (0, 1, 2, 3):
         counts = torch.tensor([batch.num_labels() for batch in batches]).sum(0)
         total = torch.zeros(())
         for turn in range(2):
-            output = engine(to_tensors(batches[2 * rank + turn]), counts)
+            output = engine(batches[2 * rank + turn], counts)
             engine.backward(output.loss * 4)  # DeepSpeed means over 2 ranks and 2 micro-batches, the loss is a sum
             if step == 0 and turn == 1:
                 gradients = {{name: safe_get_full_grad(p).double() for name, p in model.named_parameters()}}

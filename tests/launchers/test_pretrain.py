@@ -36,8 +36,7 @@ def test_help_takes_less_than_a_second_of_processor_time(harness):
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_recipe_parses_and_is_in_range(name, capsys):
-    from quincunx.engine.deepspeed_config import find_conflicts, load_deepspeed_json
-    from quincunx.engine.settings import PretrainSettings, find_idle_settings
+    from quincunx.engine.settings import PretrainSettings, find_conflicts, find_idle_settings, load_deepspeed_json
     from quincunx.launchers.command_line import parse_settings
 
     settings = parse_settings(

@@ -12,10 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from quincunx.data_shards.errors import CheckpointError
-from quincunx.engine.checkpoint import find_newest, verify
-from quincunx.engine.environment import discover_environment
+from quincunx.engine.checkpoint import check_fits, find_newest, verify
 from quincunx.engine.pretraining import prepare
-from quincunx.engine.resume import check_fits
+from quincunx.engine.ranks import discover_environment
 from quincunx.engine.settings import PretrainSettings
 from quincunx.engine.training import digest_of
 

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from quincunx.data_shards.batches import join_texts
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.retrieval.cross_encoder import load_reranker, pack_pairs, save_reranker, score_pairs
-from quincunx.engine.tensors import text_to_tensors
+from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker, score_pairs, tokenise_pairs
 
 SIZES = {
     "vocab_size": 99,
@@ -105,8 +105,8 @@ def make_pairs(seed=0, num=9):
 
 def packed_tensors(reranker, pairs):
     queries, passages = zip(*pairs, strict=True)
-    text, types, num_cut = pack_pairs(reranker.tokenizer, queries, passages, reranker.max_tokens)
-    return text_to_tensors(text), None if types is None else torch.from_numpy(types), num_cut
+    ids, types, num_cut = tokenise_pairs(reranker.tokenizer, queries, passages, reranker.max_tokens)
+    return join_texts(ids), None if types is None else torch.from_numpy(np.concatenate(types)), num_cut
 
 
 def scores_of(reranker, pairs, **options):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from quincunx.data_shards.batches import join_texts
 from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.tokenizer import tokenise
 from quincunx.data_shards.tokenizer_training import train_wordpiece
-from quincunx.engine.packing import pack, tokenise
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever, model_digest, save_retriever
-from quincunx.engine.tensors import text_to_tensors
 
 WORDS = [
     "amber",
@@ -146,7 +146,7 @@ def test_a_shared_encoder_reads_queries_and_passages_in_one_pass(encoder):
     model, calls = retriever.model, []
     model.passage.register_forward_hook(lambda *_: calls.append(1))
     rows = tokenise(TEXTS, retriever.tokenizer, MAX_TOKENS)
-    queries, passages = (text_to_tensors(pack(some)) for some in (rows[:3], rows[3:]))
+    queries, passages = (join_texts(some) for some in (rows[:3], rows[3:]))
     with torch.no_grad():
         together = model(queries, passages)
         assert len(calls) == 1

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.tokenizer_training import train_wordpiece
-from quincunx.engine.environment import Environment
+from quincunx.engine.ranks import Environment
 from quincunx.engine.retrieval.collection import make_collection
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
 from quincunx.engine.retrieval.embeddings import Embeddings, open_embeddings, write_embeddings

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from quincunx.data_shards.errors import SettingsError
+from quincunx.data_shards.batches import Text
+from quincunx.data_shards.tokenizer import tokenise
 from quincunx.data_shards.tokenizer_training import train_wordpiece
-from quincunx.engine.packing import tokenise
 from quincunx.engine.retrieval import examples as module
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import make_collection
@@ -58,17 +58,20 @@ def content(batch) -> list:
     """Every field of a batch, as bytes where it is an array."""
     fields = []
     for value in vars(batch).values():
-        arrays = [value.input_ids, value.cu_seqlens] if hasattr(value, "cu_seqlens") else [value]
-        fields += [array.tobytes() if isinstance(array, np.ndarray) else array for array in arrays]
+        parts = value if isinstance(value, list) else vars(value).values() if isinstance(value, Text) else [value]
+        fields += [np.asarray(part).tobytes() if hasattr(part, "shape") else part for part in parts]
     return fields
+
+
+def sequences(text: Text) -> list[np.ndarray]:
+    return np.split(text.input_ids.numpy(), text.cu_seqlens[1:-1].tolist())
 
 
 def by_query(batches) -> list[tuple]:
     """Each query of some retriever batches with its texts, in order: what does not depend on the cut into batches."""
     queries = []
     for batch in batches:
-        query_texts = np.split(batch.queries.input_ids, batch.queries.cu_seqlens[1:-1])
-        passage_texts = np.split(batch.passages.input_ids, batch.passages.cu_seqlens[1:-1])
+        query_texts, passage_texts = sequences(batch.queries), sequences(batch.passages)
         for n in range(len(batch)):
             own = slice(n * batch.group, (n + 1) * batch.group)
             texts = [query_texts[n].tobytes(), *(text.tobytes() for text in passage_texts[own])]
@@ -122,19 +125,17 @@ def test_a_retriever_batch_holds_the_texts_of_its_rows_cut_and_counted(tokenizer
     packer = make_packer(tokenizer, query_prompt="aeio: ", passage_prompt="ubdg: ", **limits)
     cut = []
     for batch in make_stream(packer).step(3):
-        assert len(batch) == 2 and batch.num_labels() == [2] and batch.num_passages == 8
+        assert len(batch) == 2 and batch.num_passages == 8
         assert batch.num_tokens == len(batch.queries.input_ids) + len(batch.passages.input_ids)
         num_cut = 0
         for text, rows, collection, prompt, most in [
             (batch.queries, batch.query_rows, QUERIES, "aeio: ", 12),
             (batch.passages, batch.passage_rows, PASSAGES, "ubdg: ", 30),
         ]:
-            assert text.input_ids.dtype == np.int32 and text.cu_seqlens.dtype == np.int32
             whole = tokenizer([prompt + collection.text_at(row) for row in rows])["input_ids"]
             num_cut += sum(len(ids) > most for ids in whole)
             expected = [ids if len(ids) <= most else [*ids[: most - 1], ids[-1]] for ids in whole]
-            got = np.split(text.input_ids, text.cu_seqlens[1:-1])
-            assert [ids.tolist() for ids in got] == expected
+            assert [ids.tolist() for ids in sequences(text)] == expected
         assert batch.num_cut_texts == num_cut
         cut.append(num_cut)
     assert 0 < sum(cut) < 8 * 10, "some are cut and some are not"
@@ -155,13 +156,12 @@ def test_a_reranker_batch_holds_each_query_with_each_of_its_passages(tokenizer):
         queries = [QUERIES.text_at(row) for row in np.repeat(batch.query_rows, batch.group)]
         passages = PASSAGES.texts(batch.passage_rows)
         expected = tokenizer(queries, passages, truncation="longest_first", max_length=48)
-        got = np.split(batch.pairs.input_ids, batch.pairs.cu_seqlens[1:-1])
-        assert [ids.tolist() for ids in got] == expected["input_ids"]
-        assert batch.token_types.tolist() == [kind for kinds in expected["token_type_ids"] for kind in kinds]
+        assert [ids.tolist() for ids in batch.pairs] == expected["input_ids"]
+        assert [kinds.tolist() for kinds in batch.token_types] == expected["token_type_ids"]
         cut += batch.num_cut_texts
         assert batch.num_cut_texts == sum(len(ids) > 48 for ids in tokenizer(queries, passages)["input_ids"])
-        assert (len(batch), batch.num_labels(), batch.num_passages) == (2, [2], 8)
-        assert batch.num_tokens == len(batch.token_types)
+        assert (len(batch), batch.num_passages) == (2, 8)
+        assert batch.num_tokens == sum(map(len, batch.token_types))
     assert cut > 0
 
 
@@ -198,8 +198,3 @@ def test_texts_are_tokenised_as_for_encoding(tokenizer):
     batch = make_stream(make_packer(tokenizer)).step(0)[0]
     expected = tokenise(PASSAGES.texts(batch.passage_rows), tokenizer, 40)
     np.testing.assert_array_equal(batch.passages.input_ids, np.concatenate(expected))
-
-
-def test_batches_that_do_not_divide_are_refused(tokenizer):
-    with pytest.raises(SettingsError, match="a multiple of 12"):
-        make_stream(make_packer(tokenizer), world_size=4, micro_batch=3)

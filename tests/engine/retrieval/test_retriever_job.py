@@ -9,11 +9,10 @@ import torch
 from transformers import BertConfig, BertModel
 
 from quincunx.data_shards.tokenizer_training import train_wordpiece
-from quincunx.engine.environment import discover_environment
+from quincunx.engine.ranks import discover_environment
 from quincunx.engine.retrieval.candidates import Candidates, write_candidates
 from quincunx.engine.retrieval.finetuning import FinetuneSettings, prepare
 from quincunx.engine.retrieval.retriever_job import RetrieverJob
-from quincunx.engine.tensors import text_to_tensors
 
 WORDS = [a + b for a in ("ba", "de", "gi", "ko", "mu") for b in ("lan", "ret", "sip", "vod")]
 
@@ -61,7 +60,7 @@ def plain(job: RetrieverJob, seeds: list[int]) -> dict[str, torch.Tensor]:
     batches, vectors = job.stream.step(0), []
     for batch, seed in zip(batches, seeds, strict=True):
         torch.manual_seed(seed)
-        vectors.append(model(text_to_tensors(batch.queries), text_to_tensors(batch.passages)))
+        vectors.append(model(batch.queries, batch.passages))
     queries, passages = (torch.cat(side) for side in zip(*vectors, strict=True))
     loss, _ = job._step_losses(batches, queries, passages, torch.full((2,), 8.0))
     loss.backward()
@@ -99,4 +98,4 @@ def test_one_micro_batch_needs_no_cache(job):
 
 def whole_batch(job: RetrieverJob):
     order, settings = job.stream.order, job.settings
-    return job.stream.packer.pack(*order.rank_batch(0, settings.global_batch, 0, 1))
+    return job.stream.packer.pack(order.rank_batch(0, settings.global_batch, 0, 1))

@@ -8,7 +8,7 @@ import torch
 
 from quincunx.data_shards.artefact import open_artefact
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.engine.environment import discover_environment
+from quincunx.engine.ranks import discover_environment
 from quincunx.engine.retrieval.candidates import CANDIDATES, Candidates, iterate_candidates, write_candidates
 from quincunx.engine.retrieval.collection import make_collection
 from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker, score_pairs

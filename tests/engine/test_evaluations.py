@@ -16,10 +16,8 @@ from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.encoder import ScratchShape
-from quincunx.engine.held_out import load_held_out, pack_all, run_held_out, spread_samples
+from quincunx.engine.evaluations import load_held_out, load_probe, pack_all, run_held_out, run_probe, spread_samples
 from quincunx.engine.model import PretrainModel, build_model
-from quincunx.engine.probe import load_probe, run_probe
-from quincunx.engine.tensors import to_tensors
 
 ROOT = Path(__file__).parents[2]
 TASKS = [TaskSpec(name="mkp", decoder="masked"), TaskSpec(name="dor", decoder="enhanced")]
@@ -59,7 +57,7 @@ def test_losses_are_means_over_all_labelled_tokens_whatever_the_batches(shards):
 
     (batch,) = pack_all(held_out, *spread_samples(held_out, 20), 20)
     with torch.no_grad():
-        output = model.eval()(to_tensors(batch, CPU), torch.tensor(batch.num_labels(), dtype=torch.float32))
+        output = model.eval()(batch, torch.tensor(batch.num_labels(), dtype=torch.float32))
     for row, task in enumerate(("mlm", "mkp", "dor")):
         assert small[f"held_out/loss/{task}"] == pytest.approx(
             float(output.nll_sums[row]) / batch.num_labels()[row], rel=1e-5
@@ -99,8 +97,7 @@ def test_passages_are_shared_by_the_sets_of_a_mixture_and_none_held_out_is_none(
         datasets, samples = spread_samples(mixture, 1000, in_a_row)
         assert samples.tolist() == [*range(number), *range(number)], "all of them, each once"
 
-    from quincunx.data_shards.block_writer import Sample
-    from quincunx.data_shards.shard_writer import write_shard_set
+    from quincunx.data_shards.shard_writer import Sample, write_shard_set
 
     text = shards.read_block("train", 0).text("passage", 0)
     documents = [[Sample("only", text, text, None)]]
@@ -114,12 +111,12 @@ import json, os, sys
 import deepspeed, torch
 import torch.distributed as dist
 sys.path.insert(0, os.path.dirname({test_file!r}))
-from test_held_out import TASKS, make_model, make_packer
+from test_evaluations import TASKS, make_model, make_packer
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer
-from quincunx.engine.held_out import load_held_out, run_held_out
-from quincunx.engine.probe import load_probe, run_probe
-import quincunx.engine.probe
+from quincunx.engine.evaluations import load_held_out, run_held_out
+from quincunx.engine.evaluations import load_probe, run_probe
+
 
 torch.set_num_threads(1)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -134,7 +131,7 @@ config = {{
 engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
 held_out = load_held_out(make_packer([shards], "heldout"), make_packer([shards], "train"), 20, 4)  # 5 batches, 2 ranks
 probe = load_probe({beir!r}, load_tokenizer(shards.tokenizer_folder), 40)
-import quincunx.engine.probe as module
+import quincunx.engine.evaluations as module
 object.__setattr__(probe, "batches", module.batches_by_length(probe.texts, 150))
 assert len(held_out.batches) % 2 == 1 and len(probe.batches) % 2 == 1, (len(held_out.batches), len(probe.batches))
 metrics = run_held_out(model, held_out, torch.device("cpu")) | run_probe(model, probe, torch.device("cpu"))

@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from quincunx.engine.optimizer import learning_rate_at, parameter_groups
+from quincunx.engine.training import learning_rate_at, parameter_groups
 
 CODE = """
 import sys
 from torch.utils.cpp_extension import load
-from quincunx.engine.optimizer import compile_once
+from quincunx.engine.training import compile_once
 
 class Builder:
     name = "tiny_operator"

@@ -1,0 +1,150 @@
+"""Rank discovery; signals and the watchdog, each case in a process of its own: handlers and exits belong to one."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.ranks import discover_environment, first_host
+
+WAIT = """
+import sys, time
+from quincunx.engine.ranks import StopRequest
+request = StopRequest(launched={launched})
+print("ready", flush=True)
+while not request.pending():
+    time.sleep(0.01)
+print(request.reason, flush=True)
+"""
+
+
+def start(code: str, **arguments) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **arguments)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_sets_the_flag_and_does_not_end_the_process(number):
+    process = start(WAIT.format(launched=False))
+    process.send_signal(number)
+    assert process.communicate(timeout=20)[0].strip() == number.name and process.returncode == 0
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+    process = start(WAIT.format(launched=False).replace("while not request.pending():", "while True:"))
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode not in (0, None)
+
+
+PARENT = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(60)"
+
+
+@pytest.mark.parametrize(("launched", "said"), [(True, "the death of the launcher"), (False, "")])
+def test_the_launcher_s_death_is_a_request_and_a_shell_s_is_none(launched, said):
+    """The child keeps our end of the pipe open, so its last line comes when it ends."""
+    code = (
+        WAIT.format(launched=launched)
+        .replace(
+            "while not request.pending():", "end = time.time() + 3\nwhile not request.pending() and time.time() < end:"
+        )
+        .replace("print(request.reason", "print(request.reason or ''")
+    )
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "ready\n"
+    parent.kill()
+    assert parent.stdout.read().strip() == said
+    parent.wait()
+
+
+def test_the_watchdog_ends_a_silent_process_with_76_and_shows_where_it_hangs():
+    code = """
+import time
+from quincunx.engine.ranks import Watchdog
+def somewhere(): time.sleep(60)
+watchdog = Watchdog(0.5, on_hang=lambda: print("told", flush=True))
+for _ in range(8):
+    time.sleep(0.2)
+    watchdog.beat()
+print("alive after 1.6 s", flush=True)
+somewhere()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 76 and done.stdout == "alive after 1.6 s\ntold\n"
+    assert "hung: no step has finished" in done.stderr and "in somewhere" in done.stderr
+
+
+def test_the_watchdog_ends_a_process_whose_last_words_hang_or_fail():
+    code = """
+import time
+from quincunx.engine import ranks
+ranks.ON_HANG_SECONDS = 0.5
+ranks.Watchdog(0.3, on_hang=lambda: {last_words})
+time.sleep(60)
+"""
+    for last_words in ("time.sleep(60)", "1 / 0"):
+        done = subprocess.run([sys.executable, "-c", code.format(last_words=last_words)], timeout=30)
+        assert done.returncode == 76
+
+
+def test_a_process_without_a_launcher_is_the_whole_run():
+    found = discover_environment({})
+    assert (found.rank, found.world_size, found.local_rank, found.is_main) == (0, 1, 0, True)
+    assert found.launcher == "python" and found.master_addr == "127.0.0.1" and found.master_port > 0
+
+
+def test_deepspeed_and_torchrun_speak_the_same_variables():
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29501"}
+    found = discover_environment(variables)
+    assert (found.rank, found.world_size, found.local_rank) == (5, 8, 1)
+    assert (found.master_addr, found.master_port, found.is_main) == ("node0", 29501, False)
+
+
+def test_srun_gives_every_task_the_same_meeting_point():
+    step = {
+        "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1234567", "SLURM_LOCALID": "3",
+        "SLURM_STEP_NODELIST": "gpu[07-08]",
+    }  # fmt: skip
+    places = [discover_environment({**step, "SLURM_PROCID": str(rank)}) for rank in (0, 11)]
+    assert [place.rank for place in places] == [0, 11] and places[1].local_rank == 3
+    assert {(place.master_addr, place.master_port) for place in places} == {("gpu07", 20000 + 1234567 % 20000)}
+    assert discover_environment({**step, "SLURM_PROCID": "0", "MASTER_ADDR": "10.0.0.1"}).master_addr == "10.0.0.1"
+
+
+def test_a_batch_script_without_srun_is_one_process():
+    assert discover_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}).world_size == 1
+
+
+def test_open_mpi_needs_the_master_only_across_machines():
+    rank = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    assert discover_environment({**rank, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).master_addr == "127.0.0.1"
+    with pytest.raises(SettingsError, match="-x MASTER_ADDR"):
+        discover_environment({**rank, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu[03-05,9],login1", "gpu03"), ("node7", "node7"), ("a1,a2", "a1"), ("r[1,3]n", "r1n"), ("x-[9-11]", "x-9")],
+)
+def test_the_first_machine_of_a_slurm_node_list(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_mpirun_inside_a_slurm_step_is_open_mpi():
+    """Its processes are children of a daemon that srun started, one a machine, and may have that step's variables."""
+    daemon = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a[1-2]", "MASTER_ADDR": "a1"}
+    rank = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    found = discover_environment({**daemon, **rank})
+    assert (found.launcher, found.rank, found.world_size) == ("openmpi", 5, 8)
+
+
+def test_an_empty_node_list_is_refused():
+    with pytest.raises(SettingsError, match="set MASTER_ADDR"):
+        first_host("")
