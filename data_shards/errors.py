@@ -25,6 +25,12 @@ class DataError(ValueError):
     exit_code = 3
 
 
+class DivergedError(DataError):
+    """A model whose numbers are no longer finite."""
+
+    exit_code = EXIT_DIVERGED
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, foreign, or does not fit this run."""
 

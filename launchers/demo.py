@@ -27,6 +27,9 @@ from quincunx.engine.environment import free_port
 from quincunx.engine.run_folder import LOCK_FILE
 from quincunx.launchers.demo_results import print_learned, print_worth, records
 
+MARK = ".demo"
+"""File of a folder that the demo made, and may delete."""
+
 
 def say(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
@@ -94,8 +97,8 @@ def interrupt(process: subprocess.Popen, run_folder: Path, step: int) -> int:
 
 def refusal(output: Path, keep: bool, seed: int) -> str | None:
     """Why the demo must not touch `output`; None if it may."""
-    if output.exists() and any(output.iterdir()) and not (output / "shards").is_dir():
-        return f"{output} holds something other than a demo; give --output a new folder"
+    if output.exists() and any(output.iterdir()) and not (output / MARK).is_file():
+        return f"{output} holds something other than a demo ({MARK} is missing); give --output a new folder"
     kept = output / "ours" / "settings.yaml"
     if keep and kept.exists() and (made_with := yaml.safe_load(kept.read_text())["seed"]) != seed:
         return f"{output} was made with --seed {made_with}; give --output a new folder, or leave out --keep"
@@ -167,6 +170,8 @@ def main() -> int:
         return 2
     if output.exists() and not given.keep:
         shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).write_text("make demo made this folder, and deletes it when it runs again.\n")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     launcher = f"deepspeed --num_gpus 2 --master_port {free_port()}"  # other runs on this machine have theirs
     failures = []

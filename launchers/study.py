@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -71,9 +72,11 @@ class Study:
     def __init__(self, settings: StudySettings):
         self.settings, self.recipe = settings, read_recipe(settings.recipe)
         self.output = Path(settings.output)
-        refuse_other_study(self.output / "report.md", self.recipe.name)
+        if not settings.collections or "" in settings.collections:
+            raise SettingsError("collections is empty or names an empty path: give at least one BEIR folder")
         work = Path(settings.work) if settings.work else self.output / "work"
         self.cells = make_cells(self.recipe, settings.collections, self.output, work)
+        refuse_other_study(self.output, self.recipe.name, self.cells)
         self.groups: dict[Path, list[Cell]] = {}
         """Cells by the pre-training that they share: a group is made by one worker, one cell after the other."""
         for cell in self.cells:
@@ -99,7 +102,7 @@ class Study:
         try:
             for patient in (False, True):
                 for path, cells in self.groups.items():
-                    if not self.stopping.requested and any(cell.record() is None for cell in cells):
+                    if not self.stopping.requested and not all(map(is_made, cells)):
                         with self._held(path, patient) as lock:
                             if lock is not None:
                                 self._make_group(cells, lock, environment)
@@ -109,13 +112,15 @@ class Study:
 
     def _make_group(self, cells: Sequence[Cell], lock: IO[str], environment: Mapping[str, str]) -> None:
         for cell in cells:
-            if cell.record() is not None:
+            if is_made(cell):
                 continue
             try:
                 with self._held(cell.data, True) as data_lock:
                     if data_lock is not None:
                         make_data(cell, partial(self._command, cell, data_lock, environment))
                         write_record(cell.bm25_file, bm25_record(cell))
+                if cell.record() is not None:  # only BM25's was missing
+                    continue
                 record = run_cell(cell, partial(self._command, cell, lock, environment))
             except CommandFailed as failed:
                 if failed.code == EXIT_PREEMPTED:
@@ -190,11 +195,27 @@ class Study:
             )
 
 
-def refuse_other_study(report: Path, name: str) -> None:
-    """Raises SettingsError where an output's report is that of a study by another name."""
-    title = report.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") if report.exists() else None
+def is_made(cell: Cell) -> bool:
+    """Whether the cell's record and BM25's beside it are there."""
+    return cell.record() is not None and load_record(cell.bm25_file, bm25_made_from(cell)) is not None
+
+
+def refuse_other_study(output: Path, name: str, cells: Sequence[Cell]) -> None:
+    """Raises SettingsError if the output cannot be written, or holds another study."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"output {output} cannot be written ({error.strerror}): give another --output") from None
+    report = output / "report.md"
+    title = report.read_text(errors="replace").partition("\n")[0].removeprefix("# ") if report.exists() else None
     if title not in (None, f"Study {name}"):
         raise SettingsError(f"{report} is the report of {title}, this one is {name}: give another --output")
+    own = {cell.record_file.parent for cell in cells}
+    if strangers := sorted(str(path) for path in output.glob("cells/*/*") if path.is_dir() and path not in own):
+        raise SettingsError(
+            f"{output} holds cells that this command does not name ({', '.join(strangers[:3])}), and its report would "
+            "lose them: give all collections and the recipe that they were made with, or another --output"
+        )
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -224,6 +245,16 @@ def worker_environments(settings: StudySettings) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}] * count
 
 
+def check_launch(launch: str) -> None:
+    """Raises SettingsError for a command that is not there."""
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise SettingsError(f"launch is {launch!r}, which no shell would read ({error}): fix its quotes") from None
+    if words and shutil.which(words[0]) is None:
+        raise SettingsError(f"launch is {launch!r}, and {words[0]} is no command of this machine: install or fix it")
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -234,8 +265,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SettingsError(f"workers is {settings.workers}: give 1 or more")
     if settings.launch and (settings.workers or 1) > 1:
         raise SettingsError("launch gives all GPUs to one training: leave workers out, or launch")
+    if settings.launch is not None:
+        check_launch(settings.launch)
     study = Study(settings)
-    missing = sum(cell.record() is None for cell in study.cells)
+    missing = sum(not is_made(cell) for cell in study.cells)
     say(f"study {study.recipe.name}: {len(study.cells)} cells, {len(study.cells) - missing} of them there")
 
     try:

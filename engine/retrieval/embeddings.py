@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.errors import DataError, DivergedError
 from quincunx.engine.environment import Environment
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.files import file_digest, written_whole
@@ -100,7 +100,8 @@ def write_embeddings(
     """Encodes a collection into `folder`; every rank calls this. Parts that are there and verify are kept.
 
     kind: "query" or "passage". Returns the manifest on rank 0, None on the others. Raises DataError where the folder
-    holds other embeddings, a vector is not finite, or the ranks' parts do not add up to the collection.
+    holds other embeddings or the ranks' parts do not add up to the collection, DivergedError for a vector that is not
+    finite.
     """
     folder = Path(folder)
     ids = collection.ids()
@@ -141,7 +142,7 @@ def write_embeddings(
                 vectors = vectors.astype(dtype, copy=False)
             if not np.isfinite(vectors).all():
                 row = part.start + int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
-                raise DataError(
+                raise DivergedError(
                     f"the vector of {kind} {collection.id_at(row)} is not finite in {dtype}: the model has "
                     "diverged, or its vectors need --dtype float32"
                 )

@@ -116,7 +116,8 @@ def make_report(
 
     variants: in the table's order. records: of finished cells, diverged ones too. bm25: collection -> its record.
     """
-    table: dict[str, dict[str, Row]] = {collection: {} for collection in bm25}
+    collections = dict.fromkeys([*bm25, *(record["collection"] for record in records)])
+    table: dict[str, dict[str, Row]] = {collection: {} for collection in collections}
     for variant in variants:
         for collection, rows in table.items():
             mine = {r["seed"]: r for r in records if (r["variant"], r["collection"]) == (variant, collection)}
@@ -124,7 +125,7 @@ def make_report(
             if mine:
                 rows[variant] = Row(mine)
     blocks: list[Block] = [Heading(1, f"Study {name}"), Text(describe(records, num_cells))]
-    measure = next(iter(next(iter(bm25.values()))["measures"])) if bm25 else ""
+    measure = next((next(iter(record["measures"])) for record in records if "measures" in record), "")
     tests: dict[tuple[str, str, str], Test] = {}
     for collection, rows in table.items():
         for other in against:
@@ -138,10 +139,10 @@ def make_report(
         if not rows:
             continue
         queries = len(next(iter(rows.values())).per_query)
-        blocks += [Heading(2, f"{collection}, {queries} queries"), means_table(rows, bm25[collection])]
+        blocks += [Heading(2, f"{collection}, {queries} queries"), means_table(rows, bm25.get(collection))]
         bars = {variant: (row.per_query.mean(), *interval(row.per_query)) for variant, row in rows.items()}
-        words = bm25[collection]["measures"][measure]["mean"]
-        figure = plot_bars(bars, measure, {"BM25": words})
+        words = {"BM25": bm25[collection]["measures"][measure]["mean"]} if collection in bm25 else {}
+        figure = plot_bars(bars, measure, words)
         blocks.append(
             Figure(f"{collection}-bars", f"{measure} on {collection} with 95 % intervals over queries", figure)
         )
@@ -166,15 +167,16 @@ def describe(records: Sequence[Record], num_cells: int) -> str:
     return text + f" Commits {', '.join(commits)}; torch {', '.join(torch)}." if codes else text
 
 
-def means_table(rows: Mapping[str, Row], bm25: Record) -> Table:
-    measures = list(bm25["measures"])
+def means_table(rows: Mapping[str, Row], bm25: Record | None) -> Table:
+    measures = list(next(iter(rows.values())).first["measures"])
     header = ["variant", "steps", "seeds", "MRR@10 before fine-tuning", *measures]
     body = []
     for variant, row in rows.items():
         before = [record["before"]["mrr@10"] for record in row.records.values()]
         cells = [with_spread(before), *(with_spread(row.means(measure)) for measure in measures)]
         body.append([variant, f"{row.step:,}", str(len(row.records)), *cells])
-    body.append(["BM25", "", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures)])
+    if bm25 is not None:
+        body.append(["BM25", "", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures)])
     return Table(header, body, "Steps of the pre-training. Measures: mean over seeds ± their standard deviation.")
 
 
@@ -219,7 +221,9 @@ def curves(table: Mapping[str, Mapping[str, Row]], measure: str) -> list[Block]:
                 values = np.mean([probe["mrr@10"] for probe in found], axis=0)
                 probes.setdefault(collection, {})[variant] = list(zip(found[0]["step"], values))
             family = [name for name, other in rows.items() if other.pretraining == row.pretraining]
-            line = os.path.commonprefix(family).rstrip("-_.") or family[0]  # noqa: RUF071 - names, not paths
+            line = os.path.commonprefix(family).rstrip("-_.")  # noqa: RUF071 - names, not paths
+            if any(name.startswith(line) for name in rows if name not in family):  # another family would share it
+                line = family[0]
             for panels, place in ((by_step, row.step), (by_share, 100 * row.first["made_from"]["train_share"])):
                 panels.setdefault(collection, {}).setdefault(line, []).append((place, row.per_query.mean()))
     if probes:

@@ -171,11 +171,13 @@ def test_an_output_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert "holds something other than a demo" in refused(tmp_path)
     assert "holds something other than a demo" in refused(tmp_path, "--keep")
+    (tmp_path / "shards").mkdir()  # as the README's first commands make in a folder of other things
+    assert "holds something other than a demo" in refused(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_what_one_seed_made_is_not_continued_with_another(tmp_path):
-    (tmp_path / "shards").mkdir()
+    (tmp_path / demo.MARK).write_text("")
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "settings.yaml").write_text("seed: 42\n")
     assert "made with --seed 42" in refused(tmp_path, "--keep", "--seed", "43")
