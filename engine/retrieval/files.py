@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import shutil
+import socket
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -69,7 +70,7 @@ def written_whole(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         SettingsError: the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
@@ -90,11 +91,10 @@ def written_whole(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def _sweep(path: Path) -> None:
-    """Removes what processes that are dead have left of this file."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp*"):
-        process = left.name.rpartition(".tmp")[2]
+    """Removes what processes of this machine that are dead have left of this file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-{glob.escape(socket.gethostname())}-*"):
         try:
-            os.kill(int(process), 0)
+            os.kill(int(left.name.rpartition("-")[2]), 0)
         except ProcessLookupError:
             left.unlink(missing_ok=True)
         except (ValueError, PermissionError):

@@ -1,6 +1,7 @@
 """Files and folders that are written whole or not at all."""
 
 import os
+import socket
 import subprocess
 
 import pytest
@@ -31,14 +32,15 @@ def test_a_folder_takes_its_place_whole_or_the_old_one_stays(tmp_path):
 def test_what_a_dead_process_left_of_a_file_is_swept_and_a_living_ones_stays(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    left, living = tmp_path / f".out.tmp{dead.pid}", tmp_path / f".out.tmp{os.getppid()}"
-    other = tmp_path / f".other.tmp{dead.pid}"
-    for path in (left, living, other):
+    here = socket.gethostname()
+    left, living = (tmp_path / f".out.tmp-{here}-{pid}" for pid in (dead.pid, os.getppid()))
+    other, elsewhere = tmp_path / f".other.tmp-{here}-{dead.pid}", tmp_path / f".out.tmp-elsewhere-{dead.pid}"
+    for path in (left, living, other, elsewhere):
         path.touch()
     with written_whole(tmp_path / "out") as file:
         file.write("whole")
     assert (tmp_path / "out").read_text() == "whole"
-    assert not left.exists() and living.exists() and other.exists()
+    assert not left.exists() and living.exists() and other.exists() and elsewhere.exists()
 
 
 def test_an_output_that_is_an_input_is_refused_by_its_flag(tmp_path):
