@@ -25,12 +25,6 @@ class DataError(ValueError):
     exit_code = 3
 
 
-class DivergedError(DataError):
-    """A model whose numbers are no longer finite."""
-
-    exit_code = EXIT_DIVERGED
-
-
 class CheckpointError(ValueError):
     """A checkpoint that is damaged, foreign, or does not fit this run."""
 

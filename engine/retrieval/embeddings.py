@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.errors import DataError, DivergedError
+from quincunx.data_shards.errors import EXIT_DIVERGED, DataError
 from quincunx.engine.environment import Environment
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.files import file_digest, written_whole
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 IDS = "ids.txt"
+
+
+class DivergedError(DataError):
+    """A model whose vectors are not finite."""
+
+    exit_code = EXIT_DIVERGED
 
 
 @dataclass(frozen=True)
