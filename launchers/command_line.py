@@ -117,7 +117,8 @@ def normalise(arguments: list[str], settings_class: type, config_flag: str) -> l
 def joined(name: str, values: list[str], kind: Any) -> str:
     """One command-line value for the words that followed `--name`."""
     if is_sequence(kind):
-        if len(values) == 1 and values[0].startswith("["):
+        is_null = values == ["null"] and type(None) in typing.get_args(kind)
+        if is_null or (len(values) == 1 and values[0].startswith("[")):
             return values[0]
         words = [word for value in values for word in value.split(",") if word]
         return "[" + ", ".join(json.dumps(word) if is_sequence(kind, str) else word for word in words) + "]"

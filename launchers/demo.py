@@ -113,7 +113,8 @@ def stages(out: str, seed: int, launcher: str) -> dict[str, dict[str, str]]:
 
     pretrain = f"launchers/pretrain.py --recipe demo --shards {shards} --seed {seed}"
     train = f"{launcher} {pretrain} --deepspeed ds_configs/zero2.json --probe {held_out} --output {out}"
-    nothing = "--tasks [] --steps 0 --held_out_every 0 --probe null --tracking none"
+    alone = "--tasks [] --task_weights null"
+    nothing = f"{alone} --steps 0 --held_out_every 0 --probe null --tracking none"
 
     texts, bm25 = f"--corpus {pairs} --queries {pairs}", "python launchers/search.py --method bm25"
     mine = f"python launchers/mine.py --run {out}/bm25.train.trec --qrels {pairs}/qrels/train.tsv {texts}"
@@ -133,7 +134,7 @@ def stages(out: str, seed: int, launcher: str) -> dict[str, dict[str, str]]:
         "Pre-training from random weights on two ranks (recipes/demo.yaml): MLM and four decoders": {
             "ours/export/encoder": f"{train}/ours"
         },
-        "A rival: the same steps of MLM alone": {"mlm/export/encoder": f"{train}/mlm --tasks [] --tracking none"},
+        "A rival: the same steps of MLM alone": {"mlm/export/encoder": f"{train}/mlm {alone} --tracking none"},
         "The random weights that all three start from (no step of pre-training); BM25's results beside it": {
             "random/export/encoder": f"python {pretrain} {nothing} --output {out}/random",
             "bm25.train.trec": f"{bm25} {texts} --depth 50 --output {out}/bm25.train.trec",
