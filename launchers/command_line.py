@@ -117,8 +117,7 @@ def normalise(arguments: list[str], settings_class: type, config_flag: str) -> l
 def joined(name: str, values: list[str], kind: Any) -> str:
     """One command-line value for the words that followed `--name`."""
     if is_sequence(kind):
-        is_null = values == ["null"] and type(None) in typing.get_args(kind)
-        if is_null or (len(values) == 1 and values[0].startswith("[")):
+        if len(values) == 1 and (values[0][:1] == "[" or (values[0] == "null" and type(None) in typing.get_args(kind))):
             return values[0]
         words = [word for value in values for word in value.split(",") if word]
         return "[" + ", ".join(json.dumps(word) if is_sequence(kind, str) else word for word in words) + "]"

@@ -172,13 +172,16 @@ class _UniqueKeys(yaml.SafeLoader):
     """Keys as they are written: 0.10 and on are names of variants, not 0.1 and True."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        self.flatten_mapping(node)
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if any(not isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            raise SettingsError(
+                f"line {node.start_mark.line + 1} and below have a key that is no name: give `key: value`"
+            )
+        names = [key.value for key, _ in node.value]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise SettingsError(f"line {node.start_mark.line + 1} and below name {', '.join(twice)} twice: rename one")
-        pairs = ((key.value, value) for key, value in node.value if isinstance(key, yaml.ScalarNode))
-        return {name: self.construct_object(value, deep=True) for name, value in pairs}
+        self.flatten_mapping(node)  # what `<<` brings comes first, and is overridden
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
 
 def read_recipe(name: str) -> Recipe:

@@ -222,7 +222,8 @@ def curves(table: Mapping[str, Mapping[str, Row]], measure: str) -> list[Block]:
                 probes.setdefault(collection, {})[variant] = list(zip(found[0]["step"], values))
             family = [name for name, other in rows.items() if other.pretraining == row.pretraining]
             line = os.path.commonprefix(family).rstrip("-_.")  # noqa: RUF071 - names, not paths
-            if any(name.startswith(line) for name in rows if name not in family):  # another family would share it
+            shared = any(name.startswith(line) for name in rows if name not in family)  # by another family
+            if not line or shared:
                 line = family[0]
             for panels, place in ((by_step, row.step), (by_share, 100 * row.first["made_from"]["train_share"])):
                 panels.setdefault(collection, {}).setdefault(line, []).append((place, row.per_query.mean()))

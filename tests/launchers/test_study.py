@@ -161,6 +161,17 @@ def test_names_of_variants_are_text_as_it_is_written(tmp_path):
     assert list(read_recipe(str(path)).variants) == ["0.1", "0.10", "on"]
 
 
+def test_a_merged_key_may_be_overridden_and_a_key_that_is_no_name_is_refused(tmp_path):
+    path = tmp_path / "merged.yaml"
+    variants = "variants:\n  a: &a {pretrain: {steps: 0}, train_share: 0.5}\n  b: {<<: *a, train_share: 0.1}\n"
+    path.write_text("base: papers\n" + variants)
+    found = read_recipe(str(path)).variants["b"]
+    assert (found.pretrain, found.train_share) == ({"steps": 0}, 0.1)
+    path.write_text("base: papers\nvariants:\n  ? [a]\n  : {}\n")
+    with pytest.raises(SettingsError, match="have a key that is no name"):
+        read_recipe(str(path))
+
+
 def test_a_base_lends_its_variants(tmp_path):
     path = tmp_path / "wide.yaml"
     path.write_text("base: papers\npretrain: {hidden_size: 256, num_heads: 4}\n")
