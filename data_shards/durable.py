@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +23,7 @@ def written_whole(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     mode: "w" (UTF-8 text) or "wb". Raises SettingsError if the folder cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_dead(path)
@@ -45,10 +46,10 @@ def written_whole(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def remove_dead(path: Path) -> None:
-    """Removes what processes that are dead have left of this file."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp*"):
+    """Removes what processes of this machine that are dead have left of this file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-{glob.escape(socket.gethostname())}-*"):
         try:
-            os.kill(int(left.name.rpartition(".tmp")[2]), 0)
+            os.kill(int(left.name.rpartition("-")[2]), 0)
         except ProcessLookupError:
             left.unlink(missing_ok=True)
         except (ValueError, PermissionError):

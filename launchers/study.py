@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,9 +74,12 @@ class StudySettings:
 
     def contradictions(self) -> list[str]:
         """What is wrong with values that are each in range, as clauses."""
-        if not self.launch or (self.workers or 1) == 1:
-            return []
-        return ["launch gives all GPUs to one training: leave workers out, or launch"]
+        found = []
+        if not self.collections or "" in self.collections:
+            found.append("collections is empty or names an empty path: give at least one BEIR folder")
+        if self.launch and (self.workers or 1) > 1:
+            found.append("launch gives all GPUs to one training: leave workers out, or launch")
+        return found
 
 
 class Processes:
@@ -150,13 +154,13 @@ def make_all(cells: Sequence[Cell], processes: Processes, settings: StudySetting
     claims: dict[Path, list[Cell]] = {}
     for cell in cells:
         claims.setdefault(cell.pretrained, []).append(cell)
-    while missing := {path: of for path, of in claims.items() if any(cell.record() is None for cell in of)}:
+    while missing := {path: of for path, of in claims.items() if not all(map(is_made, of))}:
         for path, own in missing.items():
             if processes.stopping:
                 return EXIT_PREEMPTED
             with claimed(path) as lock:
                 for cell in own if lock else []:
-                    if cell.record() is not None:
+                    if is_made(cell):
                         continue
                     if code := make_cell(cell, lock, processes, settings):
                         return code
@@ -175,6 +179,8 @@ def make_cell(cell: Cell, lock: IO[str], processes: Processes, settings: StudySe
                 return EXIT_PREEMPTED
             make_data(cell, partial(run_command, cell, data_lock, processes, settings))
             write_record(cell.bm25_file, bm25_record(cell))
+        if cell.record() is not None:  # only BM25's was missing
+            return 0
         record = run_cell(cell, partial(run_command, cell, lock, processes, settings))
     except CommandFailed as failed:
         if failed.code != EXIT_PREEMPTED:
@@ -238,11 +244,27 @@ def report(cells: Sequence[Cell], settings: StudySettings, recipe: Recipe) -> li
     return make_report(Path(settings.output), recipe.name, variants, recipe.against, records, bm25, len(cells))
 
 
-def refuse_other_study(report: Path, name: str) -> None:
-    """Raises SettingsError if an output's report is that of a study by another name."""
-    title = report.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") if report.exists() else None
+def is_made(cell: Cell) -> bool:
+    """Whether the cell's record and BM25's beside it are there."""
+    return cell.record() is not None and cell.bm25() is not None
+
+
+def refuse_other_study(output: Path, name: str, cells: Sequence[Cell]) -> None:
+    """Raises SettingsError if the output cannot be written, or holds another study."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"output {output} cannot be written ({error.strerror}): give another --output") from None
+    report = output / "report.md"
+    title = report.read_text(errors="replace").partition("\n")[0].removeprefix("# ") if report.exists() else None
     if title not in (None, f"Study {name}"):
         raise SettingsError(f"{report} is the report of {title}, this one is {name}: give another --output")
+    own = {cell.record_file.parent for cell in cells}
+    if strangers := sorted(str(path) for path in output.glob("cells/*/*") if path.is_dir() and path not in own):
+        raise SettingsError(
+            f"{output} holds cells that this command does not name ({', '.join(strangers[:3])}), and its report would "
+            "lose them: give all collections and the recipe that they were made with, or another --output"
+        )
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -273,6 +295,16 @@ def worker_environments(settings: StudySettings) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}] * count
 
 
+def check_launch(launch: str) -> None:
+    """Raises SettingsError for a command that is not there."""
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise SettingsError(f"launch is {launch!r}, which no shell would read ({error}): fix its quotes") from None
+    if words and shutil.which(words[0]) is None:
+        raise SettingsError(f"launch is {launch!r}, and {words[0]} is no command of this machine: install or fix it")
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -281,9 +313,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = parse_settings(StudySettings, __doc__.split("\n")[0], argv)
     recipe, output = read_recipe(settings.recipe), Path(settings.output)
-    refuse_other_study(output / "report.md", recipe.name)
+    if settings.launch is not None:
+        check_launch(settings.launch)
     cells = make_cells(recipe, settings.collections, output, Path(settings.work or output / "work"))
-    missing, code = sum(cell.record() is None for cell in cells), 0
+    refuse_other_study(output, recipe.name, cells)
+    missing, code = sum(not is_made(cell) for cell in cells), 0
     say(f"study {recipe.name}: {len(cells)} cells, {len(cells) - missing} of them there")
     if missing and not settings.report_only:
         processes, environments = Processes(), worker_environments(settings)

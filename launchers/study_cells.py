@@ -44,6 +44,7 @@ STUDIES = Path(__file__).parent.parent / "recipes" / "study"
 PROBE_QUERIES, PROBE_PASSAGES = 300, 3000
 NEVER = 10**6
 OWN_SETTINGS = {
+    "shards": {"path", "output", "format", "generations", "progress", "remake"},
     "pretrain": {"seed", "output", "shards", "probe", "fresh", "export"},
     "finetune": {
         "seed", "output", "encoder", "candidates", "corpus", "queries", "probe", "probe_every", "fresh", "export",
@@ -166,17 +167,25 @@ class CommandFailed(Exception):
     """A command of a cell ended with `code`."""
 
     def __init__(self, code: int, script: str, log: Path):
-        super().__init__(f"{script}.py ended with exit code {code}; its output is the end of {log}")
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        said = next((line for line in reversed(lines[-20:]) if line.startswith("error: ")), "no error line")
+        super().__init__(f"{script}.py ended with exit code {code} ({said}); its output ends {log}")
         self.code = code
 
 
 class _UniqueKeys(yaml.SafeLoader):
+    """Keys as they are written: 0.10 and on are names of variants, not 0.1 and True."""
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if any(not isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            line = node.start_mark.line + 1
+            raise SettingsError(f"line {line} and below have a key that is no name: give `key: value`")
+        names = [key.value for key, _ in node.value]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise SettingsError(f"line {node.start_mark.line + 1} and below name {', '.join(twice)} twice: rename one")
-        return super().construct_mapping(node, deep)
+        self.flatten_mapping(node)  # what `<<` brings comes first, and is overridden
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
 
 
 def read_recipe(name: str) -> Recipe:
@@ -187,8 +196,8 @@ def read_recipe(name: str) -> Recipe:
         base = read_content(find_recipe(content.pop("base"), path.parent))
         if "base" in base:
             raise SettingsError(f"{path}: its base has a base of its own: name that one, and repeat what differs")
-        for key in ("variants", "against"):
-            base.pop(key, None)
+        if "variants" in content:
+            base.pop("against", None)  # it names variants of the base
         for key in ("pretrain", "finetune"):
             content[key] = {**base.get(key, {}), **content.get(key, {})}
         content = {**base, **content}
@@ -196,10 +205,13 @@ def read_recipe(name: str) -> Recipe:
         raise SettingsError(f"{path} has no variants: name at least one")
     variants = {}
     for variant, values in content["variants"].items():
-        if not re.fullmatch(r"\w[\w.+-]*", str(variant)):
-            raise SettingsError(f"{path}: a variant is named {variant!r}; give letters, digits, hyphens and dots")
-        _check_keys(f"{path}, variant {variant}", values or {}, VARIANT_SHAPES)
-        variants[str(variant)] = Variant(**(values or {}))
+        if not re.fullmatch(r"\w[\w.+-]*(?<!\.json)", variant):
+            raise SettingsError(
+                f"{path}: a variant is named {variant!r}; give letters, digits, hyphens and dots, no .json at the end"
+            )
+        values = {} if values is None else values
+        _check_keys(f"{path}, variant {variant}", values, VARIANT_SHAPES)
+        variants[variant] = Variant(**values)
     recipe = Recipe(name=path.stem, **{**content, "variants": variants})
     _check(path, recipe)
     return recipe
@@ -244,6 +256,8 @@ def _check_keys(where: str, content: Any, shapes: Mapping[str, Any]) -> None:
 
 def _check(path: Path, recipe: Recipe) -> None:
     """Parses the settings of every command as the command itself will."""
+    if not recipe.measures:
+        raise SettingsError(f"{path}: measures is empty; name at least one, the first is tested")
     for name in recipe.measures:
         measure_name(name)
     unknown = [name for name in recipe.against if name not in recipe.variants]
@@ -253,14 +267,17 @@ def _check(path: Path, recipe: Recipe) -> None:
         )
     if not recipe.seeds or len(set(recipe.seeds)) != len(recipe.seeds):
         raise SettingsError(f"{path}: seeds are {recipe.seeds}; give at least one, each once")
+    if any(not 0 <= seed < 2**32 for seed in recipe.seeds):
+        raise SettingsError(f"{path}: seeds are {recipe.seeds}; give numbers from 0 to {2**32 - 1}")
     where = "shards"
     try:
+        refuse_own("shards", recipe.shards)
         given = {"format": "beir", "path": "x", "output": "x", "tokenizer": "x", **recipe.shards}
         parse_settings(BuildSettings, "", as_flags(given))
         for task, settings in recipe.generate.items():
             where = f"generate {task}"
-            if not isinstance(settings, dict):
-                raise SettingsError(f"give settings of generate.py, not {settings!r}")
+            if not isinstance(settings, dict) or "model" not in settings:
+                raise SettingsError(f"give settings of generate.py, the model among them, not {settings!r}")
             given = {"task": task, "model": "x", "format": "beir", "path": "x", "tokenizer": "x", "output": "x"}
             parse_settings(GenerateSettings, "", as_flags({**given, **settings}))
         for name, variant in recipe.variants.items():
@@ -268,10 +285,8 @@ def _check(path: Path, recipe: Recipe) -> None:
             if not 0 < variant.train_share <= 1:
                 raise SettingsError(f"train_share is {variant.train_share}: give a number above 0, at most 1")
             settings = parse_training("pretrain", {**recipe.pretrain, **variant.pretrain, "shards": ["x"]})
-            for command, own in OWN_SETTINGS.items():
-                if given := own & {**getattr(recipe, command), **getattr(variant, command)}.keys():
-                    sets = f"{command} sets {', '.join(sorted(given))}"
-                    raise SettingsError(f"{sets}, which the study sets: leave it out")
+            for command in TRAININGS:
+                refuse_own(command, {**getattr(recipe, command), **getattr(variant, command)})
             missing = {TASKS[task].field for task in settings.tasks} - {"passage", "next"} - recipe.generate.keys()
             if missing:
                 raise SettingsError(
@@ -298,6 +313,12 @@ def _check(path: Path, recipe: Recipe) -> None:
         raise SettingsError(f"{path}, {where}: {error}") from None
 
 
+def refuse_own(command: str, settings: Mapping[str, Any]) -> None:
+    """Raises SettingsError for settings that the study gives itself."""
+    if given := OWN_SETTINGS[command] & settings.keys():
+        raise SettingsError(f"{command} sets {', '.join(sorted(given))}, which the study sets: leave it out")
+
+
 TRAININGS = {
     "pretrain": (PretrainSettings, pretrain.RECIPES, "retromae"),
     "finetune": (FinetuneSettings, finetune.RECIPES, finetune.DEFAULT_RECIPE),
@@ -311,7 +332,7 @@ def words_of(command: str, settings: Mapping[str, Any]) -> list[str]:
         settings = {"recipe": TRAININGS[command][2], **settings}
         if settings.get("steps") is not None:
             settings = {"epochs": None, **settings}
-    return as_flags(settings)
+    return as_flags({name: value for name, value in settings.items() if name != "recipe_digest"})
 
 
 def parse_training(command: str, settings: Mapping[str, Any]) -> Any:
@@ -326,6 +347,7 @@ def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: P
     if len({folder.name for folder in folders}) != len(folders):
         raise SettingsError(f"two collections have the same name: {', '.join(map(str, folders))}; rename a folder")
     digests = {folder: collection_digests(folder, recipe.split) for folder in folders}
+    pretrain = {name: full_pretrain(recipe, variant) for name, variant in recipe.variants.items()}
     return [
         Cell(
             collection=folder,
@@ -335,8 +357,8 @@ def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: P
                 "collection": digests[folder],
                 "shards": {**recipe.shards},
                 "generate": {**recipe.generate},
-                "pretrain": {**recipe.pretrain, **variant.pretrain, "seed": seed},
-                "finetune": {**recipe.finetune, **variant.finetune, "seed": seed},
+                "pretrain": {**pretrain[name], "seed": seed},
+                "finetune": {**with_file_digest({**recipe.finetune, **variant.finetune}), "seed": seed},
                 "train_share": variant.train_share,
                 "at_step": variant.at_step,
                 "split": recipe.split,
@@ -349,6 +371,18 @@ def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: P
         for folder in folders
         for name, variant in recipe.variants.items()
     ]
+
+
+def full_pretrain(recipe: Recipe, variant: Variant) -> dict[str, Any]:
+    """The variant's pre-training settings, with its steps, which may come from the settings file that it names."""
+    settings = {**recipe.pretrain, **variant.pretrain}
+    return with_file_digest({**settings, "steps": parse_training("pretrain", {**settings, "shards": ["x"]}).steps})
+
+
+def with_file_digest(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that name a file of the user's hold its content, too: another content is another cell."""
+    path = Path(str(settings.get("recipe", "")))
+    return {**settings, "recipe_digest": file_digest(path)} if path.is_file() else dict(settings)
 
 
 def collection_digests(folder: Path, split: str) -> dict[str, str]:
@@ -435,17 +469,11 @@ def run_cell(cell: Cell, run: Run) -> dict[str, Any]:
         given = {"encoder": encoder, "candidates": cell.candidates, **texts, "probe": cell.collection}
         seldom = {"probe_split": made_from["split"], "probe_every": NEVER, "checkpoint_every": NEVER}
         run("finetune", **{"tracking": "none", **seldom, **made_from["finetune"], **given, "output": tuned})
+        search_and_judge(cell, run)
     except CommandFailed as failed:
         if failed.code != EXIT_DIVERGED:
             raise
         return {**record, "diverged": True, "made_from": made_from}
-    model, embeddings, found = tuned / "export" / "retriever", tuned / "embeddings", tuned / "run.trec"
-    device = {"device": made_from["finetune"].get("device", "auto"), "precision": "float32"}
-    # float32: vectors of an encoder that has learned little are nearly alike, and float16 ranks them wrongly.
-    run("encode", model=model, corpus=cell.collection, dtype="float32", **device, output=embeddings)
-    asked = {"queries": cell.collection, "qrels": cell.judged, "depth": depth_for(made_from["measures"])}
-    run("search", model=model, embeddings=embeddings, **asked, **device, output=found)
-    run("evaluate", run=found, qrels=cell.judged, measures=made_from["measures"], **results(tuned))
     before = next(line for line in read_metrics(tuned) if line["kind"] == "probe")
     return {
         **record,
@@ -457,11 +485,23 @@ def run_cell(cell: Cell, run: Run) -> dict[str, Any]:
     }
 
 
+def search_and_judge(cell: Cell, run: Run) -> None:
+    """Searches the collection with the cell's fine-tuned encoder, and evaluates what it finds."""
+    made_from, tuned = cell.made_from, cell.tuned
+    model, embeddings, found = tuned / "export" / "retriever", tuned / "embeddings", tuned / "run.trec"
+    device = {"device": made_from["finetune"].get("device", "auto"), "precision": "float32"}
+    # float32: vectors of an encoder that has learned little are nearly alike, and float16 ranks them wrongly.
+    run("encode", model=model, corpus=cell.collection, dtype="float32", **device, output=embeddings)
+    asked = {"queries": cell.collection, "qrels": cell.judged, "depth": depth_for(made_from["measures"])}
+    run("search", model=model, embeddings=embeddings, **asked, **device, output=found)
+    run("evaluate", run=found, qrels=cell.judged, measures=made_from["measures"], **results(tuned))
+
+
 def load_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
     """A cell's record, or BM25's; None where it is not made yet. Raises SettingsError if it was made otherwise."""
     try:
         record = json.loads(path.read_text())
-        then = record["made_from"]
+        then = dict(record["made_from"])
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

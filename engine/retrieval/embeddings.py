@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from quincunx.data_shards.artefact import artefact, open_artefact
-from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.errors import EXIT_DIVERGED, DataError
 from quincunx.engine.ranks import Environment
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.progress import progress_bar
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 KIND = "embeddings"
 IDS = "ids.txt"
+
+
+class DivergedError(DataError):
+    """A model whose vectors are not finite."""
+
+    exit_code = EXIT_DIVERGED
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def write_embeddings(
     """Encodes a collection into `folder`; every rank calls this.
 
     kind: "query" or "passage". details: for the manifest, not compared. encoding: device and batch_tokens of
-    encode_texts. Returns whether this rank is the one that finished them. Raises DataError for a vector that is not
+    encode_texts. Returns whether this rank is the one that finished them. Raises DivergedError for a vector that is not
     finite, and as artefact.
     """
     from quincunx.engine.retrieval.dual_encoder import encode_texts
@@ -128,7 +134,7 @@ def write_embeddings(
                 with np.errstate(over="ignore"):  # what does not fit is named below
                     vectors = vectors.astype(dtype, copy=False)
                 for bad in np.flatnonzero(~np.isfinite(vectors).all(1))[:1]:
-                    raise DataError(
+                    raise DivergedError(
                         f"the vector of {kind} {ids[parts[number][bad]]} is not finite in {dtype}: the model has "
                         "diverged, or its vectors need --dtype float32"
                     )

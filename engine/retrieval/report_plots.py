@@ -60,7 +60,8 @@ def plot_bars(bars: Mapping[str, tuple[float, float, float]], measure: str, line
     panel.invert_yaxis()
     panel.set_axisbelow(True)
     panel.set_xlabel(measure, fontsize=9)
-    panel.legend(fontsize=8, frameon=False)
+    if lines:
+        panel.legend(fontsize=8, frameon=False)
     _tidy(panel)
     return _svg(figure)
 

@@ -157,14 +157,15 @@ def make_report(
 
     variants: in the table's order. records: of finished cells, diverged ones too. bm25: collection -> its record.
     """
-    found: dict[str, dict[str, Row]] = {collection: {} for collection in bm25}
+    collections = dict.fromkeys([*bm25, *(record["collection"] for record in records)])
+    found: dict[str, dict[str, Row]] = {collection: {} for collection in collections}
     for variant in variants:
         for collection, rows in found.items():
             mine = {r["seed"]: r for r in records if (r["variant"], r["collection"]) == (variant, collection)}
             mine = {seed: record for seed, record in sorted(mine.items()) if "diverged" not in record}
             if mine:
                 rows[variant] = Row(mine)
-    measure = next(iter(next(iter(bm25.values()))["measures"])) if bm25 else ""
+    measure = next((next(iter(record["measures"])) for record in records if "measures" in record), "")
     tests: dict[tuple[str, str, str], Test] = {}
     for collection, rows in found.items():
         for other in against:
@@ -180,11 +181,11 @@ def make_report(
             continue
         queries = len(next(iter(rows.values())).per_query)
         bars = {variant: (row.per_query.mean(), *interval(row.per_query)) for variant, row in rows.items()}
-        words = bm25[collection]["measures"][measure]["mean"]
-        plots[f"{collection}-bars"] = plot_bars(bars, measure, {"BM25": words})
+        words = {"BM25": bm25[collection]["measures"][measure]["mean"]} if collection in bm25 else {}
+        plots[f"{collection}-bars"] = plot_bars(bars, measure, words)
         parts += [
             f"## {collection}, {queries} queries",
-            means_table(rows, bm25[collection]),
+            means_table(rows, bm25.get(collection)),
             figure(f"{collection}-bars", f"{measure} on {collection} with 95 % intervals over queries"),
         ]
         mine = [key for key in tests if key[0] == collection]
@@ -208,15 +209,16 @@ def describe(records: Sequence[Record], num_cells: int) -> str:
     return text + f" Commits {', '.join(commits)}; torch {', '.join(torch)}." if codes else text
 
 
-def means_table(rows: Mapping[str, Row], bm25: Record) -> str:
-    measures = list(bm25["measures"])
+def means_table(rows: Mapping[str, Row], bm25: Record | None) -> str:
+    measures = list(next(iter(rows.values())).first["measures"])
     header = ["variant", "steps", "seeds", "MRR@10 before fine-tuning", *measures]
     body = []
     for variant, row in rows.items():
         before = [record["before"]["mrr@10"] for record in row.records.values()]
         cells = [with_spread(before), *(with_spread(row.means(measure)) for measure in measures)]
         body.append([variant, f"{row.step:,}", str(len(row.records)), *cells])
-    body.append(["BM25", "", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures)])
+    if bm25 is not None:
+        body.append(["BM25", "", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures)])
     return table(header, body, "Steps of the pre-training. Measures: mean over seeds ± their standard deviation.")
 
 
@@ -261,7 +263,9 @@ def curves(found: Mapping[str, Mapping[str, Row]], measure: str, plots: dict[str
                 values = np.mean([probe["mrr@10"] for probe in curve], axis=0)
                 probes.setdefault(collection, {})[variant] = list(zip(curve[0]["step"], values))
             family = [name for name, other in rows.items() if other.pretraining == row.pretraining]
-            line = os.path.commonprefix(family).rstrip("-_.") or family[0]  # noqa: RUF071 - names, not paths
+            line = os.path.commonprefix(family).rstrip("-_.")  # noqa: RUF071 - names, not paths
+            if not line or any(name.startswith(line) for name in rows if name not in family):  # another family has it
+                line = family[0]
             for panels, place in ((by_step, row.step), (by_share, 100 * row.first["made_from"]["train_share"])):
                 panels.setdefault(collection, {}).setdefault(line, []).append((place, row.per_query.mean()))
     if probes:

@@ -15,7 +15,7 @@ import yaml
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.launchers.study import main
-from quincunx.launchers.study_cells import STUDIES, read_recipe
+from quincunx.launchers.study_cells import STUDIES, make_cells, read_recipe, words_of
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
@@ -133,6 +133,12 @@ def test_masters_and_retromaes_tables_have_their_rows():
         ({"variants": {"a": {"at_step": "half"}}}, "variant a: at_step is 'half'; give a whole number"),
         ({"variants": {"a": {"pretrain": {"tasks": ["dor"]}}}}, "its tasks need generated texts, queries: name"),
         ({"variants": {"../a": {}}}, "a variant is named '../a'; give letters"),
+        ({"variants": {"bm25.json": {}}}, "a variant is named 'bm25.json'; give letters"),
+        ({"variants": {"a": []}}, "variant a: give `key: value` lines"),
+        ({"measures": []}, "measures is empty; name at least one"),
+        ({"seeds": [-1]}, "seeds are [-1]; give numbers from 0"),
+        ({"shards": {"path": "/etc"}}, "shards sets path, which the study sets: leave it out"),
+        ({"generate": {"queries": {}}}, "generate queries: give settings of generate.py, the model among them"),
     ],
 )
 def test_a_wrong_recipe_is_one_sentence_and_nothing_is_written(study, tmp_path, keys, sentence):
@@ -148,6 +154,73 @@ def test_a_variant_named_twice_is_refused(study, tmp_path):
     (tmp_path / "tiny.yaml").write_text(text)
     with pytest.raises(SettingsError, match="name a twice: rename one"):
         main(words)
+
+
+def test_names_of_variants_are_text_as_it_is_written(tmp_path):
+    path = tmp_path / "rates.yaml"
+    path.write_text(
+        "base: papers\nvariants:\n  0.1: {}\n  0.10: {pretrain: {tasks: []}}\n  on: {pretrain: {steps: 0}}\n"
+    )
+    assert list(read_recipe(str(path)).variants) == ["0.1", "0.10", "on"]
+
+
+def test_a_merged_key_may_be_overridden_and_a_key_that_is_no_name_is_refused(tmp_path):
+    path = tmp_path / "merged.yaml"
+    variants = "variants:\n  a: &a {pretrain: {steps: 0}, train_share: 0.5}\n  b: {<<: *a, train_share: 0.1}\n"
+    path.write_text("base: papers\n" + variants)
+    found = read_recipe(str(path)).variants["b"]
+    assert (found.pretrain, found.train_share) == ({"steps": 0}, 0.1)
+    path.write_text("base: papers\nvariants:\n  ? [a]\n  : {}\n")
+    with pytest.raises(SettingsError, match="have a key that is no name"):
+        read_recipe(str(path))
+
+
+def test_a_base_lends_its_variants(tmp_path):
+    path = tmp_path / "wide.yaml"
+    path.write_text("base: papers\npretrain: {hidden_size: 256, num_heads: 4}\n")
+    wide, papers = read_recipe(str(path)), read_recipe("papers")
+    assert wide.variants == papers.variants and wide.against == papers.against
+    assert wide.pretrain == {**papers.pretrain, "hidden_size": 256, "num_heads": 4}
+
+
+def test_the_content_of_a_settings_file_is_part_of_a_cell(study, collection, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("steps: 3\nlearning_rate: 1.0e-3\ntasks: [mkp]\n")
+    pretrain = {key: value for key, value in RECIPE["pretrain"].items() if key != "steps"}
+    study(pretrain={**pretrain, "recipe": str(own)}, variants={"a": {}}, against=[])
+
+    def cell():
+        return make_cells(read_recipe(str(tmp_path / "tiny.yaml")), [str(collection)], tmp_path, tmp_path)[0]
+
+    before = cell()
+    assert before.made_from["pretrain"]["steps"] == 3
+    own.write_text("steps: 3\nlearning_rate: 2.0e-3\ntasks: [mkp]\n")
+    assert cell().pretrained != before.pretrained
+    assert not [word for word in words_of("pretrain", before.made_from["pretrain"]) if "digest" in word]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--launch", "no_such_launcher --x"], "no_such_launcher is no command of this machine"),
+        (["--launch", '"'], "which no shell would read"),
+        (["--collections", ""], "names an empty path: give at least one BEIR folder"),
+        (["--workers", "0"], "workers is 0: give 1 or more"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(study, flags, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        main([*study()[:-2], *flags])
+
+
+def test_an_output_that_is_a_file_or_holds_other_cells_is_refused(study, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="cannot be written"):
+        main(study("file"))
+    (tmp_path / "out" / "cells" / "wiki" / "earlier").mkdir(parents=True)
+    with pytest.raises(SettingsError, match=r"holds cells that this command does not name .*wiki/earlier"):
+        main([*study(), "--report_only"])
+    assert not (tmp_path / "out" / "report.md").exists()
 
 
 def test_a_collection_without_dev_judgements_is_refused(study, collection):
@@ -183,7 +256,10 @@ def test_cells_come_from_real_commands_and_are_not_made_again(study, tmp_path):
     bm25.write_text(whole[:100])
     with pytest.raises(SettingsError, match=r"bm25.json is damaged: remove it"):
         main([*study(), "--report_only"])
-    bm25.write_text(whole)
+    bm25.unlink()
+    assert main([*study(), "--report_only"]) == 0 and "half against none" in (tmp_path / "out/report.md").read_text()
+    assert main(study()) == 0 and json.loads(bm25.read_text()) == json.loads(whole), "the remedy: it is made again"
+    assert (tmp_path / "out" / "report.md").read_text() == page
     times[bm25] = bm25.stat().st_mtime_ns
 
     words = study()

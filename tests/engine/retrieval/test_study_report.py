@@ -94,6 +94,21 @@ def test_few_labels_make_a_curve_of_each_pre_training(tmp_path):
     assert not (tmp_path / "steps.svg").exists(), "all are fine-tuned after the same step"
 
 
+def test_lines_are_named_though_their_variants_share_no_prefix_and_two_families_stay_apart(tmp_path):
+    shares = {"some": 0.1, "all": 1.0}
+    records = [record(name, 0, share, share, **made_from(train_share=share)) for name, share in shares.items()]
+    make_report(tmp_path, "apart", [*shares], [], records, BM25, 2)
+    assert ">some<" in (tmp_path / "queries.svg").read_text()
+    records = [
+        record(f"{share}-{family}", 0, 0.5, 0.5, **made_from(steps=steps, train_share=share))
+        for family, steps in (("mkp", 10), ("cmp", 20))
+        for share in (0.1, 0.01)
+    ]
+    make_report(tmp_path, "families", [found["variant"] for found in records], [], records, BM25, 4)
+    plot = (tmp_path / "queries.svg").read_text()
+    assert ">0.1-mkp<" in plot and ">0.1-cmp<" in plot
+
+
 def test_more_variants_than_colours_share_one_legend_and_differ_in_style(tmp_path):
     names = [f"variant-{number}" for number in range(8)]
     records = [record(name, 0, 0.5, 0.5, collection=place) for name in names for place in ("wiki", "news")]
