@@ -205,7 +205,7 @@ def test_the_content_of_a_settings_file_is_part_of_a_cell(study, collection, tmp
         (["--launch", "no_such_launcher --x"], "no_such_launcher is no command of this machine"),
         (["--launch", '"'], "which no shell would read"),
         (["--collections", ""], "names an empty path: give at least one BEIR folder"),
-        (["--workers", "0"], "workers is 0: give 1 or more"),
+        (["--workers", "0"], "workers is 0; it must be at least 1"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(study, flags, sentence):
