@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 import turns
 from synthetic import ALWAYS, DECODER_RATE, passage_lengths, versions
+from torch.nn.utils.rnn import pad_sequence
 
 from quincunx.kernels.enhanced_attention import enhanced_attention, visibility
 from quincunx.kernels.linear_cross_entropy import largest_chunk, linear_cross_entropy
-from quincunx.kernels.packed_attention import PaddedGroups
 
 # Labelled rows of 256 passages of MS MARCO lengths under the quincunx recipe, hidden size, vocabulary.
 LM_HEAD_SHAPES = {
@@ -123,8 +123,8 @@ def three_products(hidden, weight) -> Callable[[], None]:
     weight = weight.detach()
     chunks = hidden.detach().split(largest_chunk(hidden, len(weight)))
     # A row stride of whole cache lines, random like real gradients: zeros multiply faster.
-    padded = -(-len(weight) // 128) * 128
-    scores = torch.randn(len(chunks[0]), padded, device=hidden.device, dtype=hidden.dtype)[:, : len(weight)]
+    width = -(-len(weight) // 128) * 128
+    scores = torch.randn(len(chunks[0]), width, device=hidden.device, dtype=hidden.dtype)[:, : len(weight)]
     outputs = [torch.empty_like(chunks[0]), torch.empty_like(weight)]
 
     def products() -> None:
@@ -200,19 +200,21 @@ def quincunx_attention(inputs: dict, impl: str) -> torch.Tensor:
     return enhanced_attention(*inputs["leaves"], *rule, max_length=int(inputs["lengths"].max()), impl=impl)
 
 
-def padded_streams(inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, PaddedGroups]:
-    """q, k and v [S, H, L, C] with every query formed, and how the packed rows were padded to the longest sequence."""
+def padded(inputs: dict, rows: torch.Tensor) -> torch.Tensor:
+    """Packed rows [T, ...] as [S, L, ...], zeros behind each sequence."""
+    return pad_sequence(rows.split(inputs["lengths"].tolist()), batch_first=True)
+
+
+def padded_streams(inputs: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v [S, H, L, C] with every query formed."""
     h_SHC, position_LHC, k_THC, v_THC = inputs["leaves"]
-    lengths = inputs["lengths"]
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    padded = PaddedGroups(bounds, [np.arange(len(lengths))], k_THC.device)
-    q_SHLC = (h_SHC[:, None] + position_LHC).transpose(1, 2)
-    return q_SHLC, padded.pad(k_THC)[0], padded.pad(v_THC)[0], padded
+    q_SLHC = h_SHC[:, None] + position_LHC
+    return tuple(x.transpose(1, 2) for x in (q_SLHC, padded(inputs, k_THC), padded(inputs, v_THC)))
 
 
-def dense_mask(inputs: dict, padded: PaddedGroups) -> torch.Tensor:
+def dense_mask(inputs: dict) -> torch.Tensor:
     """bool [S, 1, L, L], made for every batch anew as a loader would."""
-    words_SL, thresholds_SL = (padded.pad_columns(inputs[name])[0] for name in ("word_ids", "keep_thresholds"))
+    words_SL, thresholds_SL = (padded(inputs, inputs[name]) for name in ("word_ids", "keep_thresholds"))
     rows_SL = torch.arange(words_SL.shape[1], dtype=torch.int32, device=words_SL.device).expand_as(words_SL)
     visible_SLL = visibility(inputs["keys"], rows_SL, words_SL, thresholds_SL)
     visible_SLL[:, :, 0] = True
@@ -220,8 +222,7 @@ def dense_mask(inputs: dict, padded: PaddedGroups) -> torch.Tensor:
 
 
 def sdpa_dense(inputs: dict) -> torch.Tensor:
-    q, k, v, padded = padded_streams(inputs)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(inputs, padded))
+    return F.scaled_dot_product_attention(*padded_streams(inputs), attn_mask=dense_mask(inputs))
 
 
 def flex(inputs: dict) -> torch.Tensor:
@@ -230,9 +231,9 @@ def flex(inputs: dict) -> torch.Tensor:
 
     from quincunx.kernels.enhanced_attention import draw30
 
-    q, k, v, padded = padded_streams(inputs)
+    q, k, v = padded_streams(inputs)
     lengths, keys = inputs["cu_seqlens"].diff(), inputs["keys"]
-    words, thresholds = (padded.pad_columns(inputs[name])[0] for name in ("word_ids", "keep_thresholds"))
+    words, thresholds = (padded(inputs, inputs[name]) for name in ("word_ids", "keep_thresholds"))
 
     def sees(sequence, head, row, column):
         drawn = draw30(keys[sequence], row.int(), words[sequence, column]) < thresholds[sequence, column]

@@ -4,7 +4,7 @@ A checkpoint is a folder step-00001000 of DeepSpeed's own files and a manifest.j
 file's size and digest. DeepSpeed writes in place, and a rank killed meanwhile leaves a folder that cannot be loaded. So
 it writes into a staging folder, which gets its name only when every rank's files are on the disk:
 
-    1. every rank writes its files into checkpoints/.staging-step-N, each with fsync, its digest taken on the way;
+    1. every rank writes its files into checkpoints/.staging-step-N, each with fsync, and digests them;
     2. every rank reports its files, or why it could not write them, to rank 0;
     3. rank 0 writes manifest.json (state, sizes, digests), fsyncs, renames the folder to step-N, fsyncs its parent;
     4. all ranks learn whether it was committed; rank 0 then drops the oldest.
@@ -27,9 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
-
-import xxhash
+from typing import Any
 
 from quincunx.data_shards.durable import file_digest, publish, sync_folder, written_whole
 from quincunx.data_shards.errors import CheckpointError
@@ -307,7 +305,7 @@ def save_checkpoint(engine, group, folder: Path, step: int, state: dict[str, Any
     if rank == 0:
         shutil.rmtree(staging, ignore_errors=True)
         writer.makedirs(str(staging))
-    engine.checkpoint_engine = writer
+    engine.checkpoint_engine.save, engine.checkpoint_engine.makedirs = writer.save, writer.makedirs
     engine._copy_recovery_script = lambda save_path: None  # would raise on rank 0 alone where the disk is full
     engine.save_checkpoint(
         str(folder),
@@ -321,7 +319,16 @@ def save_checkpoint(engine, group, folder: Path, step: int, state: dict[str, Any
     if rank == 0 and not failures:
         files = {name: entry for _, written in reports for name, entry in written.items()}
         try:
-            commit(staging, folder / step_name(step), manifest_of(engine, step, state, files))
+            manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "step": step,
+                "world_size": engine.world_size,
+                "zero_stage": int(engine.zero_optimization_stage()),
+                "precision": str(engine.get_data_types()[0]).removeprefix("torch."),
+                "state": state,
+                "files": files,
+            }
+            commit(staging, folder / step_name(step), manifest)
         except OSError as error:
             failures.append(f"rank 0: {error}")
     outcome = [failures]
@@ -330,15 +337,16 @@ def save_checkpoint(engine, group, folder: Path, step: int, state: dict[str, Any
         if failures:
             shutil.rmtree(staging, ignore_errors=True)
         else:
-            drop_oldest(folder, keep)
+            for old in committed(folder)[keep:]:
+                discard(old)
     return "; ".join(outcome[0]) or None
 
 
 class CheckpointWriter:
-    """The engine that DeepSpeed writes a checkpoint's files through: digests, fsync, and no rank left waiting.
+    """What DeepSpeed writes a checkpoint's files with: fsync, digests, and no rank left waiting.
 
     A rank that raised inside DeepSpeed's save would leave the others in its barriers, so a failure is only noted here
-    and reported when all ranks are through. The interface is deepspeed.runtime.checkpoint_engine.CheckpointEngine's.
+    and reported when all ranks are through.
     """
 
     def __init__(self):
@@ -348,88 +356,21 @@ class CheckpointWriter:
     def save(self, state_dict: Any, path: str) -> None:
         import torch
 
-        digesting = None
         try:
             with open(path, "wb") as file:
-                digesting = DigestingFile(file)
-                torch.save(state_dict, digesting)
+                torch.save(state_dict, file)
                 file.flush()
                 os.fsync(file.fileno())
-            self.files[Path(path).name] = {"bytes": digesting.bytes, "xxh3_128": digesting.digest.hexdigest()}
-        except Exception as error:  # also what torch makes of a failed write on its way out
-            cause = (digesting and digesting.error) or error
+            self.files[Path(path).name] = {"bytes": os.path.getsize(path), "xxh3_128": file_digest(path)}
+        except Exception as error:  # torch hides a failed write behind an error of its own
+            cause = error if isinstance(error, OSError) else error.__context__ or error
             self.failure = self.failure or f"{Path(path).name}: {type(cause).__name__}: {cause}"
-
-    def load(self, path: str, map_location=None) -> Any:
-        import torch
-
-        return torch.load(path, map_location=map_location, weights_only=False)  # our own files, verified before
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         try:
             os.makedirs(path, exist_ok=exist_ok)
         except OSError as error:
             self.failure = self.failure or f"{path}: {error.strerror}"
-
-    def create(self, info) -> None:
-        pass
-
-    def commit(self, info) -> bool:
-        return True
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        return dp_rank == 0
-
-    def is_decoupled(self) -> bool:
-        return False
-
-    def set_commit_info(self, info) -> None:
-        pass
-
-    def get_commit_info(self) -> None:
-        return None
-
-    def preserves_storage_sharing(self) -> bool:
-        return True
-
-    def cleanup(self) -> None:
-        pass
-
-
-class DigestingFile:
-    """A file that is written front to back and digested on the way; `error` is the first write that failed."""
-
-    def __init__(self, file: IO[bytes]):
-        self._file = file
-        self.bytes = 0
-        self.digest = xxhash.xxh3_128()
-        self.error: OSError | None = None
-
-    def write(self, data) -> int:
-        view = memoryview(data).cast("B")
-        try:
-            self._file.write(view)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-        self.digest.update(view)
-        self.bytes += view.nbytes
-        return view.nbytes
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def manifest_of(engine, step: int, state: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "step": step,
-        "world_size": engine.world_size,
-        "zero_stage": int(engine.zero_optimization_stage()),
-        "precision": str(engine.get_data_types()[0]).removeprefix("torch."),
-        "state": state,
-        "files": files,
-    }
 
 
 def commit(staging: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -440,12 +381,6 @@ def commit(staging: Path, final: Path, manifest: dict[str, Any]) -> None:
         discard(final)
     publish(staging, final)
     sync_folder(final.parent)
-
-
-def drop_oldest(folder: Path, keep: int) -> None:
-    """Deletes all but the `keep` newest committed checkpoints."""
-    for old in committed(folder)[keep:]:
-        discard(old)
 
 
 def discard(checkpoint: Path) -> None:

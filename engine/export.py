@@ -9,7 +9,7 @@ one) and bundle.json (which tasks, how the decoders are built, what they were tr
 
 Each has a model card with the losses and the probe of the run, and their plot. Weights come from the checkpoint, in
 float32, whatever ZeRO stage, precision and number of ranks wrote it; the model's configuration and tokenizer come from
-the folder `model` that save_model_files leaves in the run folder.
+the folder `model` of the run folder.
 """
 
 import json
@@ -21,15 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.setting import names_of
-from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest, find_step
-from quincunx.engine.run_folder import numbers, read_metrics
+from quincunx.engine.run_folder import MODEL_FOLDER, numbers, read_metrics
 from quincunx.engine.settings import PretrainSettings
 
 if TYPE_CHECKING:
     import torch
 
-MODEL_FOLDER = "model"
 PLOT_FILE = "loss.png"
 # Okabe and Ito's palette, told apart by colour-blind eyes too; one colour a task wherever tasks are drawn.
 COLOURS = {
@@ -72,19 +70,6 @@ deepspeed launchers/pretrain.py --deepspeed ds_configs/zero2.json --encoder THIS
 ```
 
 goes on pre-training with this encoder, LM head and decoders. AutoModel loads the encoder alone."""
-
-
-def save_model_files(run_folder: Path, model: Any, tokenizer_folder: Path) -> None:
-    """Keeps the encoder's configuration and the tokenizer in the run folder, so that it can be exported anywhere.
-
-    model: the PretrainModel. tokenizer_folder: that of the shard sets.
-    """
-    folder = Path(run_folder) / MODEL_FOLDER
-    tokenizer = load_tokenizer(str(tokenizer_folder))
-    tokenizer.backend_tokenizer.encode_special_tokens = False  # as its users know it
-    tokenizer.model_max_length = model.encoder.max_length
-    tokenizer.save_pretrained(folder)
-    model.encoder.config.save_pretrained(folder)
 
 
 def export_run(run_folder: Path, output: Path, normalise: bool = False, step: int | None = None) -> Checkpoint:
@@ -179,8 +164,6 @@ def add_pooling(folder: Path, max_tokens: int, normalise: bool) -> None:
 
 def add_decoders(folder: Path, weights: "dict[str, torch.Tensor]", checkpoint: Checkpoint) -> None:
     """Makes an encoder folder the full bundle."""
-    from quincunx.engine.model import write_bundle
-
     settings = checkpoint.state["settings"]
     description = {
         "tasks": dict.fromkeys(settings["tasks"], settings["decoder"]),
@@ -190,6 +173,21 @@ def add_decoders(folder: Path, weights: "dict[str, torch.Tensor]", checkpoint: C
         "settings": learned_settings(settings),
     }
     write_bundle(folder, {name: w for name, w in weights.items() if not name.startswith("encoder.")}, description)
+
+
+def write_bundle(folder: Path, weights: "dict[str, torch.Tensor]", description: dict[str, Any]) -> None:
+    """Adds LM head and decoders to an encoder's folder, which makes it a bundle.
+
+    weights: every parameter of the PretrainModel outside the encoder, by its name there. description: plain values for
+    bundle.json; load_bundle reads `tasks` ({name: "masked" | "enhanced"}) and `shared_decoder` (absent: false).
+    """
+    from safetensors.torch import save_file
+
+    from quincunx.engine.model import BUNDLE_FILE, BUNDLE_VERSION, DECODERS_FILE
+
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / DECODERS_FILE)
+    content = {"format": "quincunx-bundle", "version": BUNDLE_VERSION, **description}
+    (folder / BUNDLE_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def first_and_last(run_folder: Path, kind: str) -> tuple[dict[str, float], dict[str, float]] | None:

@@ -1,4 +1,4 @@
-"""What a stage brings to the training loop (engine/training.py): its model, data, losses, evaluations and export."""
+"""What a stage brings to the training loop (engine/training.py): its model, data, losses and evaluations."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from quincunx.data_shards.stream import Stream
-from quincunx.engine.run_folder import RunFolder
 from quincunx.engine.settings import Machine, RunSettings
 
 
@@ -49,10 +48,7 @@ class Job(Protocol):
         """
 
     def write_model_files(self, folder: Path) -> None:
-        """Keeps in the run folder what an export needs beside the weights. Rank 0 only."""
-
-    def export(self, folder: RunFolder) -> list[Path]:
-        """Writes the finished models into folder.export; returns what MLflow should show. Rank 0 only."""
+        """Keeps in `folder` what an export needs beside the weights (launchers/export.py). Rank 0 only."""
 
 
 class StepOutput(Protocol):

@@ -8,11 +8,11 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
@@ -383,17 +383,6 @@ def make_lm_head(
 def norm_eps(config: PretrainedConfig) -> float:
     """Epsilon of the encoder's LayerNorms."""
     return getattr(config, "layer_norm_eps", None) or getattr(config, "norm_eps", 1e-12)
-
-
-def write_bundle(folder: Path, weights: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
-    """Adds LM head and decoders to an encoder's folder, which makes it a bundle (engine/export.py).
-
-    weights: every parameter of the PretrainModel outside the encoder, by its name there. description: plain values for
-    bundle.json; load_bundle reads `tasks` ({name: "masked" | "enhanced"}) and `shared_decoder` (absent: false).
-    """
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / DECODERS_FILE)
-    content = {"format": "quincunx-bundle", "version": BUNDLE_VERSION, **description}
-    (folder / BUNDLE_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def is_bundle(name: str) -> bool:

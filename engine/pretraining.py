@@ -22,11 +22,9 @@ from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.evaluations import load_held_out, load_probe, run_held_out, run_probe
-from quincunx.engine.export import PLOT_FILE, export_run, save_model_files
 from quincunx.engine.job import Evaluation
 from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, StepOutput, build_model, is_bundle, load_bundle
 from quincunx.engine.ranks import Environment, choose_device
-from quincunx.engine.run_folder import RunFolder
 from quincunx.engine.settings import Machine, PretrainSettings, find_idle_settings, load_machine
 from quincunx.engine.training import run_training
 from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
@@ -50,7 +48,11 @@ class PretrainJob:
         return self.model.loss_weights
 
     def write_model_files(self, folder: Path) -> None:
-        save_model_files(folder, self.model, self.tokenizer_folder)
+        tokenizer = load_tokenizer(self.tokenizer_folder)
+        tokenizer.backend_tokenizer.encode_special_tokens = False  # as its users know it
+        tokenizer.model_max_length = self.model.encoder.max_length
+        tokenizer.save_pretrained(folder)
+        self.model.encoder.config.save_pretrained(folder)
 
     def forward_passes(
         self, engine: Any, batches: list[Batch], label_counts: torch.Tensor, seeds: list[int]
@@ -59,10 +61,6 @@ class PretrainJob:
             torch.manual_seed(seed)
             output = engine(to_device(batch, label_counts.device), label_counts)
             yield output._replace(flops=self.model.flops(batch))
-
-    def export(self, folder: RunFolder) -> list[Path]:
-        export_run(folder.path, folder.export)
-        return [folder.export / "bundle" / "README.md", folder.export / PLOT_FILE]
 
 
 def pretrain(settings: PretrainSettings, environment: Environment) -> int:

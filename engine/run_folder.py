@@ -41,6 +41,7 @@ SKIPPED_FILE = "skipped_steps.jsonl"
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "tracking.json"
 LOG_FILE = "tracking.log"
+MODEL_FOLDER = "model"
 CLOSE_SECONDS = 10.0
 CLOSE_SECONDS_FINISHED = 60.0
 STATUSES = ("finished", "preempted", "interrupted", "diverged", "hung", "failed")
@@ -53,6 +54,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.export = self.path / "export"
+        self.model = self.path / MODEL_FOLDER
         self.settings_file = self.path / SETTINGS_FILE
         self._lock: IO[str] | None = None
         if is_main:

@@ -2,7 +2,7 @@
 
 DeepSpeed owns accumulation, clipping, ZeRO and precision. What DeepSpeed does not do stands inline in `train`: the
 label counts that make each loss a mean over the global batch, the learning rate, dropout's seed, skipped steps, and
-stopping on request. What differs between stages (model, data, losses, evaluations, export) is the stage's `Job`:
+stopping on request. What differs between stages (model, data, losses, evaluations) is the stage's `Job`:
 engine/pretraining.py has pre-training's, engine/retrieval/retriever_job.py and reranker_job.py those of fine-tuning.
 """
 
@@ -10,6 +10,7 @@ import difflib
 import fcntl
 import hashlib
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -82,14 +83,13 @@ def run_training(prepare: Callable[[], Job], settings: RunSettings, environment:
     if environment.is_main:
         resume = choose_checkpoint(job, model_digest, total_steps, folder, environment.world_size)
         folder.write_settings(as_plain(settings))
-        job.write_model_files(folder.path)
+        job.write_model_files(folder.model)
     run, status = None, "failed"
     try:
         run = start(job, model_digest, total_steps, environment, folder, resume, stop_request)
         code = train(run)
         status = {EXIT_PREEMPTED: "preempted", EXIT_DIVERGED: "diverged"}.get(code, "finished")
-        finish(run, code)
-        return code
+        return finish(run, code)
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -420,12 +420,18 @@ def announce(run: Run, resume: Resume | None) -> None:
     run.tracker.artifact(run.folder.settings_file)
 
 
-def finish(run: Run, code: int) -> None:
-    """Leaves the process group together with the other ranks; rank 0 then exports a finished run."""
+def finish(run: Run, code: int) -> int:
+    """Leaves the process group together with the other ranks; rank 0 then has a finished run exported.
+
+    The export is a process of its own, the same command as a user's. Returns the exit code.
+    """
     dist.barrier(group=run.control)
     dist.destroy_process_group()
     if code == 0 and run.environment.is_main and run.job.settings.export:
         run.watchdog.close()
-        for path in run.job.export(run.folder):
+        export = [sys.executable, "-m", "quincunx.launchers.export", "--run", str(run.folder.path)]
+        code = subprocess.run(export).returncode
+        cards = sorted(run.folder.export.glob("*/README.md"))
+        for path in [*cards[:1], *run.folder.export.glob("*.png")]:
             run.tracker.artifact(path)
-        run.progress.say(f"exported to {run.folder.export}")
+    return code

@@ -1,25 +1,20 @@
 """Attention of RetroMAE's enhanced decoding over packed sequences: every row sees its own random draw of the columns.
 
-Letters: T tokens of all sequences end to end, S sequences, G sequences of one length group, L longest sequence of a
-group, H heads, C channels of a head, P rows of all position tables (each at least as long as its longest sequence), R
-rows (queries) of a padded sequence.
+Letters: T tokens of all sequences end to end, S sequences, L longest sequence, H heads, C channels of a head, P rows of
+all position tables (each at least as long as its longest sequence), R rows (queries) of a padded sequence.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from quincunx.kernels.launching import Implementation, choose
-from quincunx.kernels.packed_attention import (
-    PaddedGroups,
-    attend_by_group,
-    connected_empty,
-    host_bounds,
-    length_groups,
-)
+from quincunx.kernels.packed_attention import attend_each
 
 TRITON_HEAD_SIZES = (32, 64, 128)
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_MASK = 2**22
+"""Elements of a mask that torch's twin makes at once."""
 
 
 @torch.compiler.disable
@@ -117,12 +112,11 @@ def _attend_in_torch(
     position_starts_S: torch.Tensor,
     *visibility: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The twin of the Triton kernels: forms T queries and groups the sequences by length on the host."""
-    bounds = host_bounds(cu_seqlens)
-    lengths = np.diff(bounds)
-    sequences_T = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(k_THC.device)
-    rows_T = torch.from_numpy(np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)).to(k_THC.device)
-    positions_T = rows_T + position_starts_S.index_select(0, sequences_T)
+    """The twin of the Triton kernels, which forms all T queries."""
+    lengths_S = cu_seqlens.diff()
+    sequences_T = torch.repeat_interleave(torch.arange(len(lengths_S), device=k_THC.device), lengths_S)
+    rows_T = torch.arange(len(k_THC), device=k_THC.device) - cu_seqlens[sequences_T]
+    positions_T = rows_T + position_starts_S[sequences_T]
     q_THC = h_query_SHC.index_select(0, sequences_T) + position_query_PHC.index_select(0, positions_T)
     return visible_attention(q_THC, k_THC, v_THC, cu_seqlens, *visibility)
 
@@ -139,29 +133,25 @@ def visible_attention(
     explicit_visibility_SLL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`enhanced_attention` with its queries given in full, [T, H, C]: for a query stream that is not h + position."""
-    bounds = host_bounds(cu_seqlens)
-    lengths = np.diff(bounds)
-    groups = length_groups(lengths, lengths)
-    if not groups:
-        return connected_empty(q_THC, k_THC, v_THC)
-    padded = PaddedGroups(bounds, groups, k_THC.device)
-    if explicit_visibility_SLL is None:
-        words, thresholds = padded.pad_columns(word_ids_T), padded.pad_columns(keep_thresholds_T)
+    lengths = cu_seqlens.diff().tolist()
+    at_once = max(1, LARGEST_MASK // max([1, *lengths]) ** 2)
     masks, blind = [], []
-    for g, members in enumerate(groups):
-        members_G = torch.from_numpy(members).to(k_THC.device)
-        length = padded.shapes[g][1]
+    for start in range(0, len(lengths), at_once):
+        part = slice(start, start + at_once)
         if explicit_visibility_SLL is None:
-            rows_GL = torch.arange(length, dtype=torch.int32, device=k_THC.device).expand(len(members), -1)
-            visible_GLL = visibility(keys_S[members_G], rows_GL, words[g], thresholds[g])
+            words_SL, thresholds_SL = (
+                pad_sequence(x_T.split(lengths)[part], batch_first=True) for x_T in (word_ids_T, keep_thresholds_T)
+            )
+            rows_SL = torch.arange(words_SL.shape[1], dtype=torch.int32, device=words_SL.device).expand_as(words_SL)
+            visible_SLL = visibility(keys_S[part], rows_SL, words_SL, thresholds_SL)
         else:
-            visible_GLL = explicit_visibility_SLL[members_G, :length, :length]
-        if padded.real[g] is not None:
-            visible_GLL = visible_GLL & padded.real[g][:, None, :]
-        blind_GL1 = ~visible_GLL.any(-1, keepdim=True)
-        masks.append((visible_GLL | blind_GL1)[:, None])
-        blind.append(blind_GL1[:, None])
-    return attend_by_group(q_THC, k_THC, v_THC, padded, padded, masks, blind)
+            visible_SLL = explicit_visibility_SLL[part]
+        for visible_LL, length in zip(visible_SLL, lengths[part], strict=True):
+            own_LL = visible_LL[:length, :length]
+            blind.append(~own_LL.any(-1))
+            masks.append(own_LL | blind[-1][:, None])
+    attended_THC = attend_each(q_THC, k_THC, v_THC, lengths, lengths, masks)
+    return attended_THC.masked_fill(torch.cat(blind)[:, None, None], 0) if blind else attended_THC
 
 
 # The random draws of data_shards/hashing.py on torch tensors, equal bit for bit. int32 stands for uint32:

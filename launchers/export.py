@@ -37,7 +37,7 @@ def main() -> None:
             )
         from quincunx.engine.retrieval.finetuning import export_finetuned
 
-        print(f"Exported {settings.run}: {export_finetuned(Path(settings.run), output)[0].parent}")
+        print(f"Exported {settings.run}: {export_finetuned(Path(settings.run), output)}")
         return
     from quincunx.engine.export import export_run
 

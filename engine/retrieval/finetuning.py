@@ -18,11 +18,11 @@ from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.setting import names_of, setting
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
 from quincunx.engine.evaluations import load_probe
-from quincunx.engine.export import MODEL_FOLDER, PLOT_FILE, plot_losses, probe_table
+from quincunx.engine.export import PLOT_FILE, plot_losses, probe_table
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.candidates import iterate_candidates
 from quincunx.engine.retrieval.collection import read_passages, read_queries
-from quincunx.engine.run_folder import RunFolder
+from quincunx.engine.run_folder import MODEL_FOLDER
 from quincunx.engine.settings import Machine, RunSettings, load_machine
 
 if TYPE_CHECKING:
@@ -181,9 +181,6 @@ class FinetuneJob:
     def model(self) -> "torch.nn.Module":
         return self.loaded.model
 
-    def export(self, folder: RunFolder) -> list[Path]:
-        return export_finetuned(folder.path, folder.export)
-
 
 def finetune(settings: FinetuneSettings, environment: Environment) -> int:
     """Runs or resumes a fine-tuning on this rank; returns the process's exit code (engine/training.py)."""
@@ -276,8 +273,8 @@ def load_to_train(settings: FinetuneSettings) -> "Retriever | Reranker":
     return loaded
 
 
-def export_finetuned(run_folder: Path, output: Path) -> list[Path]:
-    """Exports the newest checkpoint that verifies; replaces an earlier export. Returns the card and the plot.
+def export_finetuned(run_folder: Path, output: Path) -> Path:
+    """Exports the newest checkpoint that verifies; replaces an earlier export. Returns the model's folder.
 
     Weights come from the checkpoint, in float32; configuration and tokenizer from the run's folder `model`, which holds
     the model that the run started from.
@@ -300,11 +297,9 @@ def export_finetuned(run_folder: Path, output: Path) -> list[Path]:
     folder, card = output / kind, finetuned_card(run_folder, checkpoint, kind, plot)
     load, save = (load_reranker, save_reranker) if kind == "reranker" else (load_retriever, save_retriever)
     save(folder, load(str(model_folder)), weights, card=card)
-    paths = [folder / "README.md"]
     if plot:
         (folder / PLOT_FILE).write_bytes((output / PLOT_FILE).read_bytes())
-        paths.append(folder / PLOT_FILE)
-    return paths
+    return folder
 
 
 def finetuned_card(run_folder: Path, checkpoint: Checkpoint, kind: str, plot: bool) -> str:

@@ -15,7 +15,6 @@ import torch
 
 from quincunx.data_shards.batches import join_texts, to_device
 from quincunx.engine.encoder import encoder_multiply_adds
-from quincunx.engine.export import MODEL_FOLDER
 from quincunx.engine.job import Evaluation
 from quincunx.engine.retrieval.cross_encoder import save_reranker
 from quincunx.engine.retrieval.examples import RerankerBatch
@@ -35,7 +34,7 @@ class RerankerJob(FinetuneJob):
         return []
 
     def write_model_files(self, folder: Path) -> None:
-        save_reranker(folder / MODEL_FOLDER, self.loaded, card=f"Where this run started: {self.settings.encoder}\n")
+        save_reranker(folder, self.loaded, card=f"Where this run started: {self.settings.encoder}\n")
 
     def forward_passes(
         self, engine: Any, batches: list[RerankerBatch], label_counts: torch.Tensor, seeds: list[int]

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from quincunx.data_shards.batches import to_device
 from quincunx.engine.encoder import encoder_multiply_adds
 from quincunx.engine.evaluations import run_probe
-from quincunx.engine.export import MODEL_FOLDER
 from quincunx.engine.job import Evaluation
 from quincunx.engine.ranks import rank_and_world
 from quincunx.engine.retrieval.dual_encoder import save_retriever
@@ -56,7 +55,7 @@ class RetrieverJob(FinetuneJob):
         return [Evaluation("probe", self.settings.probe_every, measure, shown=True)]
 
     def write_model_files(self, folder: Path) -> None:
-        save_retriever(folder / MODEL_FOLDER, self.loaded, card=f"Where this run started: {self.settings.encoder}\n")
+        save_retriever(folder, self.loaded, card=f"Where this run started: {self.settings.encoder}\n")
 
     def forward_passes(
         self, engine: Any, batches: list[RetrieverBatch], label_counts: torch.Tensor, seeds: list[int]

@@ -13,7 +13,8 @@ from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.tasks import TASKS as TASKS_OF_PACKER
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.encoder import ScratchShape
-from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, build_model, load_bundle, write_bundle
+from quincunx.engine.export import write_bundle
+from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, build_model, load_bundle
 from quincunx.engine.training import parameter_groups
 
 TASKS = ("mkp", "cmp", "npr", "dor")

@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quincunx.kernels import packed_attention as module
-from quincunx.kernels.packed_attention import length_groups, packed_attention
+from quincunx.kernels.packed_attention import packed_attention
 
 LENGTHS = [3, 17, 1, 40, 2, 16, 39]
 
@@ -46,10 +45,7 @@ def assert_same(ours, theirs, rows):
 
 
 @pytest.mark.parametrize("window", [None, 0, 1, 5, 100])
-@pytest.mark.parametrize("largest_group", [2**22, 2**11, 1])
-def test_output_and_gradients_are_those_of_each_sequence_alone(window, largest_group, monkeypatch):
-    """Sequences of one length group together, few together, each alone."""
-    monkeypatch.setattr(module, "LARGEST_GROUP", largest_group)
+def test_output_and_gradients_are_those_of_each_sequence_alone(window):
     rows, cu_seqlens = make_inputs()
     ours = packed_attention(*rows, cu_seqlens, max(LENGTHS), window=window)
     assert_same(ours, by_sequence(rows, cu_seqlens, window=window), rows)
@@ -82,15 +78,6 @@ def test_no_rows_stay_in_the_graph():
     output = packed_attention(*rows, cu_seqlens, 0)
     assert output.shape == (0, 2, 8)
     assert all(gradient.shape == (0, 2, 8) for gradient in torch.autograd.grad(output.sum(), rows))
-
-
-def test_groups_bound_padding_and_size():
-    lengths = np.random.default_rng(0).integers(1, 600, 500)
-    groups = length_groups(lengths, np.ones_like(lengths))
-    assert sorted(np.concatenate(groups).tolist()) == list(range(500))
-    for group in groups:
-        assert lengths[group].min() >= module.SHORTEST_SHARE_OF_A_GROUP * lengths[group].max()
-        assert len(group) * lengths[group].max() ** 2 <= module.LARGEST_GROUP
 
 
 def test_a_window_with_chosen_queries_is_refused():
