@@ -89,7 +89,6 @@ def start_engine(arguments: argparse.Namespace):
     import deepspeed
     import torch
 
-    from quincunx.engine.encoder import ScratchShape
     from quincunx.engine.model import build_model
     from quincunx.engine.ranks import discover_environment
     from quincunx.engine.settings import PretrainSettings, fill_config, load_deepspeed_json
@@ -99,12 +98,12 @@ def start_engine(arguments: argparse.Namespace):
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-    shape = ScratchShape(
-        hidden=arguments.hidden,
-        layers=arguments.layers,
-        heads=arguments.hidden // 64,
-        intermediate=4 * arguments.hidden,
-    )
+    shape = {
+        "hidden_size": arguments.hidden,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.hidden // 64,
+        "intermediate_size": 4 * arguments.hidden,
+    }
     tasks = [TaskSpec(name=name, decoder="enhanced") for name in TASKS]
     model = build_model("bert", tasks, max_tokens=144, from_scratch=shape, vocab_size=arguments.vocab, pad_token_id=0)
     config = fill_config(load_deepspeed_json("zero2"), PretrainSettings(steps=1, global_batch=1), 1, 1, cuda=False)

@@ -15,7 +15,6 @@ import torch
 from synthetic import RECIPES, make_batch, passage_lengths, recipe_tasks, versions
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, mm_flop, register_flop_formula, sdpa_flop
 
-from quincunx.engine.encoder import ScratchShape
 from quincunx.engine.model import build_model
 
 VOCAB_SIZE = 30522
@@ -67,7 +66,7 @@ def count(recipe: str, passages: int) -> dict[str, float]:
         recipe_tasks(recipe),
         max_tokens=144,
         dropout=0.0,
-        from_scratch=ScratchShape(hidden=768, layers=12, heads=12),
+        from_scratch={"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
         vocab_size=VOCAB_SIZE,
         pad_token_id=0,
     )

@@ -94,7 +94,6 @@ def our_training(arguments: argparse.Namespace) -> tuple[Training, float]:
     from synthetic import make_batch, passage_lengths, recipe_tasks
 
     from quincunx.data_shards.batches import to_device
-    from quincunx.engine.encoder import ScratchShape
     from quincunx.engine.model import build_model
     from quincunx.engine.throughput import training_flops
 
@@ -106,7 +105,11 @@ def our_training(arguments: argparse.Namespace) -> tuple[Training, float]:
         recipe_tasks(arguments.recipe),
         max_tokens=arguments.max_tokens,
         dropout=0.1,
-        from_scratch=ScratchShape(hidden=arguments.hidden, layers=arguments.layers, heads=arguments.heads),
+        from_scratch={
+            "hidden_size": arguments.hidden,
+            "num_hidden_layers": arguments.layers,
+            "num_attention_heads": arguments.heads,
+        },
         vocab_size=arguments.vocabulary,
         pad_token_id=0,
     ).train()

@@ -6,9 +6,8 @@ ModernBERT (tests/engine/test_encoder.py). Attention-probability dropout is not 
 have none, and hidden dropout remains.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,19 +40,6 @@ def _attention_of_transformers(
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, _attention_of_transformers)
 ALL_MASK_ATTENTION_FUNCTIONS.register(PACKED, lambda *_, **__: None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScratchShape:
-    """Sizes of an encoder that starts from random weights; None: as in the architecture that is named."""
-
-    hidden: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    intermediate: int | None = None
-    """Feed-forward width; None: 4 x hidden where that is given."""
-    max_positions: int | None = None
-    """Longest passage in tokens (RoBERTa-like encoders get their two more)."""
 
 
 class PackedEncoder(nn.Module):
@@ -125,7 +111,7 @@ def set_dropout(model: nn.Module, rate: float | None) -> None:
 def load_encoder(
     name: str,
     *,
-    from_scratch: ScratchShape | None = None,
+    from_scratch: Mapping[str, int] | None = None,
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
     max_tokens: int | None = None,
@@ -136,8 +122,9 @@ def load_encoder(
 
     `name` is a Hugging Face name or folder, or `package:NAME/FOLDER` for one that an installed package carries. With
     `from_scratch` only its architecture is taken (`name` may then also be a model type, such as "bert"), at those sizes
-    and with `vocab_size` words of which `pad_token_id` is padding (both of the shards' tokenizer). `max_tokens` is the
-    longest passage of the run. `dropout` replaces the checkpoint's hidden dropout.
+    (hidden_size, num_hidden_layers, ...: transformers' names; max_position_embeddings is the longest passage, to which
+    RoBERTa-like encoders add two) and with `vocab_size` words of which `pad_token_id` is padding (both of the shards'
+    tokenizer). `max_tokens` is the longest passage of the run. `dropout` replaces the checkpoint's hidden dropout.
 
     Returns the encoder and the weights of its masked-LM head as `lm_head.LMHead` names them, None where the checkpoint
     has none. Raises SettingsError where the encoder has too few positions or too few words.
@@ -169,27 +156,21 @@ def load_encoder(
     return encoder, head_weights(masked_lm, encoder) if has_head else None
 
 
-def _random_masked_lm(name: str, shape: ScratchShape, vocab_size: int | None, pad_token_id: int | None) -> nn.Module:
+def _random_masked_lm(name: str, sizes: Mapping[str, int], vocab_size: int | None, pad_token_id: int | None):
     known = name in CONFIG_MAPPING
     config = AutoConfig.for_model(name) if known else fetch_pretrained(AutoConfig.from_pretrained, name)
     _check_type(name, config)
-    sizes = {
-        "vocab_size": vocab_size,
-        "pad_token_id": pad_token_id,
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "intermediate_size": shape.intermediate or (shape.hidden and 4 * shape.hidden),
-        "max_position_embeddings": shape.max_positions,
-    }
+    sizes = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, **sizes}
+    if "hidden_size" in sizes:
+        sizes.setdefault("intermediate_size", 4 * sizes["hidden_size"])
     if "embedding_size" in config.to_dict():
-        sizes["embedding_size"] = shape.hidden
+        sizes["embedding_size"] = sizes.get("hidden_size")
     if "hidden_dim" in config.to_dict():  # DistilBERT's name of it
-        sizes["hidden_dim"] = sizes.pop("intermediate_size")
+        sizes["hidden_dim"] = sizes.pop("intermediate_size", None)
     sizes = {key: value for key, value in sizes.items() if value is not None}
     # Built anew rather than changed in place: some configurations derive other fields from these (layer_types).
     fields = {**config.to_dict(), **sizes}
-    if shape.layers is not None:
+    if "num_hidden_layers" in sizes:
         fields.pop("layer_types", None)
     # Special ids of the architecture's own tokenizer mean nothing where another one has fewer words.
     for key, value in fields.items():
@@ -199,8 +180,8 @@ def _random_masked_lm(name: str, shape: ScratchShape, vocab_size: int | None, pa
         config = type(config)(**fields)
         model = AutoModelForMaskedLM.from_config(config, attn_implementation=PACKED)
         offset = PackedEncoder(model.base_model).position_offset
-        if shape.max_positions is not None and offset:
-            config.max_position_embeddings = shape.max_positions + offset
+        if "max_position_embeddings" in sizes and offset:
+            config.max_position_embeddings += offset
             model = AutoModelForMaskedLM.from_config(config, attn_implementation=PACKED)
     except (AttributeError, StrictDataclassError, TypeError, ValueError) as error:
         raise SettingsError(

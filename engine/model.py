@@ -31,7 +31,6 @@ from quincunx.engine.decoders import (
 )
 from quincunx.engine.encoder import (
     PackedEncoder,
-    ScratchShape,
     encoder_layers,
     encoder_multiply_adds,
     load_encoder,
@@ -324,7 +323,7 @@ def build_model(
     shared_decoder: bool = False,
     sentence_losses: Mapping[str, float] | None = None,
     dropout: float | None = None,
-    from_scratch: ScratchShape | None = None,
+    from_scratch: Mapping[str, int] | None = None,
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
     gradient_checkpointing: bool = False,

@@ -176,17 +176,13 @@ def make_model(
     settings: PretrainSettings, tasks: list[TaskSpec], shard_set: ShardSet, report: Callable[[str], None]
 ) -> PretrainModel:
     """The run's model, its random weights drawn from the seed, so that they are the same on every rank."""
-    from quincunx.engine.encoder import ScratchShape
-
-    shape = None
-    if settings.from_scratch:
-        shape = ScratchShape(
-            hidden=settings.hidden_size,
-            layers=settings.num_layers,
-            heads=settings.num_heads,
-            intermediate=settings.intermediate_size or 4 * settings.hidden_size,
-            max_positions=settings.max_positions or settings.max_tokens,
-        )
+    sizes = {
+        "hidden_size": settings.hidden_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "intermediate_size": settings.intermediate_size or 4 * (settings.hidden_size or 0),
+        "max_position_embeddings": settings.max_positions or settings.max_tokens,
+    }
     if unknown := [name for name, _ in settings.sentence_weights() if name not in SENTENCE_LOSSES]:
         known = ", ".join(SENTENCE_LOSSES) or "there are none yet"
         raise SettingsError(f"sentence_losses names {', '.join(unknown)}; known: {known} (engine/model.py)")
@@ -201,7 +197,7 @@ def make_model(
         shared_decoder=settings.shared_decoder,
         sentence_losses=dict(settings.sentence_weights()),
         dropout=settings.dropout,
-        from_scratch=shape,
+        from_scratch=sizes if settings.from_scratch else None,
         vocab_size=shard_set.manifest.vocab_size,
         pad_token_id=shard_set.manifest.special_ids["pad"],
         gradient_checkpointing=settings.gradient_checkpointing,

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from quincunx.data_shards.batches import join_texts, make_text
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.encoder import ScratchShape, load_encoder
+from quincunx.engine.encoder import load_encoder
 
 LENGTHS = [5, 40, 17, 2, 38, 30]
 SIZES = {
@@ -127,7 +127,7 @@ def test_dropout_is_set_everywhere_or_left_as_the_checkpoint_has_it(checkpoint):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_from_scratch_takes_the_architecture_at_other_sizes(family):
-    shape = ScratchShape(hidden=16, layers=3, heads=2, max_positions=33)
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 33}
     encoder, head = load_encoder(family, from_scratch=shape, vocab_size=57, pad_token_id=3, max_tokens=33)
     assert head is None and encoder.max_length == 33 and encoder.word_embeddings.num_embeddings == 57
     assert encoder.config.pad_token_id == 3
@@ -147,8 +147,13 @@ def test_an_encoder_that_cannot_serve_the_run_is_refused_in_one_sentence(checkpo
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     gpt2.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(SettingsError, match=r"type mpnet, whose attention .* cannot be replaced"):
-        load_encoder("mpnet", from_scratch=ScratchShape(hidden=16, layers=1, heads=1), vocab_size=9, pad_token_id=0)
-    shape = ScratchShape(hidden=16, layers=1, heads=1, max_positions=8)
+        load_encoder(
+            "mpnet",
+            from_scratch={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1},
+            vocab_size=9,
+            pad_token_id=0,
+        )
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 8}
     with pytest.raises(SettingsError, match=r"type mobilebert, which cannot read packed passages .* see each other"):
         load_encoder("mobilebert", from_scratch=shape, vocab_size=9, pad_token_id=0)  # its embeddings read neighbours
     with pytest.raises(SettingsError, match=r"'eurobert' cannot be made from scratch at these sizes \("):

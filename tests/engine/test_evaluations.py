@@ -15,7 +15,6 @@ from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.data_shards.tokenizer import load_tokenizer
-from quincunx.engine.encoder import ScratchShape
 from quincunx.engine.evaluations import load_held_out, load_probe, pack_all, run_held_out, run_probe, spread_samples
 from quincunx.engine.model import PretrainModel, build_model
 
@@ -40,7 +39,13 @@ def make_packer(shard_sets: list, split: str) -> Packer:
 
 def make_model(vocab_size: int) -> PretrainModel:
     torch.manual_seed(0)
-    shape = ScratchShape(hidden=32, layers=2, heads=2, intermediate=64, max_positions=64)
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
     return build_model("bert", TASKS, max_tokens=40, from_scratch=shape, vocab_size=vocab_size)
 
 
@@ -73,8 +78,8 @@ def test_the_unigram_scores_the_same_tokens_by_their_frequency_as_labels_in_trai
     held_out, train = make_packer([shards], "heldout"), make_packer([shards], "train")
     loaded = load_held_out(held_out, train, 20, 7)
     trained = pack_all(train, *spread_samples(train, 4096), 50)
-    counts = Counter(int(label) for batch in trained for label in batch.tasks["dor"].labels)
-    labels = [int(label) for batch in loaded.batches for label in batch.tasks["dor"].labels]
+    counts = Counter(int(label) for batch in trained for label in batch.tasks["dor"].labels.ids)
+    labels = [int(label) for batch in loaded.batches for label in batch.tasks["dor"].labels.ids]
     total, size = sum(counts.values()), shards.manifest.vocab_size
     # log_probabilities chooses the pseudo-count from these, by leave-one-out likelihood of the counts.
     candidates = [

@@ -12,7 +12,6 @@ from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make
 from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.tasks import TASKS as TASKS_OF_PACKER
 from quincunx.data_shards.tasks import TaskSpec
-from quincunx.engine.encoder import ScratchShape
 from quincunx.engine.export import write_bundle
 from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, build_model, load_bundle
 from quincunx.engine.training import parameter_groups
@@ -27,7 +26,12 @@ def make_model(family="bert", decoder="enhanced", tasks=TASKS, **changes) -> Pre
     arguments = {
         "max_tokens": 40,
         "dropout": 0.0,
-        "from_scratch": ScratchShape(hidden=32, layers=2, heads=4, max_positions=40),
+        "from_scratch": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 40,
+        },
         "vocab_size": VOCAB,
         "pad_token_id": 0,
     }
@@ -137,7 +141,7 @@ def test_on_a_card_a_step_is_that_of_the_cpu(decoder):
     """Float32 to rounding, and bf16 near it; the last micro-batch has no dor text, one sequence has no label."""
     passages = make_passages(12, decoder)
     passages[8]["mkp"] |= {"positions": np.zeros(0, int), "labels": np.zeros(0, np.int32)}
-    shape = ScratchShape(hidden=64, layers=2, heads=2, max_positions=40)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 40}
     cpu = run(make_model(decoder=decoder, from_scratch=shape), passages, decoder, 4)
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.1)):
         model = make_model(decoder=decoder, from_scratch=shape).to("cuda", dtype)

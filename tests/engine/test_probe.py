@@ -11,7 +11,6 @@ import torch
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer
-from quincunx.engine.encoder import ScratchShape
 from quincunx.engine.evaluations import load_probe, measure, run_probe, search
 from quincunx.engine.model import PretrainModel, build_model
 
@@ -26,7 +25,13 @@ def tokenizer(small_shards):
 @pytest.fixture(scope="module")
 def model(tokenizer) -> PretrainModel:
     torch.manual_seed(0)
-    shape = ScratchShape(hidden=32, layers=2, heads=2, intermediate=64, max_positions=64)
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }
     model = build_model("bert", [], max_tokens=64, from_scratch=shape, vocab_size=len(tokenizer))
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:  # fresh weights give all texts the same vector but for rounding: no ranking to compare
