@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from quincunx.data_shards.order import Rows
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
@@ -49,10 +50,11 @@ def test_every_label_of_a_batch_is_counted_once_under_its_task(small_shards):
         seed=0,
     )
     batches = [
-        packer.pack(np.zeros(20, np.int16), np.zeros(20, np.int32), np.arange(start, start + 20)) for start in (0, 20)
+        packer.pack(Rows(np.zeros(20, np.int16), np.zeros(20, np.int32), np.arange(start, start + 20)))
+        for start in (0, 20)
     ]
     counts = count_labels(batches, packer.vocab_size)
     assert list(counts) == ["mlm", "mkp", "dor"]
     assert [table.sum() for table in counts.values()] == np.sum([b.num_labels() for b in batches], axis=0).tolist()
-    first = batches[0].tasks["mkp"].labels[0]
-    assert counts["mkp"][first] == sum(np.count_nonzero(batch.tasks["mkp"].labels == first) for batch in batches)
+    first = batches[0].tasks["mkp"].labels.ids[0]
+    assert counts["mkp"][first] == sum(int((batch.tasks["mkp"].labels.ids == first).sum()) for batch in batches)
