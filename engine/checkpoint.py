@@ -27,14 +27,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quincunx.data_shards.durable import file_digest, publish, sync_folder, written_whole
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.setting import as_plain, local_names, names_of
-from quincunx.engine.job import Job
 from quincunx.engine.run_folder import RunFolder
 from quincunx.engine.settings import precision_of
+
+if TYPE_CHECKING:
+    from quincunx.engine.training import Job
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -137,7 +139,7 @@ def find_step(folder: Path, step: int) -> Checkpoint:
 
 
 def choose_checkpoint(
-    job: Job, model_digest: str, total_steps: int, folder: RunFolder, world_size: int
+    job: "Job", model_digest: str, total_steps: int, folder: RunFolder, world_size: int
 ) -> Resume | None:
     """The checkpoint to resume from, None to start from nothing; sets an earlier run aside for --fresh.
 
@@ -171,7 +173,7 @@ def choose_checkpoint(
     return Resume(checkpoint, convert(checkpoint), universal=True)
 
 
-def fingerprint(job: Job, model_digest: str) -> str:
+def fingerprint(job: "Job", model_digest: str) -> str:
     """What every rank must have alike: data, model, and every setting but the paths and sizes of a machine's own."""
     local = local_names(job.settings)
     common = {name: value for name, value in as_plain(job.settings).items() if name not in local}
@@ -181,7 +183,7 @@ def fingerprint(job: Job, model_digest: str) -> str:
     return f"dataset {', '.join(job.data['dataset_ids'])}, model {model_digest}, settings {digest}"
 
 
-def run_state(job: Job, model_digest: str, counters: dict[str, Any], run_id: str) -> dict[str, Any]:
+def run_state(job: "Job", model_digest: str, counters: dict[str, Any], run_id: str) -> dict[str, Any]:
     """What a checkpoint holds beside weights and moments; JSON-able.
 
     counters: step, skipped_steps and bad_steps (the last ones in a row). The order needs no more than the step, since
@@ -206,7 +208,7 @@ def field_names(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
-def check_fits(checkpoint: Checkpoint, job: Job, model_digest: str) -> list[str]:
+def check_fits(checkpoint: Checkpoint, job: "Job", model_digest: str) -> list[str]:
     """Compares a checkpoint with the run that wants to continue it.
 
     Returns one sentence per changed setting that changes what is learned without making it another run. Raises

@@ -22,18 +22,17 @@ from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.evaluations import load_held_out, load_probe, run_held_out, run_probe
-from quincunx.engine.job import Evaluation
 from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, StepOutput, build_model, is_bundle, load_bundle
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.settings import Machine, PretrainSettings, find_idle_settings, load_machine
-from quincunx.engine.training import run_training
+from quincunx.engine.training import Evaluation, run_training
 from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
 from quincunx.kernels.launching import choose
 
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """A pre-training, on one rank; fields and methods as engine/job.py has them."""
+    """A pre-training, on one rank; fields and methods as engine/training.py has them."""
 
     settings: PretrainSettings
     machine: Machine

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 DEFAULT_PORT = 29500
 RANK_0_SPEAKS_FIRST_SECONDS = 5.0
+LAUNCHERS = {
+    "torch": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
+"""Launcher -> its variables for the rank, the number of ranks, the rank on this machine. The first that are there count."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEATS_TO_DIE = 2
 """The second Ctrl-C stops at once; schedulers and launchers may repeat their signals, so those never do."""
@@ -72,44 +78,30 @@ def discover_environment(variables: Mapping[str, str] = os.environ) -> Environme
     A SLURM job's own shell (sbatch without srun) carries SLURM_NTASKS too but is one process: only a step's processes
     have SLURM_STEP_NUM_TASKS. Raises SettingsError where the machine of rank 0 cannot be told.
     """
-    if "RANK" in variables and "WORLD_SIZE" in variables:
-        return Environment(
-            launcher="torch",
-            rank=int(variables["RANK"]),
-            world_size=int(variables["WORLD_SIZE"]),
-            local_rank=int(variables.get("LOCAL_RANK", 0)),
-            master_addr=variables.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=int(variables.get("MASTER_PORT", DEFAULT_PORT)),
-        )
-    if "OMPI_COMM_WORLD_RANK" in variables:
-        world_size = int(variables["OMPI_COMM_WORLD_SIZE"])
-        local_size = int(variables.get("OMPI_COMM_WORLD_LOCAL_SIZE", world_size))
-        master = variables.get("MASTER_ADDR", "127.0.0.1" if local_size == world_size else "")
-        if not master:
-            raise SettingsError("mpirun over several machines needs -x MASTER_ADDR=<the machine of rank 0>")
-        return Environment(
-            launcher="openmpi",
-            rank=int(variables["OMPI_COMM_WORLD_RANK"]),
-            world_size=world_size,
-            local_rank=int(variables.get("OMPI_COMM_WORLD_LOCAL_RANK", 0)),
-            master_addr=master,
-            master_port=int(variables.get("MASTER_PORT", DEFAULT_PORT)),
-        )
-    if "SLURM_STEP_NUM_TASKS" in variables and "SLURM_PROCID" in variables:
-        nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
-        master = variables.get("MASTER_ADDR") or first_host(nodes)
-        port = variables.get("MASTER_PORT") or 20000 + int(variables.get("SLURM_JOB_ID", 0)) % 20000
-        return Environment(
-            launcher="slurm",
-            rank=int(variables["SLURM_PROCID"]),
-            world_size=int(variables["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(variables.get("SLURM_LOCALID", 0)),
-            master_addr=master,
-            master_port=int(port),
-        )
+    for launcher, (rank, world_size, local_rank) in LAUNCHERS.items():
+        if rank in variables and world_size in variables:
+            port = 20000 + int(variables.get("SLURM_JOB_ID", 0)) % 20000 if launcher == "slurm" else DEFAULT_PORT
+            return Environment(
+                launcher=launcher,
+                rank=int(variables[rank]),
+                world_size=int(variables[world_size]),
+                local_rank=int(variables.get(local_rank, 0)),
+                master_addr=variables.get("MASTER_ADDR") or machine_of_rank_0(launcher, variables),
+                master_port=int(variables.get("MASTER_PORT") or port),
+            )
     return Environment(
         launcher="python", rank=0, world_size=1, local_rank=0, master_addr="127.0.0.1", master_port=free_port()
     )
+
+
+def machine_of_rank_0(launcher: str, variables: Mapping[str, str]) -> str:
+    """Its address where the launcher gives none. Raises SettingsError where it cannot be told."""
+    if launcher == "slurm":
+        return first_host(variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", ""))
+    world_size = variables.get("OMPI_COMM_WORLD_SIZE")
+    if launcher == "openmpi" and variables.get("OMPI_COMM_WORLD_LOCAL_SIZE", world_size) != world_size:
+        raise SettingsError("mpirun over several machines needs -x MASTER_ADDR=<the machine of rank 0>")
+    return "127.0.0.1"
 
 
 def first_host(node_list: str) -> str:

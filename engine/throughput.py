@@ -3,13 +3,15 @@
 import re
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from quincunx.engine.job import Job, StepOutput
 from quincunx.engine.ranks import sum_over_ranks
+
+if TYPE_CHECKING:
+    from quincunx.engine.training import Job, StepOutput
 
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIE": 756e12, "GH200": 989e12, "H100": 989e12, "A100": 312e12,
@@ -22,7 +24,7 @@ PEAK_FLOPS = {
 class Window:
     """Sums over the steps since the last log line; tensors stay on the device until `metrics` is called."""
 
-    def __init__(self, job: Job, device: torch.device, peak_flops: float | None):
+    def __init__(self, job: "Job", device: torch.device, peak_flops: float | None):
         """peak_flops: of all ranks' cards together, None where it is not known (a CPU): no mfu then."""
         self._job, self._device, self._peak = job, device, peak_flops
         self._start()
@@ -34,7 +36,7 @@ class Window:
         self._passages = self._tokens = self._flops = self._cut = 0.0
         self._began, self._waited = time.monotonic(), self._job.stream.wait_seconds
 
-    def add(self, batches: list, outputs: list[StepOutput]) -> None:
+    def add(self, batches: list, outputs: "list[StepOutput]") -> None:
         """One applied optimizer step of this rank."""
         for batch, output in zip(batches, outputs, strict=True):
             self._sums += torch.stack([output.nll_sums, output.correct]).to(self._sums)

@@ -156,7 +156,7 @@ class FinetuneSettings(RunSettings):
 
 
 class LossSums(NamedTuple):
-    """A StepOutput (engine/job.py) of fine-tuning."""
+    """A StepOutput (engine/training.py) of fine-tuning."""
 
     loss: "torch.Tensor"
     nll_sums: "torch.Tensor"
@@ -166,7 +166,7 @@ class LossSums(NamedTuple):
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """What the two kinds of fine-tuning share; fields and methods as engine/job.py has them."""
+    """What the two kinds of fine-tuning share; fields and methods as engine/training.py has them."""
 
     settings: FinetuneSettings
     machine: Machine

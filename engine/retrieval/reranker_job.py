@@ -15,11 +15,11 @@ import torch
 
 from quincunx.data_shards.batches import join_texts, to_device
 from quincunx.engine.encoder import encoder_multiply_adds
-from quincunx.engine.job import Evaluation
 from quincunx.engine.retrieval.cross_encoder import save_reranker
 from quincunx.engine.retrieval.examples import RerankerBatch
 from quincunx.engine.retrieval.finetuning import FinetuneJob, LossSums
 from quincunx.engine.retrieval.losses import listwise_loss, r_drop
+from quincunx.engine.training import Evaluation
 
 
 class RerankerJob(FinetuneJob):

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from quincunx.data_shards.batches import to_device
 from quincunx.engine.encoder import encoder_multiply_adds
 from quincunx.engine.evaluations import run_probe
-from quincunx.engine.job import Evaluation
 from quincunx.engine.ranks import rank_and_world
 from quincunx.engine.retrieval.dual_encoder import save_retriever
 from quincunx.engine.retrieval.examples import RetrieverBatch
@@ -34,6 +33,7 @@ from quincunx.engine.retrieval.losses import (
     known_positives,
     margin_mse_loss,
 )
+from quincunx.engine.training import Evaluation
 
 
 class RetrieverJob(FinetuneJob):
