@@ -33,7 +33,7 @@ LAUNCHERS = {
     "openmpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 }
-"""Launcher -> its variables for the rank, the number of ranks, the rank on this machine. The first that are there count."""
+"""Launcher -> its variables for rank, number of ranks, rank on this machine; the first that are there count."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEATS_TO_DIE = 2
 """The second Ctrl-C stops at once; schedulers and launchers may repeat their signals, so those never do."""
