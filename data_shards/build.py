@@ -22,18 +22,17 @@ from typing import Any
 from tqdm import tqdm
 
 from quincunx.data_shards.artefact import BEGUN, Work, artefact, read_begun, work_folder
-from quincunx.data_shards.block import VERSION as BLOCK_VERSION
 from quincunx.data_shards.build_merge import merge_tasks
 from quincunx.data_shards.build_settings import TRAIN_PREFIX, BuildSettings
 from quincunx.data_shards.build_task import TaskPlan, run_task
 from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.generations import index_generations, list_generation_files
-from quincunx.data_shards.manifest import MANIFEST_NAME, SCHEMA_VERSION, TOKENIZER_FOLDER, FileEntry, Manifest
 from quincunx.data_shards.passages import document_texts
 from quincunx.data_shards.readers import list_inputs, read_documents
 from quincunx.data_shards.records import Input
-from quincunx.data_shards.shards import LocalFiles, read_manifest
+from quincunx.data_shards.shard_files import Files
+from quincunx.data_shards.shards import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, read_manifest
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.data_shards.tokenizer_training import train_wordpiece
 
@@ -68,7 +67,7 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
         keep_tasks_without_bad_records(output, made_from)
     with artefact(output, KIND, made_from, remake=settings.remake, read_own=read_made_from) as work:
         if work is None:
-            manifest = read_manifest(LocalFiles(settings.output))
+            manifest = read_manifest(Files(settings.output))
             say(f"{output} already holds this shard set, complete (dataset id {manifest.dataset_id}): nothing to do")
             return manifest
         plan = make_plan(settings, content, work, say)
@@ -108,7 +107,7 @@ def identify(settings: BuildSettings, inputs: list[Input]) -> tuple[dict[str, An
         "shard_bytes": settings.shard_bytes,
         "num_buckets": settings.num_buckets,
         "num_generation_files": len(files),
-        "block_version": BLOCK_VERSION,
+        "block_version": 1,
         "schema_version": SCHEMA_VERSION,
     } | ({"pairs": True} if settings.pairs else {})  # absent otherwise: sets from before it keep their identity
     return content, content | {
@@ -123,13 +122,10 @@ def read_made_from(output: Path) -> dict[str, Any] | None:
     Raises:
         DataError: a manifest that is damaged, foreign or of a newer version.
     """
-    files = LocalFiles(str(output))
-    if files.read_all(MANIFEST_NAME) is None:
+    if not (output / MANIFEST_NAME).exists():
         return None
-    manifest = read_manifest(files)
+    manifest = read_manifest(Files(str(output)))
     given = manifest.settings.get("tokenizer") == "given"
-    entries = {entry.name: entry for entry in (*manifest.shards, manifest.statistics)}
-    entries |= {f"{TOKENIZER_FOLDER}/{entry.name}": entry for entry in manifest.tokenizer_files}
     return {
         "kind": KIND,
         "made_from": manifest.settings
@@ -137,7 +133,7 @@ def read_made_from(output: Path) -> dict[str, Any] | None:
             "corpus": [asdict(source) for source in manifest.sources],
             "tokenizer_digest": manifest.tokenizer_digest if given else "",
         },
-        "files": {name: {"bytes": entry.bytes, "digest": entry.digest} for name, entry in entries.items()},
+        "files": {name: {"bytes": entry.bytes, "digest": entry.digest} for name, entry in manifest.files.items()},
     }
 
 
@@ -193,13 +189,12 @@ def make_plan(settings: BuildSettings, content: dict[str, Any], work: Work, say:
         unfinished = work.scratch(".tokenizer.tmp")
         tokenizer.save_pretrained(unfinished)
         os.rename(unfinished, tokenizer_folder)
-    index = work.scratch("generations.index")
+    index = work.scratch("generations.sqlite")
     if settings.generations and not index.exists():
         counts = index_generations(settings.generations, index)
-        say(
-            f"Generations for {counts.passages:,} passages: queries for {counts.queries:,}, "
-            f"a continuation for {counts.continuation:,}"
-        )
+        passages = counts.pop("passages")
+        found = ", ".join(f"{name} for {count:,}" for name, count in counts.items())
+        say(f"Generations for {passages:,} passages: {found}")
     return TaskPlan(
         format=settings.format,
         path=settings.path,

@@ -18,13 +18,13 @@ import numpy as np
 import xxhash
 
 from quincunx.data_shards.artefact import Work
-from quincunx.data_shards.block import FIELDS, Text
 from quincunx.data_shards.durable import full_disk_is_named
 from quincunx.data_shards.generations import Generations
-from quincunx.data_shards.manifest import SPLITS, shard_to_json
 from quincunx.data_shards.passages import Passage, read_passages
 from quincunx.data_shards.records import Document, ReadReport
-from quincunx.data_shards.shard_writer import Sample, ShardWriter, StatisticsCounter, write_file
+from quincunx.data_shards.shard_writer import Sample, ShardWriter, StatisticsCounter, shard_to_json, write_file
+from quincunx.data_shards.shards import SPLITS, Text
+from quincunx.data_shards.tasks import GENERATED
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.words import tokenize
 
@@ -127,8 +127,8 @@ def run_task(plan: TaskPlan, task: int) -> None:
         for split, writer in writers.items():
             writer.close()
             counts["lost_neighbours"] += writer.num_lost_neighbours
-            for name in FIELDS:
-                counts[f"{split}_{name}_tokens"] += writer.field_tokens[name]
+            for name, tokens in writer.field_tokens.items():
+                counts[f"{split}_{name}_tokens"] += tokens
             write_file(plan.task_file(task, f"{split}.jsonl"), "".join(line + "\n" for line in texts[split]).encode())
         write_file(plan.task_file(task, "hashes.bin"), np.array(hashes, "<u8").tobytes())
         write_file(plan.task_file(task, "statistics.npz"), counter.to_bytes())
@@ -167,23 +167,21 @@ def make_samples(
     """
     documents = iter(documents)
     while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        queries: list[list[str]] = []
-        continuations: list[list[str]] = []
-        for _, passages in batch:
-            for passage in passages:
-                generated, continuation = generations.lookup(passage.passage_id) if generations else (None, None)
-                counts["joined_generations"] += bool(generated or continuation)
-                queries.append(generated or ([passage.query] if passage.query else []))
-                continuations.append([continuation] if continuation else [])
-        query_texts = iter(_tokenize_lists(tokenizer, queries))
-        continuation_texts = iter(_tokenize_lists(tokenizer, continuations))
+        found = []
+        for passage in chain.from_iterable(passages for _, passages in batch):
+            generated = generations.lookup(passage.passage_id) if generations else {}
+            counts["joined_generations"] += bool(generated)
+            found.append(({"queries": [passage.query]} if passage.query else {}) | generated)
+        texts = {
+            name: iter(_tokenize_lists(tokenizer, [of_passage.get(name, []) for of_passage in found]))
+            for name in GENERATED
+        }
         for document, passages in batch:
             samples = [
                 Sample(
                     passage.passage_id,
                     Text(passage.token_ids, passage.word_starts),
-                    queries=next(query_texts),
-                    continuation=next(continuation_texts),
+                    **{name: next(column) for name, column in texts.items()},
                 )
                 for passage in passages
             ]

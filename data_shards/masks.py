@@ -158,20 +158,19 @@ def corrupted(token_id, position, key, only_mask, mask_id, ordinary_ids):
     return token_id
 
 
-PASSAGE, NEXT, QUERIES, CONTINUATION = 0, 1, 2, 3
-"""First index of the tables of `Texts`."""
-TEXT_INDEX = {"passage": PASSAGE, "next": NEXT, "queries": QUERIES, "continuation": CONTINUATION}
+PASSAGE, NEXT = 0, 1
+"""The first two texts in the tables of `Texts`: of the sample, and of the next passage of its document."""
 
 
 class Texts(NamedTuple):
-    """Texts of R samples in tables, gathered from blocks; a text that is missing has length 0."""
+    """K texts of each of R samples in tables, gathered from blocks; a text that is missing has length 0."""
 
     tokens: np.ndarray
-    """uint16 or uint32 [4, R, L], ids without [CLS] and closing [SEP]; undefined beyond the text's length."""
+    """uint16 or uint32 [K, R, L], ids without [CLS] and closing [SEP]; undefined beyond the text's length."""
     starts: np.ndarray
-    """bool [4, R, L], the token is the first of a word."""
+    """bool [K, R, L], the token is the first of a word."""
     lengths: np.ndarray
-    """int32 [4, R]"""
+    """int32 [K, R]"""
     datasets: np.ndarray
     """int16 [R]"""
     seeds: np.ndarray

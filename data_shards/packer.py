@@ -11,14 +11,12 @@ import numpy as np
 import torch
 
 from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make_text
-from quincunx.data_shards.block import token_dtype
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import compiled, dataset_seed
 from quincunx.data_shards.masks import (
     DRAWS,
     NEXT,
     PASSAGE,
-    TEXT_INDEX,
     UNIFORM,
     Texts,
     Vocabulary,
@@ -26,7 +24,7 @@ from quincunx.data_shards.masks import (
     pack_masked,
 )
 from quincunx.data_shards.order import Rows
-from quincunx.data_shards.shards import ShardSet
+from quincunx.data_shards.shards import Block, ShardSet, token_dtype
 from quincunx.data_shards.tasks import (
     CORRUPTION_CODE,
     DECODER_CORRUPTION_CODE,
@@ -76,8 +74,8 @@ class Packer:
         self.vocabulary = _vocabulary(self.shard_sets)
         self.seeds = np.array([dataset_seed(seed, dataset) for dataset in range(len(shard_sets))], np.int64)
         self.block_starts = [np.cumsum([0, *shard_set.block_samples(split)]) for shard_set in shard_sets]
-        self.texts_wanted = np.zeros(len(TEXT_INDEX), bool)
-        self.texts_wanted[[PASSAGE, *(TEXT_INDEX[field_of(task.name, neighbour)] for task in tasks)]] = True
+        self.texts = list(dict.fromkeys(["passage", "next", *(task.kind.field for task in tasks)]))
+        self.texts_wanted = {"passage", *(field_of(task.name, neighbour) for task in tasks)}
 
     @property
     def vocab_size(self) -> int:
@@ -122,7 +120,7 @@ class Packer:
     def _pack_task(
         self, task: TaskSpec, texts: Texts, hidden: np.ndarray, contexts: dict[str, Context], tasks: dict[str, Task]
     ) -> None:
-        text, code, draw = TEXT_INDEX[task.kind.field], task.kind.code, DRAWS[task.kind.draw]
+        text, code, draw = self.texts.index(task.kind.field), task.kind.code, DRAWS[task.kind.draw]
         rate = self.decoder_mask_rate
         if task.decoder == "enhanced":
             name = task.kind.field
@@ -140,7 +138,7 @@ class Packer:
     def gather(self, rows: Rows) -> tuple[Texts, int]:
         """The texts of the rows, and how many of them were cut at max_tokens."""
         datasets, epochs, sample_ids = rows
-        shape = (len(TEXT_INDEX), len(sample_ids), self.limit)
+        shape = (len(self.texts), len(sample_ids), self.limit)
         tokens, starts = np.empty(shape, token_dtype(self.vocab_size)), np.empty(shape, bool)
         lengths = np.zeros(shape[:2], np.int32)
         num_cut = 0
@@ -160,7 +158,7 @@ class Packer:
                     block.has_next,
                     indices[low:high],
                     places[low:high],
-                    self.texts_wanted,
+                    np.array([self._row(block, name) for name in self.texts]),
                     tokens,
                     starts,
                     lengths,
@@ -168,6 +166,10 @@ class Packer:
         if self.halves:
             _split_halves(tokens, starts, lengths)
         return Texts(tokens, starts, lengths, datasets, self.seeds[datasets], epochs, sample_ids), num_cut
+
+    def _row(self, block: Block, text: str) -> int:
+        """The row of the block's offsets that a text is read from; -1 if no task needs it or no sample has it."""
+        return block.row("passage" if text == "next" else text) if text in self.texts_wanted else -1
 
 
 def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:
@@ -193,15 +195,18 @@ def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:
 
 
 @compiled
-def _gather_block(token_ids, word_starts, offsets, has_next, indices, rows, wanted, tokens, starts, lengths):
-    """Copies the wanted texts of samples `indices` of one block to `rows` of the tables; returns the texts cut."""
+def _gather_block(token_ids, word_starts, offsets, has_next, indices, places, fields, tokens, starts, lengths):
+    """Copies texts of samples `indices` of one block to rows `places` of the tables; returns how many it has cut.
+
+    fields: the row of offsets that each text of the tables is read from, or -1.
+    """
     limit = tokens.shape[2]
     num_cut = 0
     for n in range(len(indices)):
-        row = rows[n]
-        for text in range(len(wanted)):
-            sample, field = indices[n], max(text - 1, 0)
-            if not wanted[text] or (text == NEXT and not has_next[sample]):
+        row = places[n]
+        for text in range(len(fields)):
+            sample, field = indices[n], fields[text]
+            if field < 0 or (text == NEXT and not has_next[sample]):
                 continue
             sample += text == NEXT
             low = offsets[field, sample]

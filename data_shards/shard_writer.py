@@ -5,60 +5,81 @@ under its final name only when it is complete and on disk.
 """
 
 import io
+import json
 import shutil
 import struct
 import tarfile
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.block import FIELDS, HEADER, MAGIC, VERSION, Block, Text, decode_block, token_dtype
+from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.durable import file_digest, full_disk_is_named, sync_folder, written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.hashing import compiled, word_slot
-from quincunx.data_shards.manifest import (
-    DEFAULT_BLOCK_SAMPLES,
-    DEFAULT_NUM_BUCKETS,
-    DEFAULT_SHARD_BYTES,
+from quincunx.data_shards.shards import (
+    FIELDS,
+    FORMAT,
+    HEADER,
+    MAGIC,
     MANIFEST_NAME,
     SPLITS,
-    STATISTICS_NAME,
     TAR_HEADER_BYTES,
     TOKENIZER_FOLDER,
+    Block,
     BlockEntry,
     FileEntry,
     Manifest,
     ShardEntry,
+    Statistics,
+    Text,
+    decode_block,
+    token_dtype,
 )
-from quincunx.data_shards.shards import Statistics
+from quincunx.data_shards.tokenizer import load_tokenizer, special_ids, tokenizer_digest
 
 
-@dataclass(frozen=True)
 class Sample:
-    """A passage and its companions; `has_next`: the next sample is the next passage of the same document."""
+    """A passage and its companions, by field; `has_next`: the next sample is the document's next passage.
 
-    passage_id: str
-    passage: Text
-    queries: Text | None = None
-    continuation: Text | None = None
-    has_next: bool = False
+    A field beyond queries and continuation is given by its name: Sample("id", passage, summary=text).
+    """
+
+    def __init__(
+        self,
+        passage_id: str,
+        passage: Text,
+        queries: Text | None = None,
+        continuation: Text | None = None,
+        *,
+        has_next: bool = False,
+        **further: Text | None,
+    ):
+        self.passage_id, self.has_next = passage_id, has_next
+        texts = {"passage": passage, "queries": queries, "continuation": continuation, **further}
+        self.texts = {name: text for name, text in texts.items() if text is not None}
 
 
 def encode_block(samples: list[Sample], vocab_size: int) -> bytes:
-    """The bytes of one block (block.py); the same samples give the same bytes.
+    """The bytes of one block (docs/shards.md); the same samples give the same bytes.
 
     Raises:
         DataError: a passage without tokens, or an id outside [0, vocab_size).
     """
     for sample in samples:
-        if len(sample.passage.token_ids) == 0:
+        if len(sample.texts["passage"].token_ids) == 0:
             raise DataError(f"passage {sample.passage_id!r} has no tokens: remove it from the corpus")
+    further = sorted({name for sample in samples for name in sample.texts} - set(FIELDS))
+    names = "\n".join(further).encode()
+    names += bytes(-len(names) % 8)
     missing = Text(np.empty(0, np.int64), np.empty(0, bool))
-    texts = [getattr(sample, name) or missing for name in FIELDS for sample in samples]
+    texts = [sample.texts.get(name, missing) for name in (*FIELDS, *further) for sample in samples]
     lengths = np.array([len(text.token_ids) for text in texts], "<i4")
     token_ids = np.concatenate([text.token_ids for text in texts])
     word_starts = np.concatenate([text.word_starts for text in texts])
@@ -71,10 +92,11 @@ def encode_block(samples: list[Sample], vocab_size: int) -> bytes:
         )
     has_next = np.array([sample.has_next for sample in samples], bool)
     has_next[-1] = False  # a neighbour is looked up in the same block
-    dtype = token_dtype(vocab_size)
+    dtype, version, num_fields = token_dtype(vocab_size), 2 if further else 1, len(FIELDS) + len(further)
     body = b"".join(
         [
-            HEADER.pack(MAGIC, VERSION, dtype.itemsize, len(samples), len(FIELDS), 0, len(token_ids)),
+            HEADER.pack(MAGIC, version, dtype.itemsize, len(samples), num_fields, len(names), len(token_ids)),
+            names,
             lengths.tobytes(),
             token_ids.astype(dtype).tobytes(),
             np.packbits(word_starts, bitorder="little").tobytes(),
@@ -88,7 +110,7 @@ def encode_block(samples: list[Sample], vocab_size: int) -> bytes:
 class StatisticsCounter:
     """Counts blocks of training passages; the order of the blocks does not matter."""
 
-    def __init__(self, vocab_size: int, num_buckets: int = DEFAULT_NUM_BUCKETS):
+    def __init__(self, vocab_size: int, num_buckets: int):
         assert num_buckets > 0 and num_buckets & (num_buckets - 1) == 0, "num_buckets is a power of two"
         self.num_passages = 0
         self.num_buckets = num_buckets
@@ -163,8 +185,8 @@ class ShardWriter:
         counter: StatisticsCounter | None,
     ):
         self.num_lost_neighbours = 0
-        self.field_counts = dict.fromkeys(("passage", "next", "queries", "continuation"), 0)
-        self.field_tokens = dict.fromkeys(FIELDS, 0)
+        self.field_counts = Counter(passage=0, next=0, queries=0, continuation=0)
+        self.field_tokens = Counter(dict.fromkeys(FIELDS, 0))
         self.shards: list[ShardEntry] = []
         self._folder, self._split, self._task = folder, split, task
         self._vocab_size = vocab_size
@@ -180,7 +202,8 @@ class ShardWriter:
             if len(self._pending) >= 2 * self._block_samples:
                 self.num_lost_neighbours += 1
                 self._close_block()
-            self._pending.append(replace(sample, has_next=i + 1 < len(samples)))
+            sample.has_next = i + 1 < len(samples)
+            self._pending.append(sample)
         if len(self._pending) >= self._block_samples:
             self._close_block()
 
@@ -194,9 +217,9 @@ class ShardWriter:
     def _close_block(self) -> None:
         data = encode_block(self._pending, self._vocab_size)
         block = decode_block(data, check=False)
-        for row, name in enumerate(FIELDS):
-            self.field_counts[name] += int((block.lengths[row] > 0).sum())
-            self.field_tokens[name] += int(block.lengths[row].sum(dtype=np.int64))
+        for name, lengths in zip(block.fields, block.lengths):
+            self.field_counts[name] += int((lengths > 0).sum())
+            self.field_tokens[name] += int(lengths.sum(dtype=np.int64))
         self.field_counts["next"] += int(block.has_next.sum())
         if self._counter is not None:
             self._counter.add_block(block)
@@ -262,10 +285,10 @@ def write_shard_set(
     train: Iterable[list[Sample]],
     heldout: Iterable[list[Sample]] = (),
     *,
-    max_tokens: int = 144,
-    block_samples: int = DEFAULT_BLOCK_SAMPLES,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    num_buckets: int = DEFAULT_NUM_BUCKETS,
+    max_tokens: int = BuildSettings.max_tokens,
+    block_samples: int = BuildSettings.block_samples,
+    shard_bytes: int = BuildSettings.shard_bytes,
+    num_buckets: int = BuildSettings.num_buckets,
 ) -> Manifest:
     """Writes a whole shard set from documents in memory; a document is the list of its samples in reading order.
 
@@ -275,8 +298,6 @@ def write_shard_set(
     Raises:
         DataError: no training samples, ids beyond the tokenizer's vocabulary, a full disk.
     """
-    from quincunx.data_shards.tokenizer import load_tokenizer
-
     folder = Path(folder)
     tokenizer = load_tokenizer(str(tokenizer_folder))
     counter = StatisticsCounter(len(tokenizer), num_buckets)
@@ -294,7 +315,7 @@ def write_shard_set(
             tokenizer,
             counter,
             shards=[shard for split in SPLITS for shard in writers[split].shards],
-            fields={split: writers[split].field_counts for split in SPLITS},
+            fields={split: dict(writers[split].field_counts) for split in SPLITS},
             max_tokens=max_tokens,
             settings={"block_samples": block_samples, "shard_bytes": shard_bytes, "num_buckets": num_buckets},
             counts={"lost_neighbours": sum(writer.num_lost_neighbours for writer in writers.values())},
@@ -317,8 +338,6 @@ def finish_shard_set(
 
     Raises DataError if no shard is of the train split.
     """
-    from quincunx.data_shards.tokenizer import special_ids, tokenizer_digest
-
     if not any(shard.split == "train" for shard in shards):
         raise DataError("the corpus gives no training passage: check the input, or lower held_out_share")
     tokenizer_folder = folder / TOKENIZER_FOLDER
@@ -334,14 +353,28 @@ def finish_shard_set(
         max_tokens=max_tokens,
         fields=fields,
         shards=tuple(shards),
-        statistics=write_file(folder / STATISTICS_NAME, counter.to_bytes()),
+        statistics=write_file(folder / "statistics.npz", counter.to_bytes()),
         sources=tuple(sources),
         settings=settings,
         counts=counts,
     )
-    write_file(folder / MANIFEST_NAME, manifest.to_json().encode())
+    write_file(folder / MANIFEST_NAME, manifest_text(manifest).encode())
     sync_folder(folder)
     return manifest
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The text of manifest.json: one line a shard, the rest indented, the dataset id first."""
+    content = asdict(manifest)
+    del content["shards"]
+    head = {"format": FORMAT, "dataset_id": manifest.dataset_id, **content}
+    lines = ",\n".join("  " + json.dumps(shard_to_json(shard)) for shard in manifest.shards)
+    return json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{lines}\n ]\n}}\n'
+
+
+def shard_to_json(shard: ShardEntry) -> dict[str, Any]:
+    """A shard's entry with each block as a list, in the order of BlockEntry's fields; ShardEntry.from_json reads it."""
+    return asdict(shard) | {"blocks": [list(astuple(block)) for block in shard.blocks]}
 
 
 def write_file(path: Path, data: bytes) -> FileEntry:

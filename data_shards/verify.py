@@ -10,19 +10,20 @@ from pathlib import Path
 
 import xxhash
 
-from quincunx.data_shards.block import Block, decode_block
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.manifest import (
-    BUILD_NAME,
+from quincunx.data_shards.shard_files import Files
+from quincunx.data_shards.shard_writer import StatisticsCounter
+from quincunx.data_shards.shards import (
     TAR_HEADER_BYTES,
     TOKENIZER_FOLDER,
+    Block,
     BlockEntry,
     FileEntry,
     Manifest,
     ShardEntry,
+    decode_block,
+    read_manifest,
 )
-from quincunx.data_shards.shard_writer import StatisticsCounter
-from quincunx.data_shards.shards import LocalFiles, open_files, read_manifest
 from quincunx.data_shards.tokenizer import load_tokenizer, special_ids, tokenizer_digest
 
 
@@ -60,7 +61,7 @@ def verify_shards(path: str, say: Callable[[str], None] = lambda name: None) -> 
     Raises:
         DataError: no manifest, or one that cannot be used.
     """
-    files = open_files(path, None, 0)
+    files = Files(path)
     manifest = read_manifest(files)
     counter = StatisticsCounter(manifest.vocab_size, int(manifest.settings["num_buckets"]))
     findings = []
@@ -79,15 +80,15 @@ def verify_shards(path: str, say: Callable[[str], None] = lambda name: None) -> 
     if sound and not problems and xxhash.xxh3_128_hexdigest(counter.to_bytes()) != statistics.digest:
         problems = ("differs from a recount over the shards",)
     findings.append(Finding(statistics.name, statistics.bytes, 0, 0, problems))
-    if isinstance(files, LocalFiles) and tokenizer_is_whole:
-        findings.append(_check_tokenizer(Path(files.root, TOKENIZER_FOLDER), manifest))
+    if files.folder and tokenizer_is_whole:
+        findings.append(_check_tokenizer(files.folder / TOKENIZER_FOLDER, manifest))
     command = ""
-    if (record := files.read_all(BUILD_NAME)) is not None:
+    if (record := files.read_all("build.json")) is not None:
         try:
             command = shlex.join(json.loads(record)["command"])
         except (ValueError, KeyError, TypeError):
             problem = "is damaged, so how the set was built is not known: copy it again, or build the set anew"
-            findings.append(Finding(BUILD_NAME, 0, 0, 0, (problem,)))
+            findings.append(Finding("build.json", 0, 0, 0, (problem,)))
     return Report(manifest, tuple(findings), command)
 
 

@@ -13,7 +13,7 @@ import time
 
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import EXIT_PREEMPTED, exit_with_one_sentence
-from quincunx.data_shards.manifest import Manifest
+from quincunx.data_shards.shards import Manifest
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -47,10 +47,10 @@ def summary(manifest: Manifest, output: str, seconds: float) -> str:
             f"{tokens('passage'):,} (mean {tokens('passage') / max(1, train['passage'] + heldout['passage']):.1f})",
         ),
         ("with next passage", f"{train['next'] + heldout['next']:,}"),
-        ("with queries", f"{train['queries'] + heldout['queries']:,} ({tokens('queries'):,} tokens)"),
-        (
-            "with continuation",
-            f"{train['continuation'] + heldout['continuation']:,} ({tokens('continuation'):,} tokens)",
+        *(
+            (f"with {name}", f"{train[name] + heldout.get(name, 0):,} ({tokens(name):,} tokens)")
+            for name in train
+            if name not in ("passage", "next")
         ),
         ("generations joined", f"{counts.get('joined_generations', 0):,}"),
         ("generations unknown", f"{counts.get('unknown_generations', 0):,} (their passage id is not in the corpus)"),

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from quincunx.data_shards import shards as shards_module
-from quincunx.data_shards.block import Text
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
-from quincunx.data_shards.shards import open_shards
+from quincunx.data_shards.shards import Text, open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.data_shards.verify import verify_shards
 

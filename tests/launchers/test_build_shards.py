@@ -23,10 +23,9 @@ from quincunx.data_shards.build_merge import write_pairs
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.build_task import TaskPlan, is_held_out, make_samples, run_task
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.manifest import Manifest
 from quincunx.data_shards.passages import split_documents
 from quincunx.data_shards.records import Document
-from quincunx.data_shards.shards import open_shards
+from quincunx.data_shards.shards import Manifest, open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.verify import verify_shards
 from quincunx.launchers.command_line import as_flags, parse_settings
