@@ -302,8 +302,7 @@ def run_on_ray(plan: TaskPlan, settings: BuildSettings, num_missing: int) -> boo
     executor = RayPipelineExecutor(
         [TaskStep(plan)], plan.num_tasks, settings.workers or -1, logging_dir=plan.datatrove_folder
     )
-    with datatrove_logs_to_a_file(plan):
-        executor.run()
+    executor.run()
     raise_errors(plan)
     if not all(plan.work.is_done(task) for task in range(plan.num_tasks)):
         raise DataError(f"tasks ended without a result: see {plan.datatrove_folder}, and run the same command again")
@@ -338,8 +337,7 @@ def submit_to_slurm(plan: TaskPlan, settings: BuildSettings, num_missing: int) -
             sbatch_args={key: value for key, value in arguments.items() if key not in ("partition", "time")},
             logging_dir=plan.datatrove_folder,
         )
-        with datatrove_logs_to_a_file(plan):
-            executor.run()
+        executor.run()
     except FileNotFoundError as error:
         raise SettingsError(f"executor slurm needs {error.filename} on this machine: give --executor local") from None
     except subprocess.CalledProcessError as error:
@@ -350,18 +348,3 @@ def submit_to_slurm(plan: TaskPlan, settings: BuildSettings, num_missing: int) -
     job_file.write_text(str(executor.job_id))
     print(f"Submitted {num_missing} tasks as Slurm job {executor.job_id}.")
     return False
-
-
-@contextlib.contextmanager
-def datatrove_logs_to_a_file(plan: TaskPlan) -> Iterator[None]:
-    """datatrove's messages of this process go to a file instead of the terminal."""
-    from datatrove.utils.logging import logger
-
-    Path(plan.datatrove_folder).mkdir(exist_ok=True)
-    with open(Path(plan.datatrove_folder, "build.log"), "a") as log, contextlib.redirect_stderr(log):
-        logger.remove()
-        logger.add(log)
-        try:
-            yield
-        finally:
-            logger.remove()

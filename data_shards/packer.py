@@ -72,14 +72,11 @@ class Packer:
         self.only_mask, self.halves = corruption == "mask", neighbour == "halves"
         self.limit = max_tokens - 2
         self.vocabulary = _vocabulary(self.shard_sets)
+        self.vocab_size = self.vocabulary.size
         self.seeds = np.array([dataset_seed(seed, dataset) for dataset in range(len(shard_sets))], np.int64)
         self.block_starts = [np.cumsum([0, *shard_set.block_samples(split)]) for shard_set in shard_sets]
         self.texts = list(dict.fromkeys(["passage", "next", *(task.kind.field for task in tasks)]))
         self.texts_wanted = {"passage", *(field_of(task.name, neighbour) for task in tasks)}
-
-    @property
-    def vocab_size(self) -> int:
-        return self.vocabulary.size
 
     def pack(self, rows: Rows) -> Batch:
         """The batch of some rows of the order (R of them).
@@ -88,52 +85,33 @@ class Packer:
             DataError: a block that cannot be read.
         """
         texts, num_cut = self.gather(rows)
+        vocabulary, rate = self.vocabulary, self.decoder_mask_rate
         hidden = np.zeros((len(rows.sample_ids), self.limit), bool)
         input_ids, bounds, _, positions, labels = pack_masked(
-            texts,
-            self.vocabulary,
-            PASSAGE,
-            ENCODER_CODE,
-            CORRUPTION_CODE,
-            UNIFORM,
-            self.encoder_mask_rate,
-            self.only_mask,
-            True,
-            hidden,
-        )
+            texts, vocabulary, PASSAGE, ENCODER_CODE, CORRUPTION_CODE, UNIFORM, self.encoder_mask_rate, self.only_mask,
+            True, hidden,
+        )  # fmt: skip
+        encoder, encoder_labels = make_text(input_ids, bounds), make_labels(positions, labels, bounds)
         contexts, tasks = {}, {}
         for task in self.tasks:
-            self._pack_task(task, texts, hidden, contexts, tasks)
-        return Batch(
-            encoder=make_text(input_ids, bounds),
-            encoder_labels=make_labels(positions, labels, bounds),
-            contexts=contexts,
-            tasks=tasks,
-            rows=rows,
-            num_cut_texts=num_cut,
-        )
+            text, code, draw = self.texts.index(task.kind.field), task.kind.code, DRAWS[task.kind.draw]
+            if task.decoder == "enhanced":
+                name = task.kind.field
+                columns = pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden)
+            else:
+                name, corruption_code = task.name, DECODER_CORRUPTION_CODE + code
+                columns = pack_masked(
+                    texts, vocabulary, text, code, corruption_code, draw, rate, self.only_mask, False, hidden
+                )
+            input_ids, bounds, passages, positions, labels, *rule = columns
+            if name not in contexts:
+                contexts[name] = Context(make_text(input_ids, bounds), torch.tensor(passages, dtype=torch.int64))
+            tasks[task.name] = Task(name, make_labels(positions, labels, bounds), *map(torch.from_numpy, rule))
+        return Batch(encoder, encoder_labels, contexts, tasks, rows, num_cut)
 
     def names(self, rows: Rows) -> dict[str, list]:
         """What names the passages of some rows: their columns."""
         return {name: column.tolist() for name, column in rows._asdict().items()}
-
-    def _pack_task(
-        self, task: TaskSpec, texts: Texts, hidden: np.ndarray, contexts: dict[str, Context], tasks: dict[str, Task]
-    ) -> None:
-        text, code, draw = self.texts.index(task.kind.field), task.kind.code, DRAWS[task.kind.draw]
-        rate = self.decoder_mask_rate
-        if task.decoder == "enhanced":
-            name = task.kind.field
-            columns = pack_enhanced(texts, self.vocabulary, text, code, draw, rate, hidden)
-        else:
-            name, corruption_code = task.name, DECODER_CORRUPTION_CODE + code
-            columns = pack_masked(
-                texts, self.vocabulary, text, code, corruption_code, draw, rate, self.only_mask, False, hidden
-            )
-        input_ids, bounds, passages, positions, labels, *rule = columns
-        if name not in contexts:
-            contexts[name] = Context(make_text(input_ids, bounds), torch.tensor(passages, dtype=torch.int64))
-        tasks[task.name] = Task(name, make_labels(positions, labels, bounds), *map(torch.from_numpy, rule))
 
     def gather(self, rows: Rows) -> tuple[Texts, int]:
         """The texts of the rows, and how many of them were cut at max_tokens."""

@@ -194,7 +194,7 @@ class ShardWriter:
         self._shard_bytes = shard_bytes
         self._counter = counter
         self._pending: list[Sample] = []
-        self._tar: _TarFile | None = None
+        self._tar: tarfile.TarFile | None = None
 
     def add_document(self, samples: list[Sample]) -> None:
         """Samples of one document in reading order; each one's `has_next` is set here."""
@@ -226,37 +226,19 @@ class ShardWriter:
         ids = "\n".join(sample.passage_id for sample in self._pending).encode()
         assert ids.count(b"\n") == len(self._pending) - 1, "a passage id holds no line break"
         if self._tar is None:
-            stem = f"{self._split}-{self._task:05d}-{len(self.shards):03d}"
-            self._tar = _TarFile(self._folder / f"{stem}.tar", self._split)
-        self._tar.add(data, ids, len(self._pending))
-        self._pending = []
-        if self._tar.bytes_so_far >= self._shard_bytes:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        self.shards.append(self._tar.close())
-        self._tar = None
-
-
-class _TarFile:
-    """One shard being written; it takes its name when it is closed."""
-
-    def __init__(self, path: Path, split: str):
-        self._path, self._split = path, split
-        self._file = ExitStack()
-        file = self._file.enter_context(written_whole(path, "wb"))
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - see close
-        self._blocks: list[BlockEntry] = []
-
-    @property
-    def bytes_so_far(self) -> int:
-        return self._tar.offset
-
-    def add(self, block: bytes, ids: bytes, num_samples: int) -> None:
+            self._path = self._folder / f"{self._split}-{self._task:05d}-{len(self.shards):03d}.tar"
+            self._file = ExitStack()  # the shard takes its name when this is closed
+            file = self._file.enter_context(written_whole(self._path, "wb"))
+            self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self._blocks: list[BlockEntry] = []
         key = f"{self._path.stem}-{len(self._blocks):05d}"
-        offset, digest = self._add_member(f"{key}.block", block)
+        offset, digest = self._add_member(f"{key}.block", data)
         ids_offset, ids_digest = self._add_member(f"{key}.ids", ids)
-        self._blocks.append(BlockEntry(offset, len(block), num_samples, digest, ids_offset, len(ids), ids_digest))
+        entry = BlockEntry(offset, len(data), len(self._pending), digest, ids_offset, len(ids), ids_digest)
+        self._blocks.append(entry)
+        self._pending = []
+        if self._tar.offset >= self._shard_bytes:
+            self._close_shard()
 
     def _add_member(self, name: str, content: bytes) -> tuple[int, str]:
         """Offset of the content, and the digest of header and content."""
@@ -266,10 +248,11 @@ class _TarFile:
         self._tar.addfile(info, io.BytesIO(content))
         return offset, xxhash.xxh3_64_hexdigest(info.tobuf(tarfile.USTAR_FORMAT) + content)
 
-    def close(self) -> ShardEntry:
+    def _close_shard(self) -> None:
         self._tar.close()
         self._file.close()
-        return ShardEntry(
+        self._tar = None
+        entry = ShardEntry(
             name=self._path.name,
             split=self._split,
             bytes=self._path.stat().st_size,
@@ -277,6 +260,7 @@ class _TarFile:
             digest=file_digest(self._path),
             blocks=tuple(self._blocks),
         )
+        self.shards.append(entry)
 
 
 def write_shard_set(
