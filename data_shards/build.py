@@ -178,8 +178,8 @@ def keep_tasks_without_bad_records(output: Path, made_from: dict[str, Any]) -> N
 
 def make_plan(settings: BuildSettings, content: dict[str, Any], work: Work, say: Callable[[str], None]) -> TaskPlan:
     """Makes the tokenizer, trained if the settings ask for it, and the index of generated texts; returns the plan."""
-    tokenizer_folder = work.scratch("tokenizer")
-    if not tokenizer_folder.exists():
+    plan = TaskPlan(settings.path, work, content)
+    if not plan.tokenizer_folder.exists():
         if settings.tokenizer.startswith(TRAIN_PREFIX):
             size = int(settings.tokenizer.removeprefix(TRAIN_PREFIX))
             say(f"Training a WordPiece tokenizer of {size} on up to {settings.tokenizer_megabytes} MB of the corpus")
@@ -188,21 +188,13 @@ def make_plan(settings: BuildSettings, content: dict[str, Any], work: Work, say:
             tokenizer = load_tokenizer(settings.tokenizer)
         unfinished = work.scratch(".tokenizer.tmp")
         tokenizer.save_pretrained(unfinished)
-        os.rename(unfinished, tokenizer_folder)
-    index = work.scratch("generations.sqlite")
-    if settings.generations and not index.exists():
-        counts = index_generations(settings.generations, index)
+        os.rename(unfinished, plan.tokenizer_folder)
+    if settings.generations and not plan.generations.exists():
+        counts = index_generations(settings.generations, plan.generations)
         passages = counts.pop("passages")
         found = ", ".join(f"{name} for {count:,}" for name, count in counts.items())
         say(f"Generations for {passages:,} passages: {found}")
-    return TaskPlan(
-        format=settings.format,
-        path=settings.path,
-        tokenizer=str(tokenizer_folder),
-        generations=str(index) if settings.generations else "",
-        work=work,
-        content=content,
-    )
+    return plan
 
 
 def sample_texts(settings: BuildSettings, tasks: int) -> Iterator[str]:

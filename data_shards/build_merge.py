@@ -37,8 +37,8 @@ def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str
         counts.update(result["counts"])
         for split in SPLITS:
             fields[split].update(result["fields"][split])
-    if plan.generations:
-        with closing(Generations(Path(plan.generations))) as generations:
+    if plan.generations.exists():
+        with closing(Generations(plan.generations)) as generations:
             counts["unknown_generations"] = generations.counts["passages"] - counts["joined_generations"]
     entries = [ShardEntry.from_json(shard) for result in results for shard in result["shards"]]
     shards = [shard for split in SPLITS for shard in entries if shard.split == split]
@@ -48,7 +48,7 @@ def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str
             "empty passages): check the path and the format"
         )
     check_duplicates(plan, shards)
-    tokenizer = load_tokenizer(plan.tokenizer)
+    tokenizer = load_tokenizer(str(plan.tokenizer_folder))
     counter = StatisticsCounter(len(tokenizer), plan.content["num_buckets"])
     for task in range(plan.num_tasks):
         counter.add_statistics(Statistics.from_bytes(plan.task_file(task, "statistics.npz").read_bytes()))

@@ -171,7 +171,7 @@ class ShardWriter:
 
     A block closes at the first document boundary at or beyond `block_samples` samples; a document that would stretch a
     block to twice that is cut there, and `num_lost_neighbours` counts the pair that the cut parts. A shard closes at
-    the first block boundary at or beyond `shard_bytes`. `counter`, if given, counts every block.
+    the first block boundary at or beyond `shard_bytes`. `counter` counts the training split's blocks.
     """
 
     def __init__(
@@ -179,20 +179,16 @@ class ShardWriter:
         folder: Path,
         split: str,
         task: int,
-        vocab_size: int,
+        counter: StatisticsCounter,
         block_samples: int,
         shard_bytes: int,
-        counter: StatisticsCounter | None,
     ):
         self.num_lost_neighbours = 0
         self.field_counts = Counter(passage=0, next=0, queries=0, continuation=0)
         self.field_tokens = Counter(dict.fromkeys(FIELDS, 0))
         self.shards: list[ShardEntry] = []
-        self._folder, self._split, self._task = folder, split, task
-        self._vocab_size = vocab_size
-        self._block_samples = block_samples
-        self._shard_bytes = shard_bytes
-        self._counter = counter
+        self._folder, self._split, self._task, self._counter = folder, split, task, counter
+        self._block_samples, self._shard_bytes = block_samples, shard_bytes
         self._pending: list[Sample] = []
         self._tar: tarfile.TarFile | None = None
 
@@ -215,13 +211,13 @@ class ShardWriter:
             self._close_shard()
 
     def _close_block(self) -> None:
-        data = encode_block(self._pending, self._vocab_size)
+        data = encode_block(self._pending, len(self._counter.token_counts))
         block = decode_block(data, check=False)
         for name, lengths in zip(block.fields, block.lengths):
             self.field_counts[name] += int((lengths > 0).sum())
             self.field_tokens[name] += int(lengths.sum(dtype=np.int64))
         self.field_counts["next"] += int(block.has_next.sum())
-        if self._counter is not None:
+        if self._split == "train":
             self._counter.add_block(block)
         ids = "\n".join(sample.passage_id for sample in self._pending).encode()
         assert ids.count(b"\n") == len(self._pending) - 1, "a passage id holds no line break"
@@ -263,6 +259,11 @@ class ShardWriter:
         self.shards.append(entry)
 
 
+def open_writers(folder: Path, task: int, counter: StatisticsCounter, **limits: int) -> dict[str, ShardWriter]:
+    """A task's writer for each split. limits: block_samples, shard_bytes."""
+    return {split: ShardWriter(folder, split, task, counter, **limits) for split in SPLITS}
+
+
 def write_shard_set(
     folder: str | Path,
     tokenizer_folder: str | Path,
@@ -285,21 +286,18 @@ def write_shard_set(
     folder = Path(folder)
     tokenizer = load_tokenizer(str(tokenizer_folder))
     counter = StatisticsCounter(len(tokenizer), num_buckets)
-    writers = {}
+    writers = open_writers(folder, 0, counter, block_samples=block_samples, shard_bytes=shard_bytes)
     with full_disk_is_named(folder):
-        for split, documents in zip(SPLITS, (train, heldout)):
-            writers[split] = ShardWriter(
-                folder, split, 0, len(tokenizer), block_samples, shard_bytes, counter if split == "train" else None
-            )
+        for writer, documents in zip(writers.values(), (train, heldout), strict=True):
             for samples in documents:
-                writers[split].add_document(samples)
-            writers[split].close()
+                writer.add_document(samples)
+            writer.close()
         return finish_shard_set(
             folder,
             tokenizer,
             counter,
-            shards=[shard for split in SPLITS for shard in writers[split].shards],
-            fields={split: dict(writers[split].field_counts) for split in SPLITS},
+            shards=[shard for writer in writers.values() for shard in writer.shards],
+            fields={split: dict(writer.field_counts) for split, writer in writers.items()},
             max_tokens=max_tokens,
             settings={"block_samples": block_samples, "shard_bytes": shard_bytes, "num_buckets": num_buckets},
             counts={"lost_neighbours": sum(writer.num_lost_neighbours for writer in writers.values())},

@@ -460,10 +460,7 @@ def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_querie
     for document, passages, _ in make_samples(split_documents(documents, tokenizer, 64), tokenizer, None, Counter()):
         split = "heldout" if is_held_out(document.doc_id, 0.3) else "train"
         kept[split] += [{"passage_id": p.passage_id, "text": p.text, "query": p.query} for p in passages]
-    plan = TaskPlan(
-        format="python_docs", path="corpus", tokenizer="", generations="", work=Work(tmp_path, tmp_path),
-        content={"tasks": 1, "pairs": True},
-    )  # fmt: skip
+    plan = TaskPlan("corpus", Work(tmp_path, tmp_path), {"tasks": 1, "pairs": True})
     plan.work.scratch("tasks").mkdir(parents=True)
     for split, rows in kept.items():
         plan.task_file(0, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
