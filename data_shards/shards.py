@@ -230,24 +230,20 @@ class Manifest:
         remedy = "copy the shard set again, or build it with --remake"
         try:
             content = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON ({error}): {remedy}") from None
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise DataError(f"{path} is not a quincunx manifest: give the folder that build_shards.py wrote")
-        version = content.get("schema_version")
-        if not isinstance(version, int) or version > SCHEMA_VERSION:
-            raise DataError(
-                f"{path} has schema version {version}, this quincunx reads up to {SCHEMA_VERSION}: update quincunx, "
-                "or build the shards with this version and --remake"
-            )
-        try:
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+                raise DataError(f"{path} is not a quincunx manifest: give the folder that build_shards.py wrote")
+            if content["schema_version"] > SCHEMA_VERSION:
+                raise DataError(
+                    f"{path} has schema version {content['schema_version']}, this quincunx reads up to "
+                    f"{SCHEMA_VERSION}: update quincunx, or build the shards with this version and --remake"
+                )
             stated_id = content.pop("dataset_id")
             content["shards"] = tuple(map(ShardEntry.from_json, content["shards"]))
             for name in ("tokenizer_files", "sources"):
                 content[name] = tuple(FileEntry(**entry) for entry in content[name])
             content["statistics"] = FileEntry(**content["statistics"])
             manifest = Manifest(**content)
-        except (KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}): {remedy}") from None
         if manifest.dataset_id != stated_id:
             raise DataError(f"{path} does not match its own dataset id {stated_id}: it was edited or damaged; {remedy}")
@@ -349,22 +345,22 @@ class ShardSet:
             split: [(s.name, i, block) for s in manifest.shards if s.split == split for i, block in enumerate(s.blocks)]
             for split in SPLITS
         }
-        statistics, *tokenizer_files = [
-            self._read(name, name, 0, entry.bytes, entry.digest)
+        statistics, *tokenizer_files = (
+            (entry.name, self._read(name, name, 0, entry.bytes, entry.digest))
             for name, entry in manifest.files.items()
             if isinstance(entry, FileEntry)
-        ]
-        self.statistics = Statistics.from_bytes(statistics)
-        if len(self.statistics.token_counts) != manifest.vocab_size:
+        )
+        self.statistics = Statistics.from_bytes(statistics[1])
+        if (counted := len(self.statistics.token_counts)) != manifest.vocab_size:
             raise DataError(
-                f"{self.path}/{manifest.statistics.name} counts a vocabulary of {len(self.statistics.token_counts)}, "
-                f"the manifest says {manifest.vocab_size}: build the shards again"
+                f"{self.path}/{manifest.statistics.name} counts a vocabulary of {counted}, the manifest says "
+                f"{manifest.vocab_size}: build the shards again"
             )
         folder = files.folder / TOKENIZER_FOLDER if files.folder else files.cache / f"tokenizer-{manifest.dataset_id}"
         if not files.folder:
             folder.mkdir(exist_ok=True)
-            for entry, content in zip(manifest.tokenizer_files, tokenizer_files, strict=True):
-                write_at_once(folder / entry.name, content)
+            for name, content in tokenizer_files:
+                write_at_once(folder / name, content)
         self.tokenizer_folder = str(folder)
 
     def num_blocks(self, split: str) -> int:
