@@ -74,7 +74,7 @@ class Packer:
         self.vocabulary = _vocabulary(self.shard_sets)
         self.vocab_size = self.vocabulary.size
         self.seeds = np.array([dataset_seed(seed, dataset) for dataset in range(len(shard_sets))], np.int64)
-        self.block_starts = [np.cumsum([0, *shard_set.block_samples(split)]) for shard_set in shard_sets]
+        self.block_starts = [np.append(0, np.cumsum(shard_set.block_samples(split))) for shard_set in shard_sets]
         self.texts = list(dict.fromkeys(["passage", "next", *(task.kind.field for task in tasks)]))
         self.texts_wanted = {"passage", *(field_of(task.name, neighbour) for task in tasks)}
 

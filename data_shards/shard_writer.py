@@ -305,18 +305,11 @@ def write_shard_set(
 
 
 def finish_shard_set(
-    folder: Path,
-    tokenizer,
-    counter: StatisticsCounter,
-    *,
-    shards: list[ShardEntry],
-    fields: dict[str, dict[str, int]],
-    max_tokens: int,
-    settings: dict,
-    counts: dict[str, int],
-    sources: Iterable[FileEntry] = (),
+    folder: Path, tokenizer: Any, counter: StatisticsCounter, *, shards: list[ShardEntry], **content: Any
 ) -> Manifest:
     """Writes tokenizer, statistics and, last, the manifest beside shards that are already in `folder`.
+
+    content: the manifest's fields, max_tokens, settings, counts and sources.
 
     Raises DataError if no shard is of the train split.
     """
@@ -332,13 +325,9 @@ def finish_shard_set(
         ),
         vocab_size=len(tokenizer),
         special_ids=special_ids(tokenizer),
-        max_tokens=max_tokens,
-        fields=fields,
         shards=tuple(shards),
         statistics=write_file(folder / "statistics.npz", counter.to_bytes()),
-        sources=tuple(sources),
-        settings=settings,
-        counts=counts,
+        **content,
     )
     write_file(folder / MANIFEST_NAME, manifest_text(manifest).encode())
     sync_folder(folder)
