@@ -28,7 +28,7 @@ import xxhash
 
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.records import Document, Input, ReadReport
-from quincunx.data_shards.sentences import sentence_starts
+from quincunx.data_shards.words import sentence_starts
 
 STDLIB = "stdlib"
 INSTALLED = "installed"
