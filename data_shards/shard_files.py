@@ -24,7 +24,7 @@ class Files:
 
     root    as it was given, without file://
     folder  the folder, None for a URL
-    cache   folder of the cached bytes of a URL
+    cache   folder of the cached bytes of a URL, None for a folder
     """
 
     def __init__(self, root: str, cache_dir: str | None = None, cache_bytes: int = 0):
@@ -32,18 +32,19 @@ class Files:
 
         self.root = root.removeprefix("file://").rstrip("/")
         self.folder = None if "://" in self.root else Path(self.root)
-        self.cache = Path(cache_dir or os.environ.get("QUINCUNX_CACHE") or Path.home() / ".cache" / "quincunx")
-        self.cache_bytes = cache_bytes
+        self.cache, self.cache_bytes = None, cache_bytes
         self._lock = threading.Lock()
         self._unscanned_bytes = 0
         try:
             self._file_system, self._prefix = fsspec.url_to_fs(self.root)
-            if not self.folder:
-                self.cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(f"cache_dir {self.cache} cannot be made ({error.strerror})") from None
         except (ImportError, ValueError) as error:
             raise SettingsError(f"{root} cannot be opened: {error}") from None
+        if not self.folder:
+            self.cache = Path(cache_dir or os.environ.get("QUINCUNX_CACHE") or Path.home() / ".cache" / "quincunx")
+            try:
+                self.cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SettingsError(f"cache_dir {self.cache} cannot be made ({error.strerror})") from None
 
     def read(self, name: str, offset: int, size: int, digest: str) -> bytes:
         """Bytes [offset, offset + size) of a file, of the given xxh3_64 (16 hex digits) or xxh3_128 (32).
@@ -52,8 +53,8 @@ class Files:
             DataError: the file is missing or cannot be read, or has other bytes. The message goes on from its name.
         """
         digest_of = xxhash.xxh3_64_hexdigest if len(digest) == 16 else xxhash.xxh3_128_hexdigest
-        cached = self.cache / f"{digest}-{size}"
-        if not self.folder:
+        cached = self.cache and self.cache / f"{digest}-{size}"
+        if cached:
             with contextlib.suppress(OSError):  # not there, or evicted by another process meanwhile
                 data = cached.read_bytes()
                 if digest_of(data) == digest:
@@ -66,7 +67,7 @@ class Files:
             data = data[offset : offset + size]
         if digest_of(data) != digest:
             raise DataError("does not match its digest")
-        if not self.folder and size <= self.cache_bytes:
+        if cached and size <= self.cache_bytes:
             try:
                 self._make_room(size)
                 write_at_once(cached, data)
