@@ -15,7 +15,6 @@ from quincunx.data_shards.shards import FIELDS, open_shards
 from quincunx.data_shards.tasks import GENERATED, TASKS, TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.verify import verify_shards
-from quincunx.data_shards.webdataset_decoder import decode_member
 
 MODULE = """
 from quincunx.data_shards.tasks import GENERATED, TASKS, TaskKind
@@ -49,7 +48,8 @@ def built(summaries, tmp_path, tokenizer_folder):
 
 
 def test_a_new_field_is_stored_by_name_and_decoded_beside_sets_that_lack_it(built, shard_set):
-    assert built.read_block("train", 0).fields == (*FIELDS, "summary")
+    block = built.read_block("train", 0)
+    assert block.fields == (*FIELDS, "summary") and not len(block.text("keywords", 0).token_ids)
     assert built.manifest.fields["train"] == {"passage": 30, "next": 0, "queries": 0, "continuation": 0, "summary": 15}
     assert not verify_shards(built.path).damaged
     packer = Packer(
@@ -78,14 +78,3 @@ def test_sets_without_the_new_field_keep_their_bytes_and_are_named_if_a_task_nee
     assert make_shard_set(1, 150).manifest.dataset_id == shard_set.manifest.dataset_id
     with pytest.raises(SettingsError, match=r"sdr \(summary decoding\), .*'summary': run .*--task summary"):
         shares_served([shard_set.manifest.fields["train"]], [1], ["sdr"], "next")
-
-
-def test_a_block_with_a_new_field_is_whole_or_refused(built):
-    shard = built.manifest.shards[0]
-    entry = shard.blocks[0]
-    with open(f"{built.path}/{shard.name}", "rb") as file:
-        file.seek(entry.offset)
-        data = file.read(entry.size)
-    block = decode_member("x.block", data)
-    assert len(block.text("summary", 0).token_ids) == 2 and len(block.text("keywords", 0).token_ids) == 0
-    assert decode_member("x.txt", data) is None
