@@ -29,10 +29,9 @@ from pathlib import Path
 import numpy as np
 import webdataset as wds
 
-from quincunx.data_shards.block import Text
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
-from quincunx.data_shards.shards import ShardSet, open_shards
+from quincunx.data_shards.shards import ShardSet, Text, open_shards
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.data_shards.webdataset_decoder import decode_member, split_blocks
 

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from quincunx.data_shards.block import Text
-from quincunx.data_shards.masks import DRAWS, PASSAGE, TEXT_INDEX, UNIFORM, pack_enhanced, pack_masked
+from quincunx.data_shards.masks import DRAWS, PASSAGE, UNIFORM, pack_enhanced, pack_masked
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
-from quincunx.data_shards.shards import ShardSet, open_shards
+from quincunx.data_shards.shards import ShardSet, Text, open_shards
 from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec
 
@@ -104,7 +103,7 @@ def measure_recipe(folder: str, recipe: str, batch_size: int, repeat: int) -> di
         ],
     }
     for task in packer.tasks:
-        text, code, draw = TEXT_INDEX[task.kind.field], task.kind.code, DRAWS[task.kind.draw]
+        text, code, draw = packer.texts.index(task.kind.field), task.kind.code, DRAWS[task.kind.draw]
         if task.decoder == "enhanced":
             parts[task.name] = lambda text=text, code=code, draw=draw: [
                 pack_enhanced(batch, packer.vocabulary, text, code, draw, 0.5, hidden) for batch in texts

@@ -99,23 +99,23 @@ class Work:
 
         Raises DataError if none comes for `patience_seconds`.
         """
-        missing, since, reported = set(range(self.num_parts)), time.monotonic(), time.monotonic()
-        while missing:
-            left, now = {number for number in missing if not self.is_done(number)}, time.monotonic()
+        missing = set(range(self.num_parts))
+        give_up_at, report_at = time.monotonic() + patience_seconds, time.monotonic() + REPORT_SECONDS
+        while left := {number for number in missing if not self.is_done(number)}:
+            now = time.monotonic()
             if len(left) < len(missing):
-                since = now
-            elif now - since > patience_seconds:
+                give_up_at = now + patience_seconds
+            if now > give_up_at:
                 ranks = sorted({number % self.world_size for number in left})
                 raise DataError(
                     f"{len(left)} of {self.num_parts} parts of {self.path} are missing (of ranks {ranks}), and none "
                     f"came for {patience_seconds:.0f} s: run the same command again, which makes the missing parts only"
                 )
+            if now > report_at:
+                print(f"waiting for {len(left)} of {self.num_parts} parts of other ranks", file=sys.stderr)
+                report_at = now + REPORT_SECONDS
             missing = left
-            if missing:
-                if now - reported > REPORT_SECONDS:
-                    print(f"waiting for {len(missing)} of {self.num_parts} parts of other ranks", file=sys.stderr)
-                    reported = now
-                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         return [self.part_file(number) for number in range(self.num_parts)]
 
     def file(self, name: str = "", mode: str = "w") -> contextlib.AbstractContextManager[IO[Any]]:
@@ -135,36 +135,30 @@ class Work:
     def _note(self, number: int) -> Path:
         return self.folder / "scratch" / f"part-{number:05d}.json"
 
-    def finish(self, kind: str, made_from: Mapping[str, Any], own_manifest: bool) -> None:
+    def finish(self, begun: Mapping[str, Any], own_manifest: bool) -> None:
         """Gives the artefact its manifest, unless its maker has written its own, and its name."""
         made = self.folder / "made"
         for left in made.rglob(".*.tmp*"):  # of processes that were killed
             left.unlink()
-        text = "" if own_manifest else self._manifest(kind, made_from)
+        files = {} if own_manifest else self._list_files(made)
         if self.single:
             os.replace(made / self.path.name, self.path)
             sync_folder(self.path.parent)
         if not own_manifest:
+            manifest = {"schema": SCHEMA_VERSION, **begun, "details": self.details, "files": files}
             with written_whole(manifest_path(self.path) if self.single else made / MANIFEST) as file:
-                file.write(text)
+                file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         if not self.single:
             publish(made, self.path)
         sync_folder(self.path.parent)
         (self.folder / BEGUN).unlink(missing_ok=True)  # first, so that nothing goes on with a half of what follows
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _manifest(self, kind: str, made_from: Mapping[str, Any]) -> str:
-        """The text of manifest.json for what is made."""
-        made = self.folder / "made"
-        files = {
-            str(path.relative_to(made)): {"bytes": path.stat().st_size, "digest": file_digest(path)}
-            for path in sorted(made.rglob("*"))
-            if path.is_file() and path != made / MANIFEST
+    def _list_files(self, made: Path) -> dict[str, dict[str, Any]]:
+        paths = [path for path in sorted(made.rglob("*")) if path.is_file() and path != made / MANIFEST]
+        return {
+            str(path.relative_to(made)): {"bytes": path.stat().st_size, "digest": file_digest(path)} for path in paths
         }
-        manifest = {
-            "schema": SCHEMA_VERSION, "kind": kind, "made_from": made_from, "details": self.details, "files": files,
-        }  # fmt: skip
-        return json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -190,14 +184,12 @@ def artefact(
             cannot be written.
         DataError: a full disk; an artefact that has lost a file.
     """
-    path = Path(path)
-    made_from = json.loads(json.dumps(made_from))
-    folder = work_folder(path)
+    path, folder = Path(path), work_folder(Path(path))
+    begun = {"kind": kind, "made_from": json.loads(json.dumps(made_from))}
+    read = read_own or functools.partial(read_manifest, single=single)
     if remake and rank == 0:
         move_aside(path, folder)
-    begun = {"kind": kind, "made_from": made_from}
-    read = read_own or functools.partial(read_manifest, single=single)
-    if not is_made(path, kind, made_from, single, read, begun=read_begun(folder) == begun):
+    if not is_made(path, begun, read, single):
         try:
             (folder / "made").mkdir(parents=True, exist_ok=True)
             (folder / "scratch").mkdir(exist_ok=True)
@@ -205,7 +197,7 @@ def artefact(
             raise cannot_write(path, error) from None
         with full_disk_is_named(path.parent), held(folder, path) if rank == 0 else contextlib.nullcontext():
             found = take_up(path, folder, begun, rank)
-            if not is_made(path, kind, made_from, single, read, begun=found == begun):  # by another process meanwhile
+            if not is_made(path, begun, read, single):  # by another process meanwhile
                 if found is None:
                     own = folder / f"begun-by-{rank}.json"  # all ranks write the same, and none waits for another
                     with written_whole(own) as file:
@@ -219,7 +211,7 @@ def artefact(
                         shutil.rmtree(folder, ignore_errors=True)
                     raise
                 if work.leads and not work.left_unfinished:
-                    work.finish(kind, made_from, own_manifest=read_own is not None)
+                    work.finish(begun, own_manifest=read_own is not None)
                 return
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -300,30 +292,21 @@ def read_manifest(path: Path, single: bool) -> dict[str, Any] | None:
     return manifest
 
 
-def is_made(
-    path: Path,
-    kind: str,
-    made_from: Mapping[str, Any],
-    single: bool,
-    read: Callable[[Path], dict[str, Any] | None],
-    begun: bool,
-) -> bool:
-    """Whether the artefact is there, with its files.
-
-    read: gives its manifest. begun: this very work was begun before, so that a file without manifest is its own.
-    """
+def is_made(path: Path, begun: dict[str, Any], read: Callable[[Path], dict[str, Any] | None], single: bool) -> bool:
+    """Whether the artefact is there, with its files; `read` gives its manifest."""
     if not path.exists() and not manifest_path(path).exists():
         return False
     manifest = read(path)
     if manifest is None:
-        if begun or (path.is_dir() and not any(path.iterdir())):
-            return False
+        if read_begun(work_folder(path)) == begun or (path.is_dir() and not any(path.iterdir())):
+            return False  # a file whose manifest is still to come, or an empty folder
         raise SettingsError(f"{path} is there already, and no stage made it: remove it, or give another --output")
-    check_files(path, kind, manifest, single)
-    if manifest["made_from"] != made_from:
+    check_files(path, begun["kind"], manifest, single)
+    if manifest["made_from"] != begun["made_from"]:
         raise SettingsError(
-            f"{path} is there already and was made otherwise ({differences(manifest['made_from'], made_from)}): give "
-            "another --output, or --remake to make it anew"
+            f"{path} is there already and was made otherwise "
+            f"({differences(manifest['made_from'], begun['made_from'])}): give another --output, or --remake to make "
+            "it anew"
         )
     return True
 
@@ -368,18 +351,18 @@ def move_aside(path: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def held(folder: Path, path: Path) -> Iterator[None]:
     """The lock of an artefact in the making. Raises SettingsError if another process keeps it."""
-    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS  # a process that was killed may still be dying
     with open(folder / "lock", "a") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except OSError as error:
-                if error.errno not in CANNOT_LOCK:
-                    if time.monotonic() < deadline:  # a process that was killed may still be dying
-                        time.sleep(POLL_SECONDS)
-                        continue
+                if error.errno in CANNOT_LOCK:
+                    break
+                if time.monotonic() > deadline:
                     raise SettingsError(
                         f"{path} is being made by another process: wait for it, or stop it first"
                     ) from None
-            break
+                time.sleep(POLL_SECONDS)
         yield

@@ -22,18 +22,17 @@ from typing import Any
 from tqdm import tqdm
 
 from quincunx.data_shards.artefact import BEGUN, Work, artefact, read_begun, work_folder
-from quincunx.data_shards.block import VERSION as BLOCK_VERSION
 from quincunx.data_shards.build_merge import merge_tasks
 from quincunx.data_shards.build_settings import TRAIN_PREFIX, BuildSettings
 from quincunx.data_shards.build_task import TaskPlan, run_task
 from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.generations import index_generations, list_generation_files
-from quincunx.data_shards.manifest import MANIFEST_NAME, SCHEMA_VERSION, TOKENIZER_FOLDER, FileEntry, Manifest
 from quincunx.data_shards.passages import document_texts
 from quincunx.data_shards.readers import list_inputs, read_documents
 from quincunx.data_shards.records import Input
-from quincunx.data_shards.shards import LocalFiles, read_manifest
+from quincunx.data_shards.shard_files import Files
+from quincunx.data_shards.shards import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, read_manifest
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.data_shards.tokenizer_training import train_wordpiece
 
@@ -68,7 +67,7 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
         keep_tasks_without_bad_records(output, made_from)
     with artefact(output, KIND, made_from, remake=settings.remake, read_own=read_made_from) as work:
         if work is None:
-            manifest = read_manifest(LocalFiles(settings.output))
+            manifest = read_manifest(Files(settings.output))
             say(f"{output} already holds this shard set, complete (dataset id {manifest.dataset_id}): nothing to do")
             return manifest
         plan = make_plan(settings, content, work, say)
@@ -108,7 +107,7 @@ def identify(settings: BuildSettings, inputs: list[Input]) -> tuple[dict[str, An
         "shard_bytes": settings.shard_bytes,
         "num_buckets": settings.num_buckets,
         "num_generation_files": len(files),
-        "block_version": BLOCK_VERSION,
+        "block_version": 1,
         "schema_version": SCHEMA_VERSION,
     } | ({"pairs": True} if settings.pairs else {})  # absent otherwise: sets from before it keep their identity
     return content, content | {
@@ -123,13 +122,10 @@ def read_made_from(output: Path) -> dict[str, Any] | None:
     Raises:
         DataError: a manifest that is damaged, foreign or of a newer version.
     """
-    files = LocalFiles(str(output))
-    if files.read_all(MANIFEST_NAME) is None:
+    if not (output / MANIFEST_NAME).exists():
         return None
-    manifest = read_manifest(files)
+    manifest = read_manifest(Files(str(output)))
     given = manifest.settings.get("tokenizer") == "given"
-    entries = {entry.name: entry for entry in (*manifest.shards, manifest.statistics)}
-    entries |= {f"{TOKENIZER_FOLDER}/{entry.name}": entry for entry in manifest.tokenizer_files}
     return {
         "kind": KIND,
         "made_from": manifest.settings
@@ -137,7 +133,7 @@ def read_made_from(output: Path) -> dict[str, Any] | None:
             "corpus": [asdict(source) for source in manifest.sources],
             "tokenizer_digest": manifest.tokenizer_digest if given else "",
         },
-        "files": {name: {"bytes": entry.bytes, "digest": entry.digest} for name, entry in entries.items()},
+        "files": {name: {"bytes": entry.bytes, "digest": entry.digest} for name, entry in manifest.files.items()},
     }
 
 
@@ -182,8 +178,8 @@ def keep_tasks_without_bad_records(output: Path, made_from: dict[str, Any]) -> N
 
 def make_plan(settings: BuildSettings, content: dict[str, Any], work: Work, say: Callable[[str], None]) -> TaskPlan:
     """Makes the tokenizer, trained if the settings ask for it, and the index of generated texts; returns the plan."""
-    tokenizer_folder = work.scratch("tokenizer")
-    if not tokenizer_folder.exists():
+    plan = TaskPlan(settings.path, work, content)
+    if not plan.tokenizer_folder.exists():
         if settings.tokenizer.startswith(TRAIN_PREFIX):
             size = int(settings.tokenizer.removeprefix(TRAIN_PREFIX))
             say(f"Training a WordPiece tokenizer of {size} on up to {settings.tokenizer_megabytes} MB of the corpus")
@@ -192,22 +188,13 @@ def make_plan(settings: BuildSettings, content: dict[str, Any], work: Work, say:
             tokenizer = load_tokenizer(settings.tokenizer)
         unfinished = work.scratch(".tokenizer.tmp")
         tokenizer.save_pretrained(unfinished)
-        os.rename(unfinished, tokenizer_folder)
-    index = work.scratch("generations.index")
-    if settings.generations and not index.exists():
-        counts = index_generations(settings.generations, index)
-        say(
-            f"Generations for {counts.passages:,} passages: queries for {counts.queries:,}, "
-            f"a continuation for {counts.continuation:,}"
-        )
-    return TaskPlan(
-        format=settings.format,
-        path=settings.path,
-        tokenizer=str(tokenizer_folder),
-        generations=str(index) if settings.generations else "",
-        work=work,
-        content=content,
-    )
+        os.rename(unfinished, plan.tokenizer_folder)
+    if settings.generations and not plan.generations.exists():
+        counts = index_generations(settings.generations, plan.generations)
+        passages = counts.pop("passages")
+        found = ", ".join(f"{name} for {count:,}" for name, count in counts.items())
+        say(f"Generations for {passages:,} passages: {found}")
+    return plan
 
 
 def sample_texts(settings: BuildSettings, tasks: int) -> Iterator[str]:
@@ -307,8 +294,7 @@ def run_on_ray(plan: TaskPlan, settings: BuildSettings, num_missing: int) -> boo
     executor = RayPipelineExecutor(
         [TaskStep(plan)], plan.num_tasks, settings.workers or -1, logging_dir=plan.datatrove_folder
     )
-    with datatrove_logs_to_a_file(plan):
-        executor.run()
+    executor.run()
     raise_errors(plan)
     if not all(plan.work.is_done(task) for task in range(plan.num_tasks)):
         raise DataError(f"tasks ended without a result: see {plan.datatrove_folder}, and run the same command again")
@@ -343,8 +329,7 @@ def submit_to_slurm(plan: TaskPlan, settings: BuildSettings, num_missing: int) -
             sbatch_args={key: value for key, value in arguments.items() if key not in ("partition", "time")},
             logging_dir=plan.datatrove_folder,
         )
-        with datatrove_logs_to_a_file(plan):
-            executor.run()
+        executor.run()
     except FileNotFoundError as error:
         raise SettingsError(f"executor slurm needs {error.filename} on this machine: give --executor local") from None
     except subprocess.CalledProcessError as error:
@@ -355,18 +340,3 @@ def submit_to_slurm(plan: TaskPlan, settings: BuildSettings, num_missing: int) -
     job_file.write_text(str(executor.job_id))
     print(f"Submitted {num_missing} tasks as Slurm job {executor.job_id}.")
     return False
-
-
-@contextlib.contextmanager
-def datatrove_logs_to_a_file(plan: TaskPlan) -> Iterator[None]:
-    """datatrove's messages of this process go to a file instead of the terminal."""
-    from datatrove.utils.logging import logger
-
-    Path(plan.datatrove_folder).mkdir(exist_ok=True)
-    with open(Path(plan.datatrove_folder, "build.log"), "a") as log, contextlib.redirect_stderr(log):
-        logger.remove()
-        logger.add(log)
-        try:
-            yield
-        finally:
-            logger.remove()

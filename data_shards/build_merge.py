@@ -18,9 +18,8 @@ import numpy as np
 from quincunx.data_shards.build_task import TaskPlan, id_hash
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.generations import Generations
-from quincunx.data_shards.manifest import BUILD_NAME, SPLITS, FileEntry, Manifest, ShardEntry, shard_from_json
 from quincunx.data_shards.shard_writer import StatisticsCounter, finish_shard_set, write_file
-from quincunx.data_shards.shards import Statistics
+from quincunx.data_shards.shards import SPLITS, FileEntry, Manifest, ShardEntry, Statistics
 from quincunx.data_shards.tokenizer import load_tokenizer
 
 
@@ -38,10 +37,10 @@ def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str
         counts.update(result["counts"])
         for split in SPLITS:
             fields[split].update(result["fields"][split])
-    if plan.generations:
-        with closing(Generations(Path(plan.generations))) as generations:
-            counts["unknown_generations"] = generations.counts.passages - counts["joined_generations"]
-    entries = [shard_from_json(shard) for result in results for shard in result["shards"]]
+    if plan.generations.exists():
+        with closing(Generations(plan.generations)) as generations:
+            counts["unknown_generations"] = generations.counts["passages"] - counts["joined_generations"]
+    entries = [ShardEntry.from_json(shard) for result in results for shard in result["shards"]]
     shards = [shard for split in SPLITS for shard in entries if shard.split == split]
     if not shards:
         raise DataError(
@@ -49,7 +48,7 @@ def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str
             "empty passages): check the path and the format"
         )
     check_duplicates(plan, shards)
-    tokenizer = load_tokenizer(plan.tokenizer)
+    tokenizer = load_tokenizer(str(plan.tokenizer_folder))
     counter = StatisticsCounter(len(tokenizer), plan.content["num_buckets"])
     for task in range(plan.num_tasks):
         counter.add_statistics(Statistics.from_bytes(plan.task_file(task, "statistics.npz").read_bytes()))
@@ -58,7 +57,7 @@ def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str
         write_probe(plan, plan.shards_folder / "probe")
     if plan.content.get("pairs"):
         record["pairs"] = write_pairs(plan, plan.shards_folder / "pairs")
-    write_file(plan.shards_folder / BUILD_NAME, (json.dumps(record, indent=1) + "\n").encode())
+    write_file(plan.shards_folder / "build.json", (json.dumps(record, indent=1) + "\n").encode())
     return finish_shard_set(
         plan.shards_folder,
         tokenizer,

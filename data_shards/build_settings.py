@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from quincunx.data_shards.manifest import DEFAULT_BLOCK_SAMPLES, DEFAULT_NUM_BUCKETS, DEFAULT_SHARD_BYTES
 from quincunx.data_shards.setting import setting
 
 TRAIN_PREFIX = "train:"
@@ -51,11 +50,11 @@ class BuildSettings:
     """Time limit of one task under Slurm."""
     slurm_args: list[str] = setting([])
     """Further sbatch arguments as key=value, like account=lab or mem_per_cpu_gb=8."""
-    block_samples: int = setting(DEFAULT_BLOCK_SAMPLES, low=1)
+    block_samples: int = setting(1024, low=1)
     """Samples of a block, the unit of reading and shuffling."""
-    shard_bytes: int = setting(DEFAULT_SHARD_BYTES, low=1)
+    shard_bytes: int = setting(256 * 2**20, low=1)
     """A shard closes at the first block boundary beyond this many bytes."""
-    num_buckets: int = setting(DEFAULT_NUM_BUCKETS, low=1)
+    num_buckets: int = setting(2**20, low=1)
     """Slots for the document frequencies of words of several tokens, a power of two."""
     tokenizer_megabytes: int = setting(32, low=1)
     """Text that a tokenizer is trained on, in MB, taken evenly from the corpus."""

@@ -18,13 +18,13 @@ import numpy as np
 import xxhash
 
 from quincunx.data_shards.artefact import Work
-from quincunx.data_shards.block import FIELDS, Text
 from quincunx.data_shards.durable import full_disk_is_named
 from quincunx.data_shards.generations import Generations
-from quincunx.data_shards.manifest import SPLITS, shard_to_json
 from quincunx.data_shards.passages import Passage, read_passages
 from quincunx.data_shards.records import Document, ReadReport
-from quincunx.data_shards.shard_writer import Sample, ShardWriter, StatisticsCounter, write_file
+from quincunx.data_shards.shard_writer import Sample, StatisticsCounter, open_writers, shard_to_json, write_file
+from quincunx.data_shards.shards import SPLITS, Text
+from quincunx.data_shards.tasks import GENERATED
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.words import tokenize
 
@@ -34,20 +34,16 @@ if TYPE_CHECKING:
 BATCH_DOCUMENTS = 64
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TaskPlan:
     """What every task of a build needs.
 
-    tokenizer    folder of the set's tokenizer
-    generations  index file of the generated texts, or ""
-    work         the shard set in the making: shards go to its folder, the rest to its scratch folder
-    content      the settings that decide the shards' bytes (build.py), which the manifest will carry
+    path     the corpus
+    work     the shard set in the making: shards go to its folder, the rest to its scratch folder
+    content  the settings that decide the shards' bytes (build.py), which the manifest will carry
     """
 
-    format: str
     path: str
-    tokenizer: str
-    generations: str
     work: Work
     content: dict[str, Any]
 
@@ -58,6 +54,15 @@ class TaskPlan:
     @property
     def shards_folder(self) -> Path:
         return self.work.folder / "made"
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        return self.work.scratch("tokenizer")
+
+    @property
+    def generations(self) -> Path:
+        """The index of generated texts; it is there if any were given."""
+        return self.work.scratch("generations.sqlite")
 
     @property
     def datatrove_folder(self) -> str:
@@ -79,23 +84,14 @@ def run_task(plan: TaskPlan, task: int) -> None:
         return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core's work; tasks run beside each other
     content = plan.content
-    tokenizer = load_tokenizer(plan.tokenizer)
+    tokenizer = load_tokenizer(str(plan.tokenizer_folder))
     report = ReadReport()
     counter = StatisticsCounter(len(tokenizer), content["num_buckets"])
-    writers = {
-        split: ShardWriter(
-            plan.shards_folder,
-            split,
-            task,
-            len(tokenizer),
-            content["block_samples"],
-            content["shard_bytes"],
-            counter if split == "train" else None,
-        )
-        for split in SPLITS
-    }
+    writers = open_writers(
+        plan.shards_folder, task, counter, block_samples=content["block_samples"], shard_bytes=content["shard_bytes"]
+    )
     documents = read_passages(
-        plan.format,
+        content["format"],
         plan.path,
         tokenizer,
         content["max_tokens"],
@@ -110,7 +106,7 @@ def run_task(plan: TaskPlan, task: int) -> None:
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     pairs = content.get("pairs", False)
     kept = {"train": pairs, "heldout": pairs or content["probe_queries"]}
-    generated = closing(Generations(Path(plan.generations))) if plan.generations else nullcontext()
+    generated = closing(Generations(plan.generations)) if plan.generations.exists() else nullcontext()
     with full_disk_is_named(plan.work.path.parent), generated as generations:
         for document, passages, samples in make_samples(documents, tokenizer, generations, counts):
             if not samples:
@@ -127,8 +123,8 @@ def run_task(plan: TaskPlan, task: int) -> None:
         for split, writer in writers.items():
             writer.close()
             counts["lost_neighbours"] += writer.num_lost_neighbours
-            for name in FIELDS:
-                counts[f"{split}_{name}_tokens"] += writer.field_tokens[name]
+            for name, tokens in writer.field_tokens.items():
+                counts[f"{split}_{name}_tokens"] += tokens
             write_file(plan.task_file(task, f"{split}.jsonl"), "".join(line + "\n" for line in texts[split]).encode())
         write_file(plan.task_file(task, "hashes.bin"), np.array(hashes, "<u8").tobytes())
         write_file(plan.task_file(task, "statistics.npz"), counter.to_bytes())
@@ -167,23 +163,21 @@ def make_samples(
     """
     documents = iter(documents)
     while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        queries: list[list[str]] = []
-        continuations: list[list[str]] = []
-        for _, passages in batch:
-            for passage in passages:
-                generated, continuation = generations.lookup(passage.passage_id) if generations else (None, None)
-                counts["joined_generations"] += bool(generated or continuation)
-                queries.append(generated or ([passage.query] if passage.query else []))
-                continuations.append([continuation] if continuation else [])
-        query_texts = iter(_tokenize_lists(tokenizer, queries))
-        continuation_texts = iter(_tokenize_lists(tokenizer, continuations))
+        found = []
+        for passage in chain.from_iterable(passages for _, passages in batch):
+            generated = generations.lookup(passage.passage_id) if generations else {}
+            counts["joined_generations"] += bool(generated)
+            found.append(({"queries": [passage.query]} if passage.query else {}) | generated)
+        texts = {
+            name: iter(_tokenize_lists(tokenizer, [of_passage.get(name, []) for of_passage in found]))
+            for name in GENERATED
+        }
         for document, passages in batch:
             samples = [
                 Sample(
                     passage.passage_id,
                     Text(passage.token_ids, passage.word_starts),
-                    queries=next(query_texts),
-                    continuation=next(continuation_texts),
+                    **{name: next(column) for name, column in texts.items()},
                 )
                 for passage in passages
             ]

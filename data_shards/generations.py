@@ -12,7 +12,6 @@ import sqlite3
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,11 @@ from urllib.parse import quote
 from quincunx.data_shards.artefact import MANIFEST, open_artefact
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.records import BadRecordError, check_id, check_text, load_json
+from quincunx.data_shards.tasks import GENERATED
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 KIND = "generations"
 CACHE_KIB = 65536
-FIELDS = ("queries", "continuation")
-
-
-@dataclass(frozen=True)
-class GenerationCounts:
-    """What an index holds: passages with at least one field, and how many have each."""
-
-    passages: int
-    queries: int
-    continuation: int
 
 
 def list_generation_files(paths: Sequence[str]) -> list[Path]:
@@ -57,8 +47,8 @@ def list_generation_files(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def index_generations(paths: Sequence[str], index_file: Path) -> GenerationCounts:
-    """Writes the index of all generations, through a temporary file; `index_file` is replaced.
+def index_generations(paths: Sequence[str], index_file: Path) -> dict[str, int]:
+    """Writes the index of all generations, through a temporary file; `index_file` is replaced. Returns its counts.
 
     Raises:
         DataError: no generations there, a record that cannot be read (file and line named), or a field given twice for
@@ -68,40 +58,39 @@ def index_generations(paths: Sequence[str], index_file: Path) -> GenerationCount
     unfinished = index_file.with_name(f".{index_file.name}.tmp")
     unfinished.unlink(missing_ok=True)
     with closing(sqlite3.connect(unfinished)) as connection:
-        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
-        connection.execute("PRAGMA journal_mode = OFF")
-        connection.execute("PRAGMA synchronous = OFF")
-        connection.execute(
-            "CREATE TABLE generations (passage_id TEXT PRIMARY KEY, queries TEXT, continuation TEXT) WITHOUT ROWID"
-        )
+        for pragma in (f"cache_size = -{CACHE_KIB}", "journal_mode = OFF", "synchronous = OFF"):
+            connection.execute(f"PRAGMA {pragma}")
+        columns = ", ".join(f"{name} TEXT" for name in GENERATED)
+        connection.execute(f"CREATE TABLE generations (passage_id TEXT PRIMARY KEY, {columns}) WITHOUT ROWID")
         for file in files:
             _insert_file(connection, file)
         connection.commit()
-        counts = _count(connection)
     os.replace(unfinished, index_file)
-    return counts
+    with closing(Generations(index_file)) as generations:
+        return generations.counts
 
 
 def _insert_file(connection: sqlite3.Connection, file: Path) -> None:
+    insert = f"INSERT OR REPLACE INTO generations VALUES (?{', ?' * len(GENERATED)})"
     for where, record in _records(file):
         try:
-            passage_id, queries, continuation = parse_generation(record)
+            passage_id, texts = parse_generation(record)
         except BadRecordError as error:
             raise DataError(f"{file.name}:{where}: {error}; fix or remove the record") from None
         # A second file may bring the other field; the same field twice is a mix-up that must not be settled by order.
-        old = connection.execute(
-            "SELECT queries, continuation FROM generations WHERE passage_id = ?", (passage_id,)
-        ).fetchone() or (None, None)
-        new = (json.dumps(queries, ensure_ascii=False) if queries else None, continuation or None)
-        for name, before, after in zip(FIELDS, old, new):
-            if before is not None and after is not None:
-                raise DataError(
-                    f"{file.name}:{where}: {name} of passage {passage_id!r} are given twice; keep one of them"
-                )
-        connection.execute(
-            "INSERT OR REPLACE INTO generations VALUES (?, ?, ?)",
-            (passage_id, *(before if after is None else after for before, after in zip(old, new))),
-        )
+        before = _lookup(connection, passage_id)
+        if twice := sorted(before.keys() & texts.keys()):
+            raise DataError(
+                f"{file.name}:{where}: {twice[0]} of passage {passage_id!r} are given twice; keep one of them"
+            )
+        texts |= before
+        columns = [json.dumps(texts[name], ensure_ascii=False) if name in texts else None for name in GENERATED]
+        connection.execute(insert, (passage_id, *columns))
+
+
+def _lookup(connection: sqlite3.Connection, passage_id: str) -> dict[str, list[str]]:
+    rows = connection.execute(f"SELECT {', '.join(GENERATED)} FROM generations WHERE passage_id = ?", (passage_id,))
+    return {name: json.loads(texts) for row in rows for name, texts in zip(GENERATED, row) if texts}
 
 
 def _records(file: Path) -> Iterator[tuple[int, dict]]:
@@ -112,7 +101,7 @@ def _records(file: Path) -> Iterator[tuple[int, dict]]:
 
         try:
             table = parquet.ParquetFile(file)
-            columns = [name for name in ("passage_id", *FIELDS) if name in table.schema_arrow.names]
+            columns = [name for name in ("passage_id", *GENERATED) if name in table.schema_arrow.names]
             batches = table.iter_batches(1024, columns=columns)
             records = chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, record in enumerate(records, 1):
@@ -133,39 +122,36 @@ def _records(file: Path) -> Iterator[tuple[int, dict]]:
         raise DataError(f"{file.name} is a damaged gzip file ({error}): fetch or generate it again") from None
 
 
-def parse_generation(record: dict[str, Any]) -> tuple[str, list[str], str]:
-    """(passage id, queries, continuation); blank queries are dropped, [] and "" if a field is missing."""
-    if "passage_id" not in record or not set(FIELDS) & set(record):
-        raise BadRecordError(f"the fields are {sorted(record)}; passage_id and queries or continuation are needed")
-    queries = record.get("queries", [])
-    if not isinstance(queries, list):
-        raise BadRecordError(f"queries is {type(queries).__name__}, a list of strings is needed")
-    texts = [check_text(query, "a query") for query in queries]
-    continuation = check_text(record.get("continuation", ""), "continuation")
-    return check_id(record["passage_id"], "passage_id"), [text for text in texts if text], continuation
-
-
-def _count(connection: sqlite3.Connection) -> GenerationCounts:
-    return GenerationCounts(
-        *connection.execute("SELECT COUNT(*), COUNT(queries), COUNT(continuation) FROM generations").fetchone()
-    )
+def parse_generation(record: dict[str, Any]) -> tuple[str, dict[str, list[str]]]:
+    """(passage id, its texts by field); blank texts are dropped, and a field without any."""
+    if "passage_id" not in record or not GENERATED.keys() & record.keys():
+        fields = " or ".join(GENERATED)
+        raise BadRecordError(f"the fields are {sorted(record)}; passage_id and {fields} are needed")
+    texts = {}
+    for name, kind in GENERATED.items():
+        value = record.get(name, kind())
+        if kind is list and not isinstance(value, list):
+            raise BadRecordError(f"{name} is {type(value).__name__}, a list of strings is needed")
+        given = [check_text(text, f"a text of {name}") for text in (value if kind is list else [value])]
+        texts[name] = [text for text in given if text]
+    return check_id(record["passage_id"], "passage_id"), {name: given for name, given in texts.items() if given}
 
 
 class Generations:
-    """An index opened for reading, by as many processes as like."""
+    """An index opened for reading, by as many processes as like.
+
+    counts  passages, and how many of them have each field
+    """
 
     def __init__(self, index_file: Path):
         self._connection = sqlite3.connect(f"file:{quote(str(index_file.absolute()))}?mode=ro&immutable=1", uri=True)
-        self.counts = _count(self._connection)
+        columns = ", ".join(f"COUNT({name})" for name in GENERATED)
+        found = self._connection.execute(f"SELECT COUNT(*), {columns} FROM generations").fetchone()
+        self.counts = dict(zip(("passages", *GENERATED), found, strict=True))
 
-    def lookup(self, passage_id: str) -> tuple[list[str] | None, str | None]:
-        """(queries, continuation) of a passage; None for what it has not."""
-        row = self._connection.execute(
-            "SELECT queries, continuation FROM generations WHERE passage_id = ?", (passage_id,)
-        ).fetchone()
-        if row is None:
-            return None, None
-        return (json.loads(row[0]) if row[0] else None), row[1]
+    def lookup(self, passage_id: str) -> dict[str, list[str]]:
+        """The texts of a passage by field, without those that it has not."""
+        return _lookup(self._connection, passage_id)
 
     def close(self) -> None:
         self._connection.close()

@@ -39,13 +39,9 @@ def _cache_folder() -> str:
     """In NUMBA_CACHE_DIR, else beside the code, else (if that cannot be written) in the user's cache."""
     contents = [path.read_bytes() for path in sorted(FOLDER.glob("*.py"))]
     digest = xxhash.xxh3_64_hexdigest(b"".join(content for content in contents if b"\n@compiled\n" in content))
-    if numba.config.CACHE_DIR:
-        parent = Path(numba.config.CACHE_DIR)
-    elif os.access(FOLDER, os.W_OK):
-        parent = FOLDER / "__pycache__"
-    else:
-        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "quincunx")
-    return str(parent / f"numba-{digest}")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "quincunx")
+    beside = FOLDER / "__pycache__" if os.access(FOLDER, os.W_OK) else user
+    return str(Path(numba.config.CACHE_DIR or beside, f"numba-{digest}"))
 
 
 CACHE_FOLDER = _cache_folder()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quincunx.data_shards.hashing import ALWAYS, compiled, draw30, mix, text_key, word_slot
+from quincunx.data_shards.hashing import ALWAYS, compiled, draw30, text_key, word_slot
 
 UNIFORM, KEYWORD, COMPLEMENT = 0, 1, 2
 """How words are drawn (`tasks.TaskKind.draw`), as numbers for compiled code."""
@@ -55,25 +55,24 @@ def mask_budget(rate, num_ordinary):
 
 
 @compiled
-def keyword_weights(token_ids, begins, num_words, idf, vocab_size, slots, table, weights):
+def keyword_weights(token_ids, begins, num_words, idf, vocab_size, order, weights):
     """Writes TF-IDF to weights[0..W): how often the word stands in this text, times its idf in the corpus.
 
-    idf: float32 [vocab_size + num_buckets], `Statistics.idf`. slots: int64 scratch [W]. table: int64 scratch [2, H], H
-    a power of two above W. A word that stands twice has its full weight at both places.
+    idf: float32 [vocab_size + num_buckets], `Statistics.idf`. order: int64 scratch. A word that stands twice has its
+    full weight at both places.
     """
-    num_buckets, last = len(idf) - vocab_size, table.shape[1] - 1
-    table[0] = -1
+    num_buckets = len(idf) - vocab_size
     for w in range(num_words):
-        slot = word_slot(token_ids, begins[w], begins[w + 1], vocab_size, num_buckets)
-        at = np.int64(mix(slot)) & last
-        while table[0, at] != slot and table[0, at] != -1:
-            at = (at + 1) & last
-        if table[0, at] == -1:
-            table[0, at], table[1, at] = slot, 0
-        table[1, at] += 1
-        slots[w] = at
-    for w in range(num_words):
-        weights[w] = table[1, slots[w]] * np.float64(idf[table[0, slots[w]]])
+        order[w] = word_slot(token_ids, begins[w], begins[w + 1], vocab_size, num_buckets) << 32 | w
+    by_slot = order[:num_words]
+    by_slot.sort()
+    first = 0
+    for n in range(num_words):
+        slot = by_slot[n] >> 32
+        if n + 1 == num_words or by_slot[n + 1] >> 32 != slot:
+            for same in by_slot[first : n + 1]:
+                weights[same & 0xFFFFFFFF] = (n + 1 - first) * np.float64(idf[slot])
+            first = n + 1
 
 
 @compiled
@@ -158,20 +157,19 @@ def corrupted(token_id, position, key, only_mask, mask_id, ordinary_ids):
     return token_id
 
 
-PASSAGE, NEXT, QUERIES, CONTINUATION = 0, 1, 2, 3
-"""First index of the tables of `Texts`."""
-TEXT_INDEX = {"passage": PASSAGE, "next": NEXT, "queries": QUERIES, "continuation": CONTINUATION}
+PASSAGE, NEXT = 0, 1
+"""The first two texts in the tables of `Texts`: of the sample, and of the next passage of its document."""
 
 
 class Texts(NamedTuple):
-    """Texts of R samples in tables, gathered from blocks; a text that is missing has length 0."""
+    """K texts of each of R samples in tables, gathered from blocks; a text that is missing has length 0."""
 
     tokens: np.ndarray
-    """uint16 or uint32 [4, R, L], ids without [CLS] and closing [SEP]; undefined beyond the text's length."""
+    """uint16 or uint32 [K, R, L], ids without [CLS] and closing [SEP]; undefined beyond the text's length."""
     starts: np.ndarray
-    """bool [4, R, L], the token is the first of a word."""
+    """bool [K, R, L], the token is the first of a word."""
     lengths: np.ndarray
-    """int32 [4, R]"""
+    """int32 [K, R]"""
     datasets: np.ndarray
     """int16 [R]"""
     seeds: np.ndarray
@@ -212,8 +210,7 @@ def pack_masked(texts, vocabulary, text, code, corruption_code, draw, rate, only
     input_ids = np.empty(cu_seqlens[num_sequences], np.int32)
     label_positions, labels = np.empty_like(input_ids), np.empty_like(input_ids)
     begins, weights = np.empty(limit + 1, np.int32), np.empty(limit)
-    slots, table = _keyword_scratch(limit)
-    priorities, own_hidden = np.empty(limit, np.int64), np.empty(limit, np.bool_)
+    order, own_hidden = np.empty(limit, np.int64), np.empty(limit, np.bool_)
     num_labels = 0
     for s in range(num_sequences):
         r = sample_of[s]
@@ -225,11 +222,9 @@ def pack_masked(texts, vocabulary, text, code, corruption_code, draw, rate, only
             num_words = find_words(token_ids, texts.starts[text, r], length, vocabulary.is_special, begins)
             if draw == KEYWORD:
                 idf = _idf_of(vocabulary, texts.datasets[r])
-                keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, slots, table, weights)
+                keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, order, weights)
             key = text_key(texts.seeds[r], texts.epochs[r], texts.sample_ids[r], code)
-            hide_words(
-                token_ids, begins, num_words, vocabulary.is_special, rate, draw, key, weights, priorities, own_hidden
-            )
+            hide_words(token_ids, begins, num_words, vocabulary.is_special, rate, draw, key, weights, order, own_hidden)
         key = text_key(texts.seeds[r], texts.epochs[r], texts.sample_ids[r], corruption_code)
         first = cu_seqlens[s] + 1
         input_ids[first - 1] = vocabulary.cls_id
@@ -261,7 +256,7 @@ def pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden):
     word_ids, thresholds = np.zeros_like(input_ids), np.full_like(input_ids, ALWAYS)
     keys = np.empty(num_sequences, np.uint32)
     begins, weights = np.empty(limit + 1, np.int32), np.empty(limit)
-    slots, table = _keyword_scratch(limit)
+    order = np.empty(limit, np.int64)
     uniform_threshold = np.int32((1.0 - rate) * ALWAYS + 0.5)
     num_labels = 0
     for s in range(num_sequences):
@@ -272,7 +267,7 @@ def pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden):
         num_words = find_words(token_ids, texts.starts[text, r], length, vocabulary.is_special, begins)
         if draw == KEYWORD:
             idf = _idf_of(vocabulary, texts.datasets[r])
-            keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, slots, table, weights)
+            keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, order, weights)
             keyword_thresholds(token_ids, begins, num_words, vocabulary.is_special, rate, weights, own_thresholds)
         input_ids[first - 1] = vocabulary.cls_id
         for w in range(num_words):
@@ -317,12 +312,3 @@ def _sequence_starts(lengths, keep_empty):
 @compiled
 def _idf_of(vocabulary, dataset):
     return vocabulary.idf[vocabulary.idf_starts[dataset] : vocabulary.idf_starts[dataset + 1]]
-
-
-@compiled
-def _keyword_scratch(limit):
-    """`slots` and `table` of `keyword_weights` for texts of at most `limit` words; the table stays half empty."""
-    size = 1
-    while size < 2 * limit:
-        size *= 2
-    return np.empty(limit, np.int64), np.empty((2, size), np.int64)

@@ -55,7 +55,7 @@ class Order:
         assert len(weights) == len(block_samples) and min(weights) >= 1 and window >= 1
         self.seed = seed & 0xFFFFFFFF
         self.window = window
-        self.block_starts = [_starts(samples) for samples in block_samples]
+        self.block_starts = [np.append(0, np.cumsum(samples)) for samples in block_samples]
         self.num_samples = [int(starts[-1]) for starts in self.block_starts]
         for dataset, num_samples in enumerate(self.num_samples):
             if not num_samples:
@@ -71,7 +71,7 @@ class Order:
         starts = self.block_starts[dataset]
         key = fold(self._epoch_key(dataset, epoch), BLOCK_PURPOSE)
         order = np.argsort(_hashes(key, len(starts) - 1), kind="stable")
-        return order, _starts(np.diff(starts)[order])
+        return order, np.append(0, np.cumsum(np.diff(starts)[order]))
 
     def _sample_ids(self, dataset: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epochs int32, sample ids int64 and lanes int64 at a dataset's running positions."""
@@ -134,12 +134,6 @@ def mixture_pattern(weights: Sequence[int]) -> np.ndarray:
     datasets = np.repeat(np.arange(len(weights), dtype=np.int16), weights)
     due = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in weights])
     return datasets[np.argsort(due, kind="stable")]
-
-
-def _starts(sizes: np.ndarray) -> np.ndarray:
-    starts = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=starts[1:])
-    return starts
 
 
 @compiled

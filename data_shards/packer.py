@@ -11,14 +11,12 @@ import numpy as np
 import torch
 
 from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make_text
-from quincunx.data_shards.block import token_dtype
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import compiled, dataset_seed
 from quincunx.data_shards.masks import (
     DRAWS,
     NEXT,
     PASSAGE,
-    TEXT_INDEX,
     UNIFORM,
     Texts,
     Vocabulary,
@@ -26,7 +24,7 @@ from quincunx.data_shards.masks import (
     pack_masked,
 )
 from quincunx.data_shards.order import Rows
-from quincunx.data_shards.shards import ShardSet
+from quincunx.data_shards.shards import Block, ShardSet, token_dtype
 from quincunx.data_shards.tasks import (
     CORRUPTION_CODE,
     DECODER_CORRUPTION_CODE,
@@ -74,14 +72,11 @@ class Packer:
         self.only_mask, self.halves = corruption == "mask", neighbour == "halves"
         self.limit = max_tokens - 2
         self.vocabulary = _vocabulary(self.shard_sets)
+        self.vocab_size = self.vocabulary.size
         self.seeds = np.array([dataset_seed(seed, dataset) for dataset in range(len(shard_sets))], np.int64)
-        self.block_starts = [np.cumsum([0, *shard_set.block_samples(split)]) for shard_set in shard_sets]
-        self.texts_wanted = np.zeros(len(TEXT_INDEX), bool)
-        self.texts_wanted[[PASSAGE, *(TEXT_INDEX[field_of(task.name, neighbour)] for task in tasks)]] = True
-
-    @property
-    def vocab_size(self) -> int:
-        return self.vocabulary.size
+        self.block_starts = [np.append(0, np.cumsum(shard_set.block_samples(split))) for shard_set in shard_sets]
+        self.texts = list(dict.fromkeys(["passage", "next", *(task.kind.field for task in tasks)]))
+        self.texts_wanted = {"passage", *(field_of(task.name, neighbour) for task in tasks)}
 
     def pack(self, rows: Rows) -> Batch:
         """The batch of some rows of the order (R of them).
@@ -90,57 +85,38 @@ class Packer:
             DataError: a block that cannot be read.
         """
         texts, num_cut = self.gather(rows)
+        vocabulary, rate = self.vocabulary, self.decoder_mask_rate
         hidden = np.zeros((len(rows.sample_ids), self.limit), bool)
         input_ids, bounds, _, positions, labels = pack_masked(
-            texts,
-            self.vocabulary,
-            PASSAGE,
-            ENCODER_CODE,
-            CORRUPTION_CODE,
-            UNIFORM,
-            self.encoder_mask_rate,
-            self.only_mask,
-            True,
-            hidden,
-        )
+            texts, vocabulary, PASSAGE, ENCODER_CODE, CORRUPTION_CODE, UNIFORM, self.encoder_mask_rate, self.only_mask,
+            True, hidden,
+        )  # fmt: skip
+        encoder, encoder_labels = make_text(input_ids, bounds), make_labels(positions, labels, bounds)
         contexts, tasks = {}, {}
         for task in self.tasks:
-            self._pack_task(task, texts, hidden, contexts, tasks)
-        return Batch(
-            encoder=make_text(input_ids, bounds),
-            encoder_labels=make_labels(positions, labels, bounds),
-            contexts=contexts,
-            tasks=tasks,
-            rows=rows,
-            num_cut_texts=num_cut,
-        )
+            text, code, draw = self.texts.index(task.kind.field), task.kind.code, DRAWS[task.kind.draw]
+            if task.decoder == "enhanced":
+                name = task.kind.field
+                columns = pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden)
+            else:
+                name, corruption_code = task.name, DECODER_CORRUPTION_CODE + code
+                columns = pack_masked(
+                    texts, vocabulary, text, code, corruption_code, draw, rate, self.only_mask, False, hidden
+                )
+            input_ids, bounds, passages, positions, labels, *rule = columns
+            if name not in contexts:
+                contexts[name] = Context(make_text(input_ids, bounds), torch.tensor(passages, dtype=torch.int64))
+            tasks[task.name] = Task(name, make_labels(positions, labels, bounds), *map(torch.from_numpy, rule))
+        return Batch(encoder, encoder_labels, contexts, tasks, rows, num_cut)
 
     def names(self, rows: Rows) -> dict[str, list]:
         """What names the passages of some rows: their columns."""
         return {name: column.tolist() for name, column in rows._asdict().items()}
 
-    def _pack_task(
-        self, task: TaskSpec, texts: Texts, hidden: np.ndarray, contexts: dict[str, Context], tasks: dict[str, Task]
-    ) -> None:
-        text, code, draw = TEXT_INDEX[task.kind.field], task.kind.code, DRAWS[task.kind.draw]
-        rate = self.decoder_mask_rate
-        if task.decoder == "enhanced":
-            name = task.kind.field
-            columns = pack_enhanced(texts, self.vocabulary, text, code, draw, rate, hidden)
-        else:
-            name, corruption_code = task.name, DECODER_CORRUPTION_CODE + code
-            columns = pack_masked(
-                texts, self.vocabulary, text, code, corruption_code, draw, rate, self.only_mask, False, hidden
-            )
-        input_ids, bounds, passages, positions, labels, *rule = columns
-        if name not in contexts:
-            contexts[name] = Context(make_text(input_ids, bounds), torch.tensor(passages, dtype=torch.int64))
-        tasks[task.name] = Task(name, make_labels(positions, labels, bounds), *map(torch.from_numpy, rule))
-
     def gather(self, rows: Rows) -> tuple[Texts, int]:
         """The texts of the rows, and how many of them were cut at max_tokens."""
         datasets, epochs, sample_ids = rows
-        shape = (len(TEXT_INDEX), len(sample_ids), self.limit)
+        shape = (len(self.texts), len(sample_ids), self.limit)
         tokens, starts = np.empty(shape, token_dtype(self.vocab_size)), np.empty(shape, bool)
         lengths = np.zeros(shape[:2], np.int32)
         num_cut = 0
@@ -160,7 +136,7 @@ class Packer:
                     block.has_next,
                     indices[low:high],
                     places[low:high],
-                    self.texts_wanted,
+                    np.array([self._row(block, name) for name in self.texts]),
                     tokens,
                     starts,
                     lengths,
@@ -168,6 +144,10 @@ class Packer:
         if self.halves:
             _split_halves(tokens, starts, lengths)
         return Texts(tokens, starts, lengths, datasets, self.seeds[datasets], epochs, sample_ids), num_cut
+
+    def _row(self, block: Block, text: str) -> int:
+        """The row of the block's offsets that a text is read from; -1 if no task needs it or no sample has it."""
+        return block.row("passage" if text == "next" else text) if text in self.texts_wanted else -1
 
 
 def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:
@@ -193,15 +173,18 @@ def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:
 
 
 @compiled
-def _gather_block(token_ids, word_starts, offsets, has_next, indices, rows, wanted, tokens, starts, lengths):
-    """Copies the wanted texts of samples `indices` of one block to `rows` of the tables; returns the texts cut."""
+def _gather_block(token_ids, word_starts, offsets, has_next, indices, places, fields, tokens, starts, lengths):
+    """Copies texts of samples `indices` of one block to rows `places` of the tables; returns how many it has cut.
+
+    fields: the row of offsets that each text of the tables is read from, or -1.
+    """
     limit = tokens.shape[2]
     num_cut = 0
     for n in range(len(indices)):
-        row = rows[n]
-        for text in range(len(wanted)):
-            sample, field = indices[n], max(text - 1, 0)
-            if not wanted[text] or (text == NEXT and not has_next[sample]):
+        row = places[n]
+        for text in range(len(fields)):
+            sample, field = indices[n], fields[text]
+            if field < 0 or (text == NEXT and not has_next[sample]):
                 continue
             sample += text == NEXT
             low = offsets[field, sample]

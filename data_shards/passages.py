@@ -19,8 +19,7 @@ import numpy as np
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.readers import read_documents
 from quincunx.data_shards.records import Document, ReadReport
-from quincunx.data_shards.sentences import sentence_starts
-from quincunx.data_shards.words import Tokens, tokenize
+from quincunx.data_shards.words import Tokens, sentence_starts, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

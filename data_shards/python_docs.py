@@ -28,7 +28,7 @@ import xxhash
 
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.records import Document, Input, ReadReport
-from quincunx.data_shards.sentences import sentence_starts
+from quincunx.data_shards.words import sentence_starts
 
 STDLIB = "stdlib"
 INSTALLED = "installed"
@@ -133,13 +133,12 @@ def _read_topics() -> Iterator[Document]:
         yield Document(f"topics/{name}", title, tuple(rest)) if rest else Document(f"topics/{name}", "", (title,))
 
 
-def _scopes(tree: ast.Module, module: str) -> Iterator[tuple[str, Scope]]:
-    """The module and every class in it with their dotted names, in source order."""
-    waiting: list[tuple[str, Scope]] = [(module, tree)]
-    while waiting:
-        name, scope = waiting.pop(0)
-        yield name, scope
-        waiting = [(f"{name}.{node.name}", node) for node in scope.body if isinstance(node, ast.ClassDef)] + waiting
+def _scopes(scope: Scope, name: str) -> Iterator[tuple[str, Scope]]:
+    """A module or class and every class in it with their dotted names, in source order."""
+    yield name, scope
+    for node in scope.body:
+        if isinstance(node, ast.ClassDef):
+            yield from _scopes(node, f"{name}.{node.name}")
 
 
 def _document_of(

@@ -63,9 +63,9 @@ def list_inputs(format: str, path: str) -> list[Input]:
     return inputs
 
 
-def part_range(total: int, task: int, num_tasks: int) -> tuple[int, int]:
-    """The half-open range of [0, total) that is part `task` of `num_tasks`."""
-    return task * total // num_tasks, (task + 1) * total // num_tasks
+def part_range(total: int, task: int, num_tasks: int) -> range:
+    """The part `task` of `num_tasks` of range(total)."""
+    return range(task * total // num_tasks, (task + 1) * total // num_tasks)
 
 
 def read_documents(
@@ -101,26 +101,24 @@ def read_documents(
 def _read_inputs(
     format: str, inputs: list[Input], task: int, num_tasks: int, on_bad_record: str, report: ReadReport
 ) -> Iterator[Document]:
-    first, end = part_range(sum(source.bytes for source in inputs), task, num_tasks)
+    part = part_range(sum(source.bytes for source in inputs), task, num_tasks)
     position = 0
     for source in inputs:
-        owned = range(max(first - position, 0), min(end - position, source.bytes))
+        owned = range(max(part.start - position, 0), min(part.stop - position, source.bytes))
         position += source.bytes
-        if not owned:
+        packed = source.name.endswith(".gz")
+        if not owned or (owned.start and (packed or format == "python_docs")):  # one piece, of its first byte's owner
             continue
         if format == "python_docs":
-            if owned.start == 0:
-                yield from read_package(source, report)
-        elif source.name.endswith(".gz"):
-            if owned.start == 0:
-                try:
-                    with gzip.open(source.files[0], "rb") as file:
-                        yield from _read_rows(source, file, range(1 << 62), PARSERS[format], on_bad_record, report)
-                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise DataError(f"{source.name} is a damaged gzip file ({error}): fetch it again") from None
-        else:
-            with open(source.files[0], "rb") as file:
+            yield from read_package(source, report)
+            continue
+        if packed:
+            owned = range(1 << 62)
+        try:
+            with (gzip.open if packed else open)(source.files[0], "rb") as file:
                 yield from _read_rows(source, file, owned, PARSERS[format], on_bad_record, report)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{source.name} is a damaged gzip file ({error}): fetch it again") from None
 
 
 def _read_rows(
@@ -217,7 +215,7 @@ def _read_parquet(
         files = [parquet.ParquetFile(source.files[0]) for source in inputs]
     except ArrowException as error:
         raise DataError(f"a file of the corpus is not Parquet ({error}): check {inputs[0].files[0].parent}") from None
-    first, end = part_range(sum(file.metadata.num_rows for file in files), task, num_tasks)
+    part = part_range(sum(file.metadata.num_rows for file in files), task, num_tasks)
     position = 0
     for source, file in zip(inputs, files):
         names = file.schema_arrow.names
@@ -230,20 +228,18 @@ def _read_parquet(
         columns += ["title"] * ("title" in names)
         number = 0
         for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
-            position += num_rows
-            if not first <= position - num_rows < end:
-                number += num_rows
+            first, number = number, number + file.metadata.row_group(group).num_rows
+            if position + first not in part:
                 continue
-            for record in file.read_row_group(group, columns).to_pylist():
-                number += 1
+            for row, record in enumerate(file.read_row_group(group, columns).to_pylist(), first + 1):
                 report.counts["records"] += 1
                 try:
                     document = parse_parquet_row(record)
                 except BadRecordError as error:
-                    _handle_bad_record(f"{source.name}: row {number}", str(error), on_bad_record, report)
+                    _handle_bad_record(f"{source.name}: row {row}", str(error), on_bad_record, report)
                     continue
                 if document.paragraphs:
                     yield document
                 else:
                     report.counts["empty_passages"] += 1
+        position += number

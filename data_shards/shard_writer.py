@@ -5,60 +5,81 @@ under its final name only when it is complete and on disk.
 """
 
 import io
+import json
 import shutil
 import struct
 import tarfile
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.block import FIELDS, HEADER, MAGIC, VERSION, Block, Text, decode_block, token_dtype
+from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.durable import file_digest, full_disk_is_named, sync_folder, written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.hashing import compiled, word_slot
-from quincunx.data_shards.manifest import (
-    DEFAULT_BLOCK_SAMPLES,
-    DEFAULT_NUM_BUCKETS,
-    DEFAULT_SHARD_BYTES,
+from quincunx.data_shards.shards import (
+    FIELDS,
+    FORMAT,
+    HEADER,
+    MAGIC,
     MANIFEST_NAME,
     SPLITS,
-    STATISTICS_NAME,
     TAR_HEADER_BYTES,
     TOKENIZER_FOLDER,
+    Block,
     BlockEntry,
     FileEntry,
     Manifest,
     ShardEntry,
+    Statistics,
+    Text,
+    decode_block,
+    token_dtype,
 )
-from quincunx.data_shards.shards import Statistics
+from quincunx.data_shards.tokenizer import load_tokenizer, special_ids, tokenizer_digest
 
 
-@dataclass(frozen=True)
 class Sample:
-    """A passage and its companions; `has_next`: the next sample is the next passage of the same document."""
+    """A passage and its companions, by field; `has_next`: the next sample is the document's next passage.
 
-    passage_id: str
-    passage: Text
-    queries: Text | None = None
-    continuation: Text | None = None
-    has_next: bool = False
+    A field beyond queries and continuation is given by its name: Sample("id", passage, summary=text).
+    """
+
+    def __init__(
+        self,
+        passage_id: str,
+        passage: Text,
+        queries: Text | None = None,
+        continuation: Text | None = None,
+        *,
+        has_next: bool = False,
+        **further: Text | None,
+    ):
+        self.passage_id, self.has_next = passage_id, has_next
+        texts = {"passage": passage, "queries": queries, "continuation": continuation, **further}
+        self.texts = {name: text for name, text in texts.items() if text is not None}
 
 
 def encode_block(samples: list[Sample], vocab_size: int) -> bytes:
-    """The bytes of one block (block.py); the same samples give the same bytes.
+    """The bytes of one block (docs/shards.md); the same samples give the same bytes.
 
     Raises:
         DataError: a passage without tokens, or an id outside [0, vocab_size).
     """
     for sample in samples:
-        if len(sample.passage.token_ids) == 0:
+        if len(sample.texts["passage"].token_ids) == 0:
             raise DataError(f"passage {sample.passage_id!r} has no tokens: remove it from the corpus")
+    further = sorted({name for sample in samples for name in sample.texts} - set(FIELDS))
+    names = "\n".join(further).encode()
+    names += bytes(-len(names) % 8)
     missing = Text(np.empty(0, np.int64), np.empty(0, bool))
-    texts = [getattr(sample, name) or missing for name in FIELDS for sample in samples]
+    texts = [sample.texts.get(name, missing) for name in (*FIELDS, *further) for sample in samples]
     lengths = np.array([len(text.token_ids) for text in texts], "<i4")
     token_ids = np.concatenate([text.token_ids for text in texts])
     word_starts = np.concatenate([text.word_starts for text in texts])
@@ -71,10 +92,11 @@ def encode_block(samples: list[Sample], vocab_size: int) -> bytes:
         )
     has_next = np.array([sample.has_next for sample in samples], bool)
     has_next[-1] = False  # a neighbour is looked up in the same block
-    dtype = token_dtype(vocab_size)
+    dtype, version, num_fields = token_dtype(vocab_size), 2 if further else 1, len(FIELDS) + len(further)
     body = b"".join(
         [
-            HEADER.pack(MAGIC, VERSION, dtype.itemsize, len(samples), len(FIELDS), 0, len(token_ids)),
+            HEADER.pack(MAGIC, version, dtype.itemsize, len(samples), num_fields, len(names), len(token_ids)),
+            names,
             lengths.tobytes(),
             token_ids.astype(dtype).tobytes(),
             np.packbits(word_starts, bitorder="little").tobytes(),
@@ -88,7 +110,7 @@ def encode_block(samples: list[Sample], vocab_size: int) -> bytes:
 class StatisticsCounter:
     """Counts blocks of training passages; the order of the blocks does not matter."""
 
-    def __init__(self, vocab_size: int, num_buckets: int = DEFAULT_NUM_BUCKETS):
+    def __init__(self, vocab_size: int, num_buckets: int):
         assert num_buckets > 0 and num_buckets & (num_buckets - 1) == 0, "num_buckets is a power of two"
         self.num_passages = 0
         self.num_buckets = num_buckets
@@ -149,7 +171,7 @@ class ShardWriter:
 
     A block closes at the first document boundary at or beyond `block_samples` samples; a document that would stretch a
     block to twice that is cut there, and `num_lost_neighbours` counts the pair that the cut parts. A shard closes at
-    the first block boundary at or beyond `shard_bytes`. `counter`, if given, counts every block.
+    the first block boundary at or beyond `shard_bytes`. `counter` counts the training split's blocks.
     """
 
     def __init__(
@@ -157,22 +179,18 @@ class ShardWriter:
         folder: Path,
         split: str,
         task: int,
-        vocab_size: int,
+        counter: StatisticsCounter,
         block_samples: int,
         shard_bytes: int,
-        counter: StatisticsCounter | None,
     ):
         self.num_lost_neighbours = 0
-        self.field_counts = dict.fromkeys(("passage", "next", "queries", "continuation"), 0)
-        self.field_tokens = dict.fromkeys(FIELDS, 0)
+        self.field_counts = Counter(passage=0, next=0, queries=0, continuation=0)
+        self.field_tokens = Counter(dict.fromkeys(FIELDS, 0))
         self.shards: list[ShardEntry] = []
-        self._folder, self._split, self._task = folder, split, task
-        self._vocab_size = vocab_size
-        self._block_samples = block_samples
-        self._shard_bytes = shard_bytes
-        self._counter = counter
+        self._folder, self._split, self._task, self._counter = folder, split, task, counter
+        self._block_samples, self._shard_bytes = block_samples, shard_bytes
         self._pending: list[Sample] = []
-        self._tar: _TarFile | None = None
+        self._tar: tarfile.TarFile | None = None
 
     def add_document(self, samples: list[Sample]) -> None:
         """Samples of one document in reading order; each one's `has_next` is set here."""
@@ -180,7 +198,8 @@ class ShardWriter:
             if len(self._pending) >= 2 * self._block_samples:
                 self.num_lost_neighbours += 1
                 self._close_block()
-            self._pending.append(replace(sample, has_next=i + 1 < len(samples)))
+            sample.has_next = i + 1 < len(samples)
+            self._pending.append(sample)
         if len(self._pending) >= self._block_samples:
             self._close_block()
 
@@ -192,48 +211,30 @@ class ShardWriter:
             self._close_shard()
 
     def _close_block(self) -> None:
-        data = encode_block(self._pending, self._vocab_size)
+        data = encode_block(self._pending, len(self._counter.token_counts))
         block = decode_block(data, check=False)
-        for row, name in enumerate(FIELDS):
-            self.field_counts[name] += int((block.lengths[row] > 0).sum())
-            self.field_tokens[name] += int(block.lengths[row].sum(dtype=np.int64))
+        for name, lengths in zip(block.fields, block.lengths):
+            self.field_counts[name] += int((lengths > 0).sum())
+            self.field_tokens[name] += int(lengths.sum(dtype=np.int64))
         self.field_counts["next"] += int(block.has_next.sum())
-        if self._counter is not None:
+        if self._split == "train":
             self._counter.add_block(block)
         ids = "\n".join(sample.passage_id for sample in self._pending).encode()
         assert ids.count(b"\n") == len(self._pending) - 1, "a passage id holds no line break"
         if self._tar is None:
-            stem = f"{self._split}-{self._task:05d}-{len(self.shards):03d}"
-            self._tar = _TarFile(self._folder / f"{stem}.tar", self._split)
-        self._tar.add(data, ids, len(self._pending))
-        self._pending = []
-        if self._tar.bytes_so_far >= self._shard_bytes:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        self.shards.append(self._tar.close())
-        self._tar = None
-
-
-class _TarFile:
-    """One shard being written; it takes its name when it is closed."""
-
-    def __init__(self, path: Path, split: str):
-        self._path, self._split = path, split
-        self._file = ExitStack()
-        file = self._file.enter_context(written_whole(path, "wb"))
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 - see close
-        self._blocks: list[BlockEntry] = []
-
-    @property
-    def bytes_so_far(self) -> int:
-        return self._tar.offset
-
-    def add(self, block: bytes, ids: bytes, num_samples: int) -> None:
+            self._path = self._folder / f"{self._split}-{self._task:05d}-{len(self.shards):03d}.tar"
+            self._file = ExitStack()  # the shard takes its name when this is closed
+            file = self._file.enter_context(written_whole(self._path, "wb"))
+            self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            self._blocks: list[BlockEntry] = []
         key = f"{self._path.stem}-{len(self._blocks):05d}"
-        offset, digest = self._add_member(f"{key}.block", block)
+        offset, digest = self._add_member(f"{key}.block", data)
         ids_offset, ids_digest = self._add_member(f"{key}.ids", ids)
-        self._blocks.append(BlockEntry(offset, len(block), num_samples, digest, ids_offset, len(ids), ids_digest))
+        entry = BlockEntry(offset, len(data), len(self._pending), digest, ids_offset, len(ids), ids_digest)
+        self._blocks.append(entry)
+        self._pending = []
+        if self._tar.offset >= self._shard_bytes:
+            self._close_shard()
 
     def _add_member(self, name: str, content: bytes) -> tuple[int, str]:
         """Offset of the content, and the digest of header and content."""
@@ -243,10 +244,11 @@ class _TarFile:
         self._tar.addfile(info, io.BytesIO(content))
         return offset, xxhash.xxh3_64_hexdigest(info.tobuf(tarfile.USTAR_FORMAT) + content)
 
-    def close(self) -> ShardEntry:
+    def _close_shard(self) -> None:
         self._tar.close()
         self._file.close()
-        return ShardEntry(
+        self._tar = None
+        entry = ShardEntry(
             name=self._path.name,
             split=self._split,
             bytes=self._path.stat().st_size,
@@ -254,6 +256,12 @@ class _TarFile:
             digest=file_digest(self._path),
             blocks=tuple(self._blocks),
         )
+        self.shards.append(entry)
+
+
+def open_writers(folder: Path, task: int, counter: StatisticsCounter, **limits: int) -> dict[str, ShardWriter]:
+    """A task's writer for each split. limits: block_samples, shard_bytes."""
+    return {split: ShardWriter(folder, split, task, counter, **limits) for split in SPLITS}
 
 
 def write_shard_set(
@@ -262,10 +270,10 @@ def write_shard_set(
     train: Iterable[list[Sample]],
     heldout: Iterable[list[Sample]] = (),
     *,
-    max_tokens: int = 144,
-    block_samples: int = DEFAULT_BLOCK_SAMPLES,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-    num_buckets: int = DEFAULT_NUM_BUCKETS,
+    max_tokens: int = BuildSettings.max_tokens,
+    block_samples: int = BuildSettings.block_samples,
+    shard_bytes: int = BuildSettings.shard_bytes,
+    num_buckets: int = BuildSettings.num_buckets,
 ) -> Manifest:
     """Writes a whole shard set from documents in memory; a document is the list of its samples in reading order.
 
@@ -275,26 +283,21 @@ def write_shard_set(
     Raises:
         DataError: no training samples, ids beyond the tokenizer's vocabulary, a full disk.
     """
-    from quincunx.data_shards.tokenizer import load_tokenizer
-
     folder = Path(folder)
     tokenizer = load_tokenizer(str(tokenizer_folder))
     counter = StatisticsCounter(len(tokenizer), num_buckets)
-    writers = {}
+    writers = open_writers(folder, 0, counter, block_samples=block_samples, shard_bytes=shard_bytes)
     with full_disk_is_named(folder):
-        for split, documents in zip(SPLITS, (train, heldout)):
-            writers[split] = ShardWriter(
-                folder, split, 0, len(tokenizer), block_samples, shard_bytes, counter if split == "train" else None
-            )
+        for writer, documents in zip(writers.values(), (train, heldout), strict=True):
             for samples in documents:
-                writers[split].add_document(samples)
-            writers[split].close()
+                writer.add_document(samples)
+            writer.close()
         return finish_shard_set(
             folder,
             tokenizer,
             counter,
-            shards=[shard for split in SPLITS for shard in writers[split].shards],
-            fields={split: writers[split].field_counts for split in SPLITS},
+            shards=[shard for writer in writers.values() for shard in writer.shards],
+            fields={split: dict(writer.field_counts) for split, writer in writers.items()},
             max_tokens=max_tokens,
             settings={"block_samples": block_samples, "shard_bytes": shard_bytes, "num_buckets": num_buckets},
             counts={"lost_neighbours": sum(writer.num_lost_neighbours for writer in writers.values())},
@@ -302,23 +305,14 @@ def write_shard_set(
 
 
 def finish_shard_set(
-    folder: Path,
-    tokenizer,
-    counter: StatisticsCounter,
-    *,
-    shards: list[ShardEntry],
-    fields: dict[str, dict[str, int]],
-    max_tokens: int,
-    settings: dict,
-    counts: dict[str, int],
-    sources: Iterable[FileEntry] = (),
+    folder: Path, tokenizer: Any, counter: StatisticsCounter, *, shards: list[ShardEntry], **content: Any
 ) -> Manifest:
     """Writes tokenizer, statistics and, last, the manifest beside shards that are already in `folder`.
 
+    content: the manifest's fields, max_tokens, settings, counts and sources.
+
     Raises DataError if no shard is of the train split.
     """
-    from quincunx.data_shards.tokenizer import special_ids, tokenizer_digest
-
     if not any(shard.split == "train" for shard in shards):
         raise DataError("the corpus gives no training passage: check the input, or lower held_out_share")
     tokenizer_folder = folder / TOKENIZER_FOLDER
@@ -331,17 +325,27 @@ def finish_shard_set(
         ),
         vocab_size=len(tokenizer),
         special_ids=special_ids(tokenizer),
-        max_tokens=max_tokens,
-        fields=fields,
         shards=tuple(shards),
-        statistics=write_file(folder / STATISTICS_NAME, counter.to_bytes()),
-        sources=tuple(sources),
-        settings=settings,
-        counts=counts,
+        statistics=write_file(folder / "statistics.npz", counter.to_bytes()),
+        **content,
     )
-    write_file(folder / MANIFEST_NAME, manifest.to_json().encode())
+    write_file(folder / MANIFEST_NAME, manifest_text(manifest).encode())
     sync_folder(folder)
     return manifest
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The text of manifest.json: one line a shard, the rest indented, the dataset id first."""
+    content = asdict(manifest)
+    del content["shards"]
+    head = {"format": FORMAT, "dataset_id": manifest.dataset_id, **content}
+    lines = ",\n".join("  " + json.dumps(shard_to_json(shard)) for shard in manifest.shards)
+    return json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{lines}\n ]\n}}\n'
+
+
+def shard_to_json(shard: ShardEntry) -> dict[str, Any]:
+    """A shard's entry with each block as a list, in the order of BlockEntry's fields; ShardEntry.from_json reads it."""
+    return asdict(shard) | {"blocks": [list(astuple(block)) for block in shard.blocks]}
 
 
 def write_file(path: Path, data: bytes) -> FileEntry:

@@ -1,43 +1,38 @@
-"""A shard set opened for reading: blocks by number, each compared with the manifest before it is used.
+"""A shard set opened for reading: manifest, statistics, and blocks, each compared with the manifest before it is used.
 
-Blocks of a split are numbered through its shards in manifest order, and samples through the blocks (the global sample
-id). A block is read by offset, never through a tar reader: a cut inside a tar header or a zero-filled shard gives tar
-readers fewer samples and no error.
-
-A set lies in a folder, or at any URL that fsspec opens (s3://, gs://, https://, memory://). Remote bytes are read by
-range, block by block, because an epoch visits the blocks of a shard in random order. What was read stays in a cache
-folder that all processes of the machine share: bounded in bytes, the least recently used goes first. A cached file is
-named by its digest and compared with it each time, so a torn or damaged one is fetched again.
+A block is about 1,024 tokenised samples, the unit that shards store, check and read (docs/shards.md shows one byte by
+byte). A sample is a passage and what belongs to it, each text without [CLS] and closing [SEP]. Blocks of a split are
+numbered through its shards in manifest order, and samples through the blocks (the global sample id). A block is read by
+offset, never through a tar reader: a cut inside a tar header or a zero-filled shard gives tar readers fewer samples and
+no error.
 """
 
-import contextlib
-import errno
 import io
+import json
 import os
+import struct
 import threading
-import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.block import Block, decode_block
-from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.manifest import (
-    MANIFEST_NAME,
-    SPLITS,
-    TAR_HEADER_BYTES,
-    TOKENIZER_FOLDER,
-    FileEntry,
-    Manifest,
-    ShardEntry,
-)
+from quincunx.data_shards.errors import DataError
+from quincunx.data_shards.shard_files import Files, write_at_once
 
-DEFAULT_CACHE_BYTES = 64 * 2**30
-DEFAULT_BLOCK_CACHE_BYTES = 2 * 2**30
-PAUSES_SECONDS = (0, 0.2, 0.8)  # before each attempt to read remote bytes
+FORMAT, SCHEMA_VERSION = "quincunx-shards", 1
+MANIFEST_NAME, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
+SPLITS = ("train", "heldout")
+TAR_HEADER_BYTES = 512
+FIELDS = ("passage", "queries", "continuation")
+"""The texts that every block has room for; a block of version 2 names further ones."""
+HEADER = struct.Struct("<8sHHIIIQ")
+"""Magic, version, bytes of a token id, samples, fields, bytes of the further fields' names, token ids."""
+MAGIC, BLOCK_VERSION, CHECKSUM_BYTES = b"QXBLOCK\0", 2, 8
 IDF_FLOOR = 0.01  # a word in every passage stays drawable, after all others
 REMEDY = (
     "copy the file again, or delete a damaged shard and run the command in build.json again, which makes only what is "
@@ -46,11 +41,245 @@ REMEDY = (
 """How to fix a damaged set, as the end of a sentence."""
 
 
+class Text(NamedTuple):
+    """token_ids: integers [n]; word_starts: bool [n], True if a token is the first of a word."""
+
+    token_ids: np.ndarray
+    word_starts: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A decoded block of N samples with F fields; token_ids and lengths are read-only views of the bytes.
+
+    fields       F names, FIELDS first
+    token_ids    uint16|uint32 [T]
+    lengths      int32 [F, N], 0 if the sample has no such text
+    offsets      int64 [F, N + 1]: text f of sample i is token_ids[offsets[f, i] : offsets[f, i + 1]]
+    word_starts  bool [T]
+    has_next     bool [N], the next sample of the block is the next passage of the same document
+    """
+
+    fields: tuple[str, ...]
+    token_ids: np.ndarray
+    lengths: np.ndarray
+    offsets: np.ndarray
+    word_starts: np.ndarray
+    has_next: np.ndarray
+
+    @property
+    def num_samples(self) -> int:
+        return self.lengths.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory the arrays hold, in bytes."""
+        arrays = (self.token_ids, self.lengths, self.offsets, self.word_starts, self.has_next)
+        return sum(array.nbytes for array in arrays)
+
+    def row(self, field_name: str) -> int:
+        """The row of a field in lengths and offsets, -1 if no sample of the block has it."""
+        return self.fields.index(field_name) if field_name in self.fields else -1
+
+    def text(self, field_name: str, index: int) -> Text:
+        """The text of sample `index`; a missing text has no tokens."""
+        row = self.row(field_name)
+        span = slice(*self.offsets[row, index : index + 2]) if row >= 0 else slice(0)
+        return Text(self.token_ids[span], self.word_starts[span])
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """uint16 if every id of the vocabulary fits, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def decode_block(data: bytes, *, check: bool = True) -> Block:
+    """Views into `data`, which must stay unchanged.
+
+    check: compare the block's own checksum; leave it out if the caller has compared a digest of all of `data`.
+
+    Raises:
+        DataError: not a block, a newer block version, a wrong size, or a wrong checksum.
+    """
+    if len(data) < HEADER.size + CHECKSUM_BYTES:
+        raise DataError(f"has only {len(data)} bytes, a block has at least {HEADER.size + CHECKSUM_BYTES}")
+    magic, version, token_bytes, num_samples, num_fields, name_bytes, num_tokens = HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise DataError("does not start with the magic of a block")
+    if version > BLOCK_VERSION:
+        raise DataError(f"has block version {version}, this quincunx reads up to {BLOCK_VERSION}: update quincunx")
+    sizes = (name_bytes, 4 * num_fields * num_samples, token_bytes * num_tokens, -(-num_tokens // 8))
+    names_at, lengths_at, tokens_at, starts_at, has_next_at = accumulate(sizes, initial=HEADER.size)
+    end = has_next_at + -(-num_samples // 8)
+    size = end + -end % 8 + CHECKSUM_BYTES
+    if len(data) != size:
+        raise DataError(f"has {len(data)} bytes, its header says {size}")
+    if check and xxhash.xxh3_64_intdigest(memoryview(data)[:-8]) != struct.unpack("<Q", data[-8:])[0]:
+        raise DataError("does not match its checksum")
+    fields = (*FIELDS, *bytes(data[names_at:lengths_at]).rstrip(b"\0").decode().split())
+    if token_bytes not in (2, 4) or num_fields != len(fields) or num_samples == 0:
+        raise DataError("has a damaged header")
+    lengths = np.frombuffer(data, "<i4", num_fields * num_samples, lengths_at).reshape(num_fields, num_samples)
+    if lengths.min() < 0 or int(lengths.sum(dtype=np.int64)) != num_tokens:
+        raise DataError("has a damaged length table")
+    offsets = np.zeros((num_fields, num_samples + 1), np.int64)
+    offsets[:, 1:] = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
+    offsets[1:, 0] = offsets[:-1, -1]
+
+    def bits(at: int, count: int) -> np.ndarray:
+        packed = np.frombuffer(data, np.uint8, -(-count // 8), at)
+        return np.unpackbits(packed, count=count, bitorder="little").view(bool)
+
+    return Block(
+        fields=fields,
+        token_ids=np.frombuffer(data, f"<u{token_bytes}", num_tokens, tokens_at),
+        lengths=lengths,
+        offsets=offsets,
+        word_starts=bits(starts_at, num_tokens),
+        has_next=bits(has_next_at, num_samples),
+    )
+
+
+@dataclass(frozen=True)
+class BlockEntry:
+    """Where a block and its list of passage ids lie in their shard.
+
+    An offset is that of a tar member's content; a digest is the xxh3_64 (16 hex digits) of the member's 512-byte tar
+    header and its content.
+    """
+
+    offset: int
+    size: int
+    samples: int
+    digest: str
+    ids_offset: int
+    ids_size: int
+    ids_digest: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file of a split; `digest` is the xxh3_128 of the whole file (32 hex digits)."""
+
+    name: str
+    split: str
+    bytes: int
+    samples: int
+    digest: str
+    blocks: tuple[BlockEntry, ...]
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "ShardEntry":
+        """Of a shard in JSON, whose blocks are lists; raises TypeError or KeyError for anything else."""
+        return ShardEntry(**content | {"blocks": tuple(BlockEntry(*block) for block in content["blocks"])})
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file beside the shards (statistics, tokenizer) or a source of the corpus."""
+
+    name: str
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a shard set holds, byte for byte: nothing that differs between two builds of one corpus with one setting.
+
+    special_ids   what `tokenizer.special_ids` gives: cls, sep, mask, pad, unk, and all special ids
+    fields        split -> passage, next, queries, continuation -> number of samples that have it
+    settings      every setting of the build that decides content
+    counts        documents, passages, tokens, lost neighbours and what else the build counted
+    """
+
+    tokenizer_digest: str
+    tokenizer_files: tuple[FileEntry, ...]
+    vocab_size: int
+    special_ids: dict[str, Any]
+    max_tokens: int
+    fields: dict[str, dict[str, int]]
+    shards: tuple[ShardEntry, ...]
+    statistics: FileEntry
+    sources: tuple[FileEntry, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def dataset_id(self) -> str:
+        """xxh3_128 of the canonical JSON, 32 hex digits; checkpoints and models carry it."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode())
+
+    @property
+    def files(self) -> dict[str, ShardEntry | FileEntry]:
+        """Every file of the set but the manifest, by its name in the folder."""
+        beside = {f"{TOKENIZER_FOLDER}/{entry.name}": entry for entry in self.tokenizer_files}
+        return {entry.name: entry for entry in (*self.shards, self.statistics)} | beside
+
+    def num_samples(self, split: str) -> int:
+        return sum(shard.samples for shard in self.shards if shard.split == split)
+
+    @staticmethod
+    def from_json(text: str, path: str) -> "Manifest":
+        """Reads and checks a manifest; `path` is for messages.
+
+        Raises:
+            DataError: not a manifest of ours, a newer schema, or content that does not match its dataset id.
+        """
+        remedy = "copy the shard set again, or build it with --remake"
+        try:
+            content = json.loads(text)
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+                raise DataError(f"{path} is not a quincunx manifest: give the folder that build_shards.py wrote")
+            if content["schema_version"] > SCHEMA_VERSION:
+                raise DataError(
+                    f"{path} has schema version {content['schema_version']}, this quincunx reads up to "
+                    f"{SCHEMA_VERSION}: update quincunx, or build the shards with this version and --remake"
+                )
+            stated_id = content.pop("dataset_id")
+            content["shards"] = tuple(map(ShardEntry.from_json, content["shards"]))
+            for name in ("tokenizer_files", "sources"):
+                content[name] = tuple(FileEntry(**entry) for entry in content[name])
+            content["statistics"] = FileEntry(**content["statistics"])
+            manifest = Manifest(**content)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error}): {remedy}") from None
+        if manifest.dataset_id != stated_id:
+            raise DataError(f"{path} does not match its own dataset id {stated_id}: it was edited or damaged; {remedy}")
+        return manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Frequencies over `num_passages` passages of the train split: for TF-IDF keywords and the unigram yardstick.
+
+    token_counts        int64 [vocab_size]: occurrences of each token id in the passages
+    document_frequency  uint32 [vocab_size + num_buckets]: passages that hold a word of the slot (hashing.word_slot)
+    """
+
+    num_passages: int
+    token_counts: np.ndarray
+    document_frequency: np.ndarray
+
+    @property
+    def idf(self) -> np.ndarray:
+        """float32 [vocab_size + num_buckets]: max(log((num_passages + 1) / (df + 1)), 0.01)."""
+        ratio = (self.num_passages + 1) / (self.document_frequency.astype(np.float64) + 1)
+        return np.maximum(np.log(ratio), IDF_FLOOR).astype(np.float32)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> "Statistics":
+        """Reads statistics.npz."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return Statistics(int(arrays["num_passages"]), arrays["token_counts"], arrays["document_frequency"])
+
+
 def open_shards(
     path: str | Path,
     cache_dir: str | None = None,
-    cache_bytes: int = DEFAULT_CACHE_BYTES,
-    block_cache_bytes: int = DEFAULT_BLOCK_CACHE_BYTES,
+    cache_bytes: int = 64 * 2**30,
+    block_cache_bytes: int = 2 * 2**30,
 ) -> "ShardSet":
     """Opens the shard set in a folder or at a URL that fsspec knows.
 
@@ -59,18 +288,18 @@ def open_shards(
     block_cache_bytes: decoded blocks that this process keeps in memory.
 
     Raises:
-        DataError: no manifest there, a manifest that is foreign, damaged or of a newer version, a local shard that is
+        DataError: no manifest there, a manifest that is foreign, damaged or of a newer version, a local file that is
             missing or has another size, or a damaged statistics or tokenizer file.
         SettingsError: a cache folder that cannot be made, or a URL that fsspec cannot open.
     """
-    files = open_files(os.fspath(path), cache_dir, cache_bytes)
+    files = Files(os.fspath(path), cache_dir, cache_bytes)
     manifest = read_manifest(files)
-    if isinstance(files, LocalFiles):
-        check_shard_sizes(files.root, manifest)
-    return ShardSet(os.fspath(path), files, manifest, block_cache_bytes)
+    if files.folder:
+        check_sizes(files.folder, manifest)
+    return ShardSet(files, manifest, block_cache_bytes)
 
 
-def read_manifest(files: "LocalFiles | RemoteFiles") -> Manifest:
+def read_manifest(files: Files) -> Manifest:
     """The manifest of a shard set; raises DataError if there is none, or one that cannot be used."""
     data = files.read_all(MANIFEST_NAME)
     if data is None:
@@ -81,19 +310,17 @@ def read_manifest(files: "LocalFiles | RemoteFiles") -> Manifest:
     return Manifest.from_json(data.decode("utf-8", "replace"), f"{files.root}/{MANIFEST_NAME}")
 
 
-def check_shard_sizes(path: str, manifest: Manifest) -> None:
-    """Raises DataError naming every shard of a local set that is missing or has another size."""
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raises DataError naming every file of a local set that is missing or has another size."""
     wrong = []
-    for shard in manifest.shards:
-        try:
-            found = os.stat(os.path.join(path, shard.name)).st_size
-        except FileNotFoundError:
-            wrong.append(f"shard {shard.name} is missing")
-            continue
-        if found != shard.bytes:
-            cut = next((i for i, block in enumerate(shard.blocks) if block.offset + block.size > found), None)
-            part = "no block is cut" if cut is None else f"damaged from block {cut} on"
-            wrong.append(f"shard {shard.name} has {found} bytes, the manifest says {shard.bytes} ({part})")
+    for name, entry in manifest.files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found is None:
+            wrong.append(f"{name} in {folder} is missing")
+        elif found != entry.bytes:
+            blocks = getattr(entry, "blocks", ())
+            cut = next((f" (damaged from block {i} on)" for i, b in enumerate(blocks) if b.offset + b.size > found), "")
+            wrong.append(f"{name} in {folder} has {found} bytes, the manifest says {entry.bytes}{cut}")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise DataError(f"{'; '.join(wrong[:5])}{more}: {REMEDY}")
@@ -108,25 +335,29 @@ class ShardSet:
     tokenizer_folder   a local folder with the set's tokenizer
     """
 
-    def __init__(self, path: str, files: "LocalFiles | RemoteFiles", manifest: Manifest, block_cache_bytes: int):
-        self.path = path
-        self.manifest = manifest
+    def __init__(self, files: Files, manifest: Manifest, block_cache_bytes: int):
+        self.path, self.manifest = files.root, manifest
         self._files = files
-        self._block_cache_bytes = block_cache_bytes
+        self._block_cache_bytes, self._cached_bytes = block_cache_bytes, 0
         self._blocks: OrderedDict[tuple[str, int], Block] = OrderedDict()
-        self._cached_bytes = 0
         self._lock = threading.Lock()
-        self._entries: dict[str, list[tuple[ShardEntry, int]]] = {
-            split: [(s, i) for s in manifest.shards if s.split == split for i in range(len(s.blocks))]
+        self._entries = {
+            split: [(s.name, i, block) for s in manifest.shards if s.split == split for i, block in enumerate(s.blocks)]
             for split in SPLITS
         }
-        self.statistics = Statistics.from_bytes(self._read_file(manifest.statistics.name, manifest.statistics))
-        if self.statistics.vocab_size != manifest.vocab_size:
-            raise DataError(
-                f"{path}/{manifest.statistics.name} counts a vocabulary of {self.statistics.vocab_size}, the manifest "
-                f"says {manifest.vocab_size}: build the shards again"
-            )
-        self.tokenizer_folder = self._local_tokenizer()
+        statistics, *tokenizer_files = (
+            (entry.name, self._read(name, name, 0, entry.bytes, entry.digest))
+            for name, entry in manifest.files.items()
+            if isinstance(entry, FileEntry)
+        )
+        self.statistics = Statistics.from_bytes(statistics[1])
+        assert len(self.statistics.token_counts) == manifest.vocab_size
+        folder = files.folder / TOKENIZER_FOLDER if files.folder else files.cache / f"tokenizer-{manifest.dataset_id}"
+        if not files.folder:
+            folder.mkdir(exist_ok=True)
+            for name, content in tokenizer_files:
+                write_at_once(folder / name, content)
+        self.tokenizer_folder = str(folder)
 
     def num_blocks(self, split: str) -> int:
         return len(self._entries[split])
@@ -136,7 +367,7 @@ class ShardSet:
 
     def block_samples(self, split: str) -> np.ndarray:
         """Samples of each block in global order, int64 [num_blocks]."""
-        return np.array([shard.blocks[i].samples for shard, i in self._entries[split]], np.int64)
+        return np.array([entry.samples for _, _, entry in self._entries[split]], np.int64)
 
     def read_block(self, split: str, index: int) -> Block:
         """Block `index` of a split, its bytes compared with the manifest, its ids with the vocabulary.
@@ -145,11 +376,16 @@ class ShardSet:
             DataError: names shard, block, what is wrong with it, and the remedy.
         """
         with self._lock:
-            block = self._blocks.get((split, index))
-            if block is not None:
+            if (split, index) in self._blocks:
                 self._blocks.move_to_end((split, index))
-                return block
-        block = self._decode(*self._entries[split][index])
+                return self._blocks[split, index]
+        shard, number, entry = self._entries[split][index]
+        block = decode_block(self._read_member(shard, number, entry.offset, entry.size, entry.digest), check=False)
+        if len(block.token_ids) and (worst := int(block.token_ids.max())) >= self.manifest.vocab_size:
+            raise DataError(
+                f"block {number} of shard {shard} in {self.path} holds token id {worst} beyond the vocabulary of "
+                f"{self.manifest.vocab_size}: {REMEDY}"
+            )
         with self._lock:
             if (split, index) not in self._blocks:
                 self._blocks[split, index] = block
@@ -160,245 +396,18 @@ class ShardSet:
 
     def passage_ids(self, split: str, index: int) -> list[str]:
         """The corpus's own ids of the passages of a block."""
-        shard, number = self._entries[split][index]
-        entry = shard.blocks[number]
-        data = self._read_member(shard, number, entry.ids_offset, entry.ids_size, entry.ids_digest)
-        return bytes(data).decode("utf-8").split("\n")
+        shard, number, entry = self._entries[split][index]
+        content = self._read_member(shard, number, entry.ids_offset, entry.ids_size, entry.ids_digest)
+        return bytes(content).decode().split("\n")
 
-    def _decode(self, shard: ShardEntry, number: int) -> Block:
-        entry = shard.blocks[number]
-        data = self._read_member(shard, number, entry.offset, entry.size, entry.digest)
-        with self._named(f"block {number} of shard {shard.name}"):
-            block = decode_block(data, check=False)
-            if block.num_samples != entry.samples:
-                raise DataError(f"holds {block.num_samples} samples, not {entry.samples}")
-            if len(block.token_ids) and (worst := int(block.token_ids.max())) >= self.manifest.vocab_size:
-                raise DataError(f"holds token id {worst} beyond the vocabulary of {self.manifest.vocab_size}")
-        return block
-
-    def _read_member(self, shard: ShardEntry, number: int, offset: int, size: int, digest: str) -> memoryview:
+    def _read_member(self, shard: str, number: int, offset: int, size: int, digest: str) -> memoryview:
         """The content of a tar member, after its header and content have been compared with the manifest."""
-        span = Span(shard.name, shard.bytes, offset - TAR_HEADER_BYTES, size + TAR_HEADER_BYTES, digest)
-        with self._named(f"block {number} of shard {shard.name}"):
-            return memoryview(self._files.read(span))[TAR_HEADER_BYTES:]
+        what = f"block {number} of shard {shard}"
+        data = self._read(what, shard, offset - TAR_HEADER_BYTES, size + TAR_HEADER_BYTES, digest)
+        return memoryview(data)[TAR_HEADER_BYTES:]
 
-    def _read_file(self, name: str, entry: FileEntry) -> bytes:
-        with self._named(name):
-            return self._files.read(Span(name, entry.bytes, 0, entry.bytes, entry.digest))
-
-    @contextlib.contextmanager
-    def _named(self, what: str):
-        """Puts the subject and the remedy around a DataError that says what is wrong."""
+    def _read(self, what: str, name: str, offset: int, size: int, digest: str) -> bytes:
         try:
-            yield
+            return self._files.read(name, offset, size, digest)
         except DataError as error:
             raise DataError(f"{what} in {self.path} {error}: {REMEDY}") from None
-
-    def _local_tokenizer(self) -> str:
-        contents = {
-            entry.name: self._read_file(f"{TOKENIZER_FOLDER}/{entry.name}", entry)
-            for entry in self.manifest.tokenizer_files
-        }
-        if isinstance(self._files, LocalFiles):
-            return str(Path(self._files.root, TOKENIZER_FOLDER))
-        folder = self._files.cache_dir / f"tokenizer-{self.manifest.dataset_id}"
-        folder.mkdir(exist_ok=True)
-        for name, content in contents.items():
-            if not (folder / name).exists() or (folder / name).read_bytes() != content:
-                write_at_once(folder / name, content)
-        return str(folder)
-
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """Frequencies over `num_passages` passages of the train split: for TF-IDF keywords and the unigram yardstick.
-
-    token_counts        int64 [vocab_size]: occurrences of each token id in the passages
-    document_frequency  uint32 [vocab_size + num_buckets]: passages that hold a word of the slot (hashing.word_slot)
-    idf                 float32, same shape: max(log((num_passages + 1) / (df + 1)), 0.01)
-    """
-
-    num_passages: int
-    token_counts: np.ndarray
-    document_frequency: np.ndarray
-    idf: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        ratio = (self.num_passages + 1) / (self.document_frequency.astype(np.float64) + 1)
-        object.__setattr__(self, "idf", np.maximum(np.log(ratio), IDF_FLOOR).astype(np.float32))
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.token_counts)
-
-    @staticmethod
-    def from_bytes(data: bytes) -> "Statistics":
-        """Reads statistics.npz."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return Statistics(int(arrays["num_passages"]), arrays["token_counts"], arrays["document_frequency"])
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes [offset, offset + size) of file `name`, which is `file_bytes` long, and their digest.
-
-    A digest of 16 hex digits is xxh3_64's, one of 32 xxh3_128's.
-    """
-
-    name: str
-    file_bytes: int
-    offset: int
-    size: int
-    digest: str
-
-    def matches(self, data: bytes) -> bool:
-        digest_of = xxhash.xxh3_64_hexdigest if len(self.digest) == 16 else xxhash.xxh3_128_hexdigest
-        return len(data) == self.size and digest_of(data) == self.digest
-
-
-class LocalFiles:
-    """A folder of this machine (or of a file system mounted on it)."""
-
-    def __init__(self, root: str):
-        self.root = root
-
-    def read(self, span: Span) -> bytes:
-        """The bytes of a span.
-
-        Raises:
-            DataError: the file is missing, has another length, cannot be read, or the bytes do not match. The message
-                goes on from the file's name.
-        """
-        try:
-            with open(os.path.join(self.root, span.name), "rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != span.file_bytes:
-                    raise DataError(f"has {found} bytes, the manifest says {span.file_bytes}")
-                file.seek(span.offset)
-                data = file.read(span.size)
-        except FileNotFoundError:
-            raise DataError("is missing") from None
-        except OSError as error:
-            raise DataError(f"cannot be read ({error.strerror})") from None
-        if not span.matches(data):
-            raise DataError("does not match its digest")
-        return data
-
-    def read_all(self, name: str) -> bytes | None:
-        """A whole file as it lies there now, unchecked; None if it does not exist."""
-        try:
-            return Path(self.root, name).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-
-class RemoteFiles:
-    """A URL behind a cache of `cache_bytes` in `cache_dir`."""
-
-    def __init__(self, root: str, cache_dir: str, cache_bytes: int):
-        import fsspec
-
-        self.root = root.rstrip("/")
-        self.cache_bytes = cache_bytes
-        self.cache_dir = Path(cache_dir)
-        try:
-            self.cache_dir.mkdir(parents=True, exist_ok=True)
-            self.file_system, self.prefix = fsspec.url_to_fs(self.root)
-        except OSError as error:
-            raise SettingsError(f"cache_dir {cache_dir} cannot be made ({error.strerror})") from None
-        except (ImportError, ValueError) as error:
-            raise SettingsError(f"{root} cannot be opened: {error}") from None
-        self._lock = threading.Lock()
-        self._unscanned_bytes = 0  # what this process may still write before it scans the folder again
-
-    def read(self, span: Span) -> bytes:
-        """As LocalFiles.read; the cache answers if it holds these bytes."""
-        cached = self.cache_dir / f"{span.digest}-{span.size}"
-        with contextlib.suppress(OSError):  # not there, or evicted by another process meanwhile
-            data = cached.read_bytes()
-            if span.matches(data):
-                os.utime(cached)
-                return data
-        data = self._fetch(span.name, start=span.offset, end=span.offset + span.size)
-        if data is None:
-            raise DataError("is missing")
-        if len(data) == span.file_bytes > span.size:  # an http server that does not know ranges sends all
-            data = data[span.offset : span.offset + span.size]
-        if not span.matches(data):
-            raise DataError("does not match its digest")
-        try:
-            if span.size <= self.cache_bytes:
-                self._make_room(span.size)
-                write_at_once(cached, data)
-        except OSError as error:  # a full disk, or another process that evicts this file: the run goes on
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
-                raise DataError(f"cannot be cached in {self.cache_dir} ({error.strerror})") from None
-        return data
-
-    def read_all(self, name: str) -> bytes | None:
-        """As LocalFiles.read_all; never from the cache.
-
-        Raises:
-            DataError: the server or bucket cannot be reached, or refuses.
-        """
-        try:
-            return self._fetch(name)
-        except DataError as error:
-            raise DataError(f"{self.root}/{name} {error}: check the address and your credentials for it") from None
-
-    def _fetch(self, name: str, **span: int) -> bytes | None:
-        """The bytes of a file or of its span start, end; None if it is missing. fsspec's https does not try again."""
-        for pause_seconds in PAUSES_SECONDS:
-            time.sleep(pause_seconds)
-            try:
-                return self.file_system.cat_file(f"{self.prefix}/{name}", **span)
-            except FileNotFoundError:
-                return None
-            except Exception as error:  # each file system raises its own classes
-                problem = f"{type(error).__name__}: {error}"
-        raise DataError(f"cannot be read after {len(PAUSES_SECONDS)} attempts ({problem})")
-
-    def _make_room(self, wanted: int) -> None:
-        """Deletes the least recently used files until `wanted` more bytes fit; other processes may do the same.
-
-        The folder is scanned once for every 1/32 of the free room that this process fills, so that 32 processes with
-        one cache keep its bound together.
-        """
-        with self._lock:
-            self._unscanned_bytes -= wanted
-            if self._unscanned_bytes >= 0:
-                return
-            files = []
-            for entry in os.scandir(self.cache_dir):
-                with contextlib.suppress(FileNotFoundError):  # another process evicted it
-                    if entry.is_file():
-                        files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-            used = sum(size for _, size, _ in files)
-            if used + wanted > self.cache_bytes:
-                goal = min(self.cache_bytes - wanted, self.cache_bytes * 9 // 10)
-                for _, size, path in sorted(files):
-                    if used <= goal:
-                        break
-                    Path(path).unlink(missing_ok=True)
-                    used -= size
-            self._unscanned_bytes = (self.cache_bytes - used - wanted) // 32
-
-
-def write_at_once(path: Path, data: bytes) -> None:
-    """Writes a file that appears under its name when it is whole; threads and processes may write the same one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def open_files(root: str, cache_dir: str | None, cache_bytes: int) -> LocalFiles | RemoteFiles:
-    """A folder, or a URL behind its cache."""
-    root = root.removeprefix("file://")
-    if "://" not in root:
-        return LocalFiles(root)
-    default = os.environ.get("QUINCUNX_CACHE") or str(Path.home() / ".cache" / "quincunx")
-    return RemoteFiles(root, cache_dir or default, cache_bytes)

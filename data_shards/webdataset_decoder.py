@@ -8,7 +8,7 @@ Training does not read this way (shards.py says why): a tar reader cannot know w
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from quincunx.data_shards.block import FIELDS, Block, decode_block
+from quincunx.data_shards.shards import Block, decode_block
 
 
 def decode_member(key: str, data: bytes) -> Block | list[str] | None:
@@ -30,7 +30,7 @@ def split_blocks(blocks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for member in blocks:
         block: Block = member["block"]
         for i, passage_id in enumerate(member["ids"]):
-            texts = {name: block.text(name, i) for name in FIELDS}
+            texts = {name: block.text(name, i) for name in block.fields}
             yield {
                 "__key__": f"{member['__key__']}/{i:05d}",
                 "passage_id": passage_id,

@@ -10,11 +10,15 @@ what is written, docs/corpora.md the formats that are read.
 import shlex
 import sys
 import time
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import EXIT_PREEMPTED, exit_with_one_sentence
-from quincunx.data_shards.manifest import Manifest
 from quincunx.launchers.command_line import parse_settings
+
+if TYPE_CHECKING:
+    from quincunx.data_shards.shards import Manifest
 
 
 def main() -> int:
@@ -29,46 +33,38 @@ def main() -> int:
     return 0
 
 
-def summary(manifest: Manifest, output: str, seconds: float) -> str:
+def summary(manifest: "Manifest", output: str, seconds: float) -> str:
     """The table printed at the end of a build."""
-    counts = manifest.counts
-    train, heldout = manifest.fields["train"], manifest.fields["heldout"]
-
-    def tokens(name: str) -> int:
-        return sum(counts.get(f"{split}_{name}_tokens", 0) for split in ("train", "heldout"))
-
-    rows = [
-        ("documents", f"{counts['train_documents'] + counts.get('heldout_documents', 0):,}"),
-        ("passages", f"{train['passage'] + heldout['passage']:,}"),
-        ("  for training", f"{train['passage']:,}"),
-        ("  held out", f"{heldout['passage']:,} of {counts.get('heldout_documents', 0):,} documents"),
-        (
-            "tokens of passages",
-            f"{tokens('passage'):,} (mean {tokens('passage') / max(1, train['passage'] + heldout['passage']):.1f})",
-        ),
-        ("with next passage", f"{train['next'] + heldout['next']:,}"),
-        ("with queries", f"{train['queries'] + heldout['queries']:,} ({tokens('queries'):,} tokens)"),
-        (
-            "with continuation",
-            f"{train['continuation'] + heldout['continuation']:,} ({tokens('continuation'):,} tokens)",
-        ),
-        ("generations joined", f"{counts.get('joined_generations', 0):,}"),
-        ("generations unknown", f"{counts.get('unknown_generations', 0):,} (their passage id is not in the corpus)"),
-        ("lost neighbour pairs", f"{counts['lost_neighbours']:,} (documents longer than a block)"),
-        ("bad records skipped", f"{counts.get('bad_records', 0):,}"),
-        ("empty passages skipped", f"{counts.get('empty_passages', 0):,}"),
-        (
-            "passages cut",
-            f"{counts.get('cut_passages', 0):,} (of a collection, longer than {manifest.max_tokens} tokens)",
-        ),
-        ("shards", f"{len(manifest.shards):,} of {sum(shard.bytes for shard in manifest.shards) / 1e6:,.1f} MB in all"),
-        ("vocabulary", f"{manifest.vocab_size:,}"),
-        ("dataset id", manifest.dataset_id),
-        ("seconds", f"{seconds:.1f}"),
-        ("written to", shlex.quote(output)),
-    ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    counts, train = Counter(manifest.counts), manifest.fields["train"]
+    samples = {name: sum(of_split.get(name, 0) for of_split in manifest.fields.values()) for name in train}
+    tokens = {name: counts[f"train_{name}_tokens"] + counts[f"heldout_{name}_tokens"] for name in train}
+    num_bytes = sum(shard.bytes for shard in manifest.shards)
+    rows = {
+        "documents": f"{counts['train_documents'] + counts['heldout_documents']:,}",
+        "passages": f"{samples['passage']:,}",
+        "  for training": f"{train['passage']:,}",
+        "  held out": f"{samples['passage'] - train['passage']:,} of {counts['heldout_documents']:,} documents",
+        "tokens of passages": f"{tokens['passage']:,} (mean {tokens['passage'] / samples['passage']:.1f})",
+        "with next passage": f"{samples['next']:,}",
+        **{
+            f"with {name}": f"{samples[name]:,} ({tokens[name]:,} tokens)"
+            for name in train
+            if name not in ("passage", "next")
+        },
+        "generations joined": f"{counts['joined_generations']:,}",
+        "generations unknown": f"{counts['unknown_generations']:,} (their passage id is not in the corpus)",
+        "lost neighbour pairs": f"{counts['lost_neighbours']:,} (documents longer than a block)",
+        "bad records skipped": f"{counts['bad_records']:,}",
+        "empty passages skipped": f"{counts['empty_passages']:,}",
+        "passages cut": f"{counts['cut_passages']:,} (of a collection, longer than {manifest.max_tokens} tokens)",
+        "shards": f"{len(manifest.shards):,} of {num_bytes / 1e6:,.1f} MB in all",
+        "vocabulary": f"{manifest.vocab_size:,}",
+        "dataset id": manifest.dataset_id,
+        "seconds": f"{seconds:.1f}",
+        "written to": shlex.quote(output),
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 if __name__ == "__main__":

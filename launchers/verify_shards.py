@@ -25,12 +25,9 @@ def main() -> int:
     if argv and not argv[0].startswith("-"):
         argv = ["--shards", *argv]
     settings = parse_settings(VerifySettings, "Re-checks a finished shard set (docs/shards.md).", argv)
-    from tqdm import tqdm
-
     from quincunx.data_shards.verify import verify_shards
 
-    with tqdm(desc="verify", unit="shard", disable=None) as bar:
-        report = verify_shards(settings.shards, say=lambda name: bar.update())
+    report = verify_shards(settings.shards)
     print(table(report))
     if report.damaged:
         names = ", ".join(finding.name for finding in report.damaged)
@@ -47,8 +44,11 @@ def table(report) -> str:
     width = max(len(finding.name) for finding in report.findings)
     lines = [f"{'file':<{width}}  {'bytes':>14}  {'blocks':>7}  {'samples':>11}  state"]
     for finding in report.findings:
-        numbers = (f"{n:,}" if n else "" for n in (finding.bytes, finding.blocks, finding.samples))
-        cells = "  ".join(f"{n:>{w}}" for n, w in zip(numbers, (14, 7, 11)))
+        entry = finding.entry
+        counts = [] if entry is None else [entry.bytes]
+        counts += [len(entry.blocks), entry.samples] if hasattr(entry, "blocks") else []
+        numbers = [*(f"{count:,}" for count in counts), "", "", ""]
+        cells = "  ".join(f"{number:>{size}}" for number, size in zip(numbers, (14, 7, 11)))
         lines.append(f"{finding.name:<{width}}  {cells}  {'DAMAGED' if finding.problems else 'ok'}")
         lines += [f"  {finding.name} {problem}" for problem in finding.problems]
     manifest = report.manifest

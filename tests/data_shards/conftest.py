@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quincunx.data_shards.block import Text
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
-from quincunx.data_shards.shards import ShardSet, open_shards
+from quincunx.data_shards.shards import ShardSet, Text, open_shards
 
 SEP, FIRST_ORDINARY, VOCAB_SIZE = 102, 1000, 30522
 

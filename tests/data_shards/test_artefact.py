@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -295,10 +296,10 @@ def test_a_full_disk_is_one_sentence_and_what_was_there_stays(small_disk):
 
 
 def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
-    dead = subprocess.Popen(["true"])
+    host, dead = socket.gethostname(), subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / f".x.tmp{dead.pid}").touch()
-    (tmp_path / f".x.tmp{os.getppid()}").touch()
+    (tmp_path / f".x.tmp-{host}-{dead.pid}").touch()
+    (tmp_path / f".x.tmp-{host}-{os.getppid()}").touch()
     with written_whole(tmp_path / "x") as file:
         file.write("text")
-    assert sorted(os.listdir(tmp_path)) == [f".x.tmp{os.getppid()}", "x"]
+    assert sorted(os.listdir(tmp_path)) == [f".x.tmp-{host}-{os.getppid()}", "x"]

@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quincunx.data_shards.batches import Batch, batches_by_length, join_texts
-from quincunx.data_shards.block import Text
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import ALWAYS
 from quincunx.data_shards.order import Rows
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
-from quincunx.data_shards.shards import open_shards
+from quincunx.data_shards.shards import Text, open_shards
 from quincunx.data_shards.tasks import TASKS, TaskSpec, shares_served
 from quincunx.kernels.enhanced_attention import visibility
 

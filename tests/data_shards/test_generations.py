@@ -9,7 +9,7 @@ import pytest
 
 from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.generations import KIND, GenerationCounts, Generations, index_generations
+from quincunx.data_shards.generations import KIND, Generations, index_generations
 
 
 def write(path: Path, records: list[dict]) -> str:
@@ -36,14 +36,14 @@ def test_files_of_every_kind_are_joined_by_passage_id(tmp_path):
     parquet.write_table(table.slice(0, 1), tmp_path / "c.parquet")
     index = tmp_path / "odd name?#.sqlite"
     counts = index_generations([first, str(tmp_path / "b.jsonl.gz"), str(tmp_path / "c.parquet")], index)
-    assert counts == GenerationCounts(passages=4, queries=3, continuation=1)
+    assert counts == {"passages": 4, "queries": 3, "continuation": 1}
     generations = Generations(index)
     assert generations.counts == counts
-    assert generations.lookup("1") == (["was ist é?", "two"], "and so on")
-    assert generations.lookup("2") == (None, None)
-    assert generations.lookup("3") == (["q"], None)
-    assert generations.lookup("4") == (["p", "q"], None)
-    assert generations.lookup("unknown") == (None, None)
+    assert generations.lookup("1") == {"queries": ["was ist é?", "two"], "continuation": ["and so on"]}
+    assert generations.lookup("2") == {}
+    assert generations.lookup("3") == {"queries": ["q"]}
+    assert generations.lookup("4") == {"queries": ["p", "q"]}
+    assert generations.lookup("unknown") == {}
     generations.close()
     assert not [name for name in os.listdir(tmp_path) if ".tmp" in name]
 
@@ -55,7 +55,7 @@ def test_files_of_every_kind_are_joined_by_passage_id(tmp_path):
         ('{"passage_id": "1", "text": "x"}', "queries or continuation are needed"),
         ('{"queries": ["x"]}', "passage_id and queries or continuation"),
         ('{"passage_id": "1", "queries": "x"}', "queries is str"),
-        ('{"passage_id": "1", "queries": [1]}', "a query is int"),
+        ('{"passage_id": "1", "queries": [1]}', "a text of queries is int"),
         ('{"passage_id": "0", "queries": ["again"]}', "queries of passage '0' are given twice"),
     ],
 )
@@ -77,7 +77,7 @@ def test_a_folder_that_has_lost_a_part_and_a_path_without_generations_are_refuse
     with artefact(folder, KIND, {}) as work:
         write(work.made("part-00000.jsonl"), [{"passage_id": "1", "queries": ["x"]}])
         write(work.made("part-00001.jsonl"), [{"passage_id": "2", "queries": ["y"]}])
-    assert index_generations([str(folder)], tmp_path / "index").queries == 2
+    assert index_generations([str(folder)], tmp_path / "index")["queries"] == 2
     (folder / "part-00001.jsonl").unlink()
     with pytest.raises(DataError, match=r"part-00001\.jsonl is missing: .*--remake"):
         index_generations([str(folder)], tmp_path / "index")
@@ -96,8 +96,8 @@ def test_a_hundred_thousand_generations_need_little_memory(tmp_path):
     program = (
         "import sys, resource; from pathlib import Path; from quincunx.data_shards.generations import *\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(index_generations([sys.argv[1]], Path(sys.argv[2])).passages)\n"
-        "assert Generations(Path(sys.argv[2])).lookup('p99999')[0][4].startswith('query 99999 number 4')\n"
+        "print(index_generations([sys.argv[1]], Path(sys.argv[2]))['passages'])\n"
+        "assert Generations(Path(sys.argv[2])).lookup('p99999')['queries'][4].startswith('query 99999 number 4')\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "many.jsonl"), str(tmp_path / "index")]

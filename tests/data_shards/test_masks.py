@@ -33,8 +33,8 @@ def split_words(token_ids: np.ndarray, word_starts: np.ndarray) -> tuple[np.ndar
 
 
 def weigh(token_ids: np.ndarray, begins: np.ndarray, num_words: int) -> np.ndarray:
-    slots, table, weights = np.empty(num_words, np.int64), np.empty((2, 128), np.int64), np.empty(num_words)
-    masks.keyword_weights(token_ids, begins, num_words, IDF, VOCAB_SIZE, slots, table, weights)
+    order, weights = np.empty(num_words, np.int64), np.empty(num_words)
+    masks.keyword_weights(token_ids, begins, num_words, IDF, VOCAB_SIZE, order, weights)
     return weights
 
 

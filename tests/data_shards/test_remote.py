@@ -12,11 +12,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from quincunx.data_shards import shards as shards_module
-from quincunx.data_shards.block import Text
+from quincunx.data_shards import shard_files
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
-from quincunx.data_shards.shards import open_shards
+from quincunx.data_shards.shards import Text, open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.data_shards.verify import verify_shards
 
@@ -117,7 +116,7 @@ def test_a_damaged_cache_file_is_fetched_again_and_a_damaged_remote_block_is_ref
     ):
         shards.read_block("train", 1)
     damaged = verify_shards(memory_set).damaged
-    assert [finding.problems for finding in damaged] == [("block 1 does not match its digest",)]
+    assert [finding.problems for finding in damaged] == [["block 1 does not match its digest"]]
 
 
 def test_a_disk_without_room_for_another_file_costs_the_cache_and_not_the_run(local_set, memory_set, small_disk):
@@ -181,7 +180,7 @@ def test_only_the_blocks_that_are_read_travel(url, tmp_path):
 
 
 def test_an_unreachable_or_unknown_remote_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(shard_files.time, "sleep", lambda seconds: None)
     refusal = r"http://127\.0\.0\.1:9/set/manifest\.json cannot be read after 3 attempts .*: check the address and"
     with pytest.raises(DataError, match=refusal):
         open_shards("http://127.0.0.1:9/set", cache_dir=str(tmp_path))

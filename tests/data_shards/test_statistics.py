@@ -6,10 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from quincunx.data_shards.block import Text, decode_block
 from quincunx.data_shards.hashing import word_slot
 from quincunx.data_shards.shard_writer import Sample, StatisticsCounter, encode_block
-from quincunx.data_shards.shards import Statistics
+from quincunx.data_shards.shards import Statistics, Text, decode_block
 
 VOCAB_SIZE = 50
 

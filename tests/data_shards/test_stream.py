@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from quincunx.data_shards.batches import Batch
-from quincunx.data_shards.block import Block, Text
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
-from quincunx.data_shards.shards import open_shards
+from quincunx.data_shards.shards import Block, Text, open_shards
 from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tasks import TaskSpec
 

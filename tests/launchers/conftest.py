@@ -36,8 +36,8 @@ TINY = {
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory) -> Path:
     """A shard set of 144 training and 6 held-out passages with every field but continuations."""
-    from quincunx.data_shards.block import Text
     from quincunx.data_shards.shard_writer import Sample, write_shard_set
+    from quincunx.data_shards.shards import Text
     from quincunx.data_shards.tokenizer_training import train_wordpiece
     from quincunx.data_shards.words import tokenize
 

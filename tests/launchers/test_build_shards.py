@@ -23,10 +23,9 @@ from quincunx.data_shards.build_merge import write_pairs
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.build_task import TaskPlan, is_held_out, make_samples, run_task
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.manifest import Manifest
 from quincunx.data_shards.passages import split_documents
 from quincunx.data_shards.records import Document
-from quincunx.data_shards.shards import open_shards
+from quincunx.data_shards.shards import Manifest, open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.verify import verify_shards
 from quincunx.launchers.command_line import as_flags, parse_settings
@@ -461,10 +460,7 @@ def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_querie
     for document, passages, _ in make_samples(split_documents(documents, tokenizer, 64), tokenizer, None, Counter()):
         split = "heldout" if is_held_out(document.doc_id, 0.3) else "train"
         kept[split] += [{"passage_id": p.passage_id, "text": p.text, "query": p.query} for p in passages]
-    plan = TaskPlan(
-        format="python_docs", path="corpus", tokenizer="", generations="", work=Work(tmp_path, tmp_path),
-        content={"tasks": 1, "pairs": True},
-    )  # fmt: skip
+    plan = TaskPlan("corpus", Work(tmp_path, tmp_path), {"tasks": 1, "pairs": True})
     plan.work.scratch("tasks").mkdir(parents=True)
     for split, rows in kept.items():
         plan.task_file(0, f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
