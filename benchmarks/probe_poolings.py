@@ -19,7 +19,8 @@ from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
 from quincunx.engine.retrieval.study_report import spearman
 from quincunx.engine.retrieval.trec import read_qrels
-from quincunx.launchers.study_cells import Cell, make_cells, read_recipe
+from quincunx.launchers.study_cells import Cell, make_cells
+from quincunx.launchers.study_recipe import read_recipe
 
 DEPTH = 10
 

@@ -12,7 +12,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,7 +129,7 @@ def read_config(path: Path, settings_class: type) -> dict[str, Any]:
     return content
 
 
-def suggestion(name: str, known: set[str]) -> str:
+def suggestion(name: str, known: Iterable[str], otherwise: str = "; --help lists the settings") -> str:
     """`, did you mean x?` for the nearest known name, or where to look."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f", did you mean {nearest[0]}?" if nearest else "; --help lists the settings"
+    return f", did you mean {nearest[0]}?" if nearest else otherwise

@@ -33,9 +33,9 @@ Panels = dict[str, dict[str, list[tuple[float, float]]]]
 """Collection -> line -> points (x, y)"""
 
 
-def results_of(record_file: Path, per_query_file: Path) -> dict[str, Any]:
+def results_of(folder: Path) -> dict[str, Any]:
     """{"measures": {name: {mean, low, high}}, "per_query": the first measure's values in the order of query ids}."""
-    record, evaluation = read_results(record_file, per_query_file)
+    record, evaluation = read_results(folder / "result.json", folder / "queries.jsonl")
     values = next(iter(evaluation.per_query.values()))
     return {"measures": record["measures"], "per_query": [round(values[query], 6) for query in sorted(values)]}
 
