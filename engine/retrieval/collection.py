@@ -16,7 +16,7 @@ import xxhash
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.readers import list_inputs
 from quincunx.data_shards.records import BadRecordError, check_id, check_text, parse_dpr
-from quincunx.engine.retrieval.files import in_groups, read_lines, read_questions, read_records
+from quincunx.engine.retrieval.files import first_of, in_groups, read_lines, read_questions, read_records
 
 PASSAGE_FORMATS = {"beir": "beir", "msmarco": "msmarco", "dpr": "dpr", "jsonl": "documents", "parquet": "parquet"}
 """Format of passages -> the format whose files `readers.list_inputs` finds."""
@@ -97,11 +97,18 @@ class Collection:
                 rows[at] = self.row(ids[at])
         return rows
 
+    def known_rows(self, ids: Sequence[str], what: str, source: str) -> np.ndarray:
+        """int64, the row of each id. Raises DataError if one of the `what` (queries, ...) of `source` is unknown."""
+        rows = self.rows(ids)
+        if unknown := [ids[at] for at in np.flatnonzero(rows < 0)]:
+            raise DataError(
+                f"{source} names {len(unknown)} {what} that {self.name} does not have {first_of(unknown)}: give the "
+                "files that belong together"
+            )
+        return rows
+
     def __contains__(self, id: str) -> bool:
-        try:
-            return self.row(id) >= 0
-        except KeyError:
-            return False
+        return self.rows([id])[0] >= 0
 
     @cached_property
     def empty_rows(self) -> np.ndarray:
