@@ -21,21 +21,10 @@ NUM_PASSAGES = 700
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, save_tiny_bert):
     """A tiny random encoder and a corpus."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
-
     folder = tmp_path_factory.mktemp("encode")
-    tokenizer = train_wordpiece([" ".join(WORDS)] * 3, 60)
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **sizes)).save_pretrained(
-        folder / "model"
-    )
+    save_tiny_bert(folder / "model", [" ".join(WORDS)] * 3, 60)
     draw = np.random.default_rng(0)
     rows = [
         {"_id": f"p{n}", "title": draw.choice(WORDS), "text": " ".join(draw.choice(WORDS, draw.integers(3, 30)))}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
 from quincunx.engine.retrieval.candidates import Candidates, iterate_candidates, write_candidates
@@ -18,27 +17,17 @@ from quincunx.engine.retrieval.trec import read_run
 from quincunx.launchers.score import main
 
 ROOT = Path(__file__).parents[2]
-WORDS = [
-    f"{stem}{ending}" for stem in ("amber", "birch", "cedar", "dune", "elder", "fern") for ending in ("", "s", "y")
-]
+WORDS = [stem + ending for stem in ("amber", "birch", "cedar", "dune", "elder", "fern") for ending in ("", "s", "y")]
 NUM_PAIRS = 600
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, save_tiny_bert):
     """A tiny random reranker, its encoder without head, a corpus, queries, and candidates of 600 pairs."""
-    from transformers import BertConfig, BertModel
-
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
     from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker
 
     folder = tmp_path_factory.mktemp("score")
-    tokenizer = train_wordpiece([" ".join(WORDS)] * 3, 120)
-    tokenizer.save_pretrained(folder / "encoder")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.5, **sizes)
-    BertModel(config).save_pretrained(folder / "encoder")
+    save_tiny_bert(folder / "encoder", [" ".join(WORDS)] * 3, 120, initializer_range=0.5)
     save_reranker(folder / "reranker", load_reranker(str(folder / "encoder"), max_tokens=32), card="")
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(WORDS, draw.integers(3, 30))) for _ in range(200)]

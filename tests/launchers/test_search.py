@@ -20,41 +20,18 @@ from quincunx.launchers import encode, search
 
 ROOT = Path(__file__).parents[2]
 WORDS = [
-    "amber",
-    "birch",
-    "cedar",
-    "dune",
-    "elder",
-    "fern",
-    "grove",
-    "heath",
-    "iris",
-    "juniper",
-    "kelp",
-    "larch",
-    "moss",
-    "nettle",
-    "oak",
-    "pine",
-]
+    "amber", "birch", "cedar", "dune", "elder", "fern", "grove", "heath", "iris", "juniper", "kelp", "larch", "moss",
+    "nettle", "oak", "pine",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, save_tiny_bert):
     """Two tiny random encoders, a BEIR folder of 400 passages, and the first encoder's embeddings of it."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
-
     folder = tmp_path_factory.mktemp("search")
-    tokenizer = train_wordpiece([" ".join(WORDS)] * 3, 80)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.5, **sizes)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "initializer_range": 0.5}
     for seed, name in enumerate(("model", "other")):
-        torch.manual_seed(seed)
-        BertModel(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        save_tiny_bert(folder / name, [" ".join(WORDS)] * 3, 80, seed, **shape)
     draw = np.random.default_rng(0)
     beir = folder / "beir"
     (beir / "qrels").mkdir(parents=True)

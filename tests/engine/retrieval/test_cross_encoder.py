@@ -22,29 +22,19 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker, score_pairs, tokenise_pairs
 
 SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 48,
-    "pad_token_id": 0,
-}
+    "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 48, "pad_token_id": 0,
+}  # fmt: skip
 FAMILIES = {
     "bert": {},
     "roberta": {"pad_token_id": 1, "type_vocab_size": 1},
     "electra": {"embedding_size": 16},
     "xlm-roberta": {"pad_token_id": 1, "type_vocab_size": 1},
     "modernbert": {
-        "local_attention": 8,
-        "global_attn_every_n_layers": 2,
-        "cls_token_id": 2,
-        "sep_token_id": 3,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "classifier_pooling": "cls",
+        "local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3,
+        "bos_token_id": 2, "eos_token_id": 3, "classifier_pooling": "cls",
     },
-}
+}  # fmt: skip
 TYPED = ("bert", "electra")
 SPECIAL = ["[PAD]", "<pad>", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
 WORDS = [f"w{n}" for n in range(99 - len(SPECIAL))]

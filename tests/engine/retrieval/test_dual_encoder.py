@@ -16,20 +16,8 @@ from quincunx.data_shards.tokenizer_training import train_wordpiece
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever, model_digest, save_retriever
 
 WORDS = [
-    "amber",
-    "birch",
-    "cedar",
-    "dune",
-    "elder",
-    "fern",
-    "grove",
-    "heath",
-    "iris",
-    "juniper",
-    "kelp",
-    "larch",
-    "moss",
-]
+    "amber", "birch", "cedar", "dune", "elder", "fern", "grove", "heath", "iris", "juniper", "kelp", "larch", "moss",
+]  # fmt: skip
 DRAW = np.random.default_rng(0)
 TEXTS = [" ".join(DRAW.choice(WORDS, n)) for n in (1, 30, 4, 12, 60, 7, 25, 3)] + ["", "amber [SEP] birch"]
 SIZES = {

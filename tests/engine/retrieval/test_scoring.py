@@ -15,24 +15,13 @@ from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker
 from quincunx.engine.retrieval.scoring import RUN, Source, score_source
 from quincunx.engine.retrieval.trec import read_run, write_run
 
-WORDS = [
-    f"{stem}{ending}" for stem in ("amber", "birch", "cedar", "dune", "elder", "fern") for ending in ("", "s", "y")
-]
+WORDS = [stem + ending for stem in ("amber", "birch", "cedar", "dune", "elder", "fern") for ending in ("", "s", "y")]
 
 
 @pytest.fixture(scope="module")
-def reranker(tmp_path_factory):
-    from transformers import BertConfig, BertModel
-
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
-
+def reranker(tmp_path_factory, save_tiny_bert):
     folder = tmp_path_factory.mktemp("reranker")
-    tokenizer = train_wordpiece([" ".join(WORDS)] * 3, 120)
-    tokenizer.save_pretrained(folder / "encoder")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.5, **sizes)
-    BertModel(config).save_pretrained(folder / "encoder")
+    save_tiny_bert(folder / "encoder", [" ".join(WORDS)] * 3, 120, initializer_range=0.5)
     fresh = load_reranker(str(folder / "encoder"), max_tokens=24)
     save_reranker(folder / "reranker", fresh, card="")
     return load_reranker(str(folder / "reranker"), allow_fresh_head=False)
@@ -121,7 +110,7 @@ def test_a_kill_between_the_scores_and_their_manifest_is_mended(tmp_path, rerank
     write_candidates(tmp_path / "in.jsonl", rows_of_candidates())
     source, output = Source(str(tmp_path / "in.jsonl"), CANDIDATES), tmp_path / "out.jsonl"
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
