@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.engine.retrieval.embeddings import open_embeddings
 from quincunx.launchers import encode
 
@@ -107,16 +106,14 @@ def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(d
         (["--dtype=float16"], 2, "was made otherwise (dtype was float32 and is float16)"),
     ],
 )
-def test_what_cannot_be_encoded_is_one_sentence_and_changes_nothing(flags, code, sentence, data, encoded, capsys):
+def test_what_cannot_be_encoded_is_one_sentence_and_changes_nothing(flags, code, sentence, data, encoded, refused):
     words = command(data, data / "alone")
     for flag in flags:
         name, _, value = flag.partition("=")
         place = next(place for place, word in enumerate(words) if word.partition("=")[0] == name)
         words[place : place + (1 if "=" in words[place] else 2)] = [f"{name}={value}"]
-    with pytest.raises(SystemExit) as ended:
-        exit_with_one_sentence(lambda: here(words))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert ended.value.code == code and len(lines) == 1 and sentence in lines[0]
+    found, said = refused(encode.main, *words[2:])
+    assert found == code and sentence in said
     assert {path.name: path.read_bytes() for path in sorted((data / "alone").iterdir())} == encoded
 
 
