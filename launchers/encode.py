@@ -84,13 +84,10 @@ def encode(settings: EncodeSettings, environment: Environment) -> None:
         settings.kind,
         environment=environment,
         details={"model": settings.model, "corpus": settings.corpus, "titles": settings.titles},
-        dtype=settings.dtype,
-        part_rows=settings.part_rows,
-        batch_tokens=settings.batch_tokens,
         device=device,
         precision=precision,
         patience_seconds=settings.patience,
-        remake=settings.remake,
+        **{name: getattr(settings, name) for name in ("dtype", "part_rows", "batch_tokens", "remake")},
     )
     if not environment.is_main:
         return

@@ -104,10 +104,8 @@ def score(settings: ScoreSettings, environment: Environment) -> None:
         environment,
         device=device,
         precision=precision,
-        batch_tokens=settings.batch_tokens,
-        pairs_a_part=settings.pairs_a_part,
         patience_seconds=settings.patience,
-        remake=settings.remake,
+        **{name: getattr(settings, name) for name in ("batch_tokens", "pairs_a_part", "remake")},
     )
     if counts is not None:
         print(f"{settings.output}: {counts['pairs']:,} pairs scored")

@@ -122,29 +122,26 @@ class _Lists(NamedTuple):
 
     rows: np.ndarray
     """int32 [entries], row in the collection of passages."""
-    scores: np.ndarray | None
-    """float32 [entries]"""
+    scores: np.ndarray
+    """float32 [entries]; empty without a teacher"""
     sizes: np.ndarray
     """int64 [queries]"""
     starts: np.ndarray
     """int64 [queries]"""
 
 
-def _flatten(candidates: Sequence[Candidates], side: str, passages: Collection, with_scores: bool) -> _Lists:
+def _flatten(candidates: Sequence[Candidates], side: str, passages: Collection, with_scores: bool) -> list[np.ndarray]:
+    """rows, scores (none without) and sizes of _Lists."""
     assert len(passages) < 2**31
-    ids = [id for row in candidates for id in getattr(row, side)]
-    scores = [row.scores[id] for row in candidates for id in getattr(row, side)] if with_scores else None
-    scores = None if scores is None else np.array(scores, np.float32)
-    sizes = np.array([len(getattr(row, side)) for row in candidates], np.int64)
-    return _Lists(
-        passages.known_rows(ids, "passages", CANDIDATES_LIST).astype(np.int32), scores, sizes, np.cumsum(sizes) - sizes
-    )
+    lists = [getattr(row, side) for row in candidates]
+    rows = passages.known_rows([id for ids in lists for id in ids], "passages", CANDIDATES_LIST)
+    scores = [row.scores[id] for row, ids in zip(candidates, lists) for id in ids] if with_scores else []
+    return [rows.astype(np.int32), np.array(scores, np.float32), np.array(list(map(len, lists)), np.int64)]
 
 
-def _join(parts: Sequence[_Lists]) -> _Lists:
-    sizes = np.concatenate([part.sizes for part in parts])
-    scores = None if parts[0].scores is None else np.concatenate([part.scores for part in parts])
-    return _Lists(np.concatenate([part.rows for part in parts]), scores, sizes, np.cumsum(sizes) - sizes)
+def _join(parts: Sequence[list[np.ndarray]]) -> _Lists:
+    rows, scores, sizes = map(np.concatenate, zip(*parts))
+    return _Lists(rows, scores, sizes, np.cumsum(sizes) - sizes)
 
 
 def _take(values: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -73,11 +73,7 @@ class Index:
         Texts without a visible character are never found: their vectors say nothing and are near to many queries.
         """
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
-        if queries_QD.shape[1] != self.embeddings.width:
-            raise SettingsError(
-                f"the queries have {queries_QD.shape[1]} channels, the embeddings {self.embeddings.width}: encode both "
-                "with one model"
-            )
+        assert queries_QD.shape[1] == self.embeddings.width
         scores_QK = torch.full((len(queries_QD), depth), -torch.inf, device=self.device)
         rows_QK = torch.full((len(queries_QD), depth), -1, dtype=torch.int64, device=self.device)
         shards = counted(self.shards, "searching", "shard", show=len(queries_QD) >= FEW_QUERIES)

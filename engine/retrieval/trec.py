@@ -173,16 +173,21 @@ def write_run(path: str | Path, rows: RunRows, tag: str) -> dict[str, int]:
     rows: (query id, passage ids, scores); scores are written in the shortest decimals that give the same number back:
         float32 stays float32's.
 
-    Raises:
-        DataError: a query or passage twice, a score that is not finite, or an id with white space; nothing is written.
+    Raises DataError for a score that is not finite or an id with white space; nothing is written.
     """
     num_results, seen = 0, set()
     with written_whole(path) as file:
         for query_id, passage_ids, scores in rows:
             passage_ids, scores = list(passage_ids), np.asarray(scores)
-            problem = _problem_of(query_id, passage_ids, scores, seen)
-            if problem is not None:
-                raise DataError(f"the run {path} is not written: {problem}")
+            assert query_id not in seen and len(set(passage_ids)) == len(passage_ids)
+            ids = [query_id, *passage_ids]
+            if len(" ".join(ids).split()) != len(ids):
+                bad = next(id for id in ids if len(id.split()) != 1)
+                raise DataError(
+                    f"the run is not written: TREC's format has no place for the id {bad!r} with white space"
+                )
+            if not np.isfinite(scores).all():
+                raise DataError(f"the run is not written: a score of query {query_id} is not finite")
             seen.add(query_id)
             texts = scores.astype(str).tolist()  # numpy's shortest decimals that give the same number back
             results = sorted(zip((-scores).tolist(), passage_ids, texts, strict=True))
@@ -191,17 +196,6 @@ def write_run(path: str | Path, rows: RunRows, tag: str) -> dict[str, int]:
             )
             num_results += len(results)
     return {"queries": len(seen), "results": num_results}
-
-
-def _problem_of(query_id: str, passage_ids: list[str], scores: np.ndarray, seen: set[str]) -> str | None:
-    """Why a query's results cannot stand in a run."""
-    ids = [query_id, *passage_ids]
-    if len(" ".join(ids).split()) != len(ids):
-        bad = next(id for id in ids if len(id.split()) != 1)
-        return f"the id {bad!r} has white space or is empty, TREC's format has no place for it"
-    if query_id in seen or len(set(passage_ids)) != len(passage_ids):
-        return f"for query {query_id} {'the query' if query_id in seen else 'a passage'} comes twice"
-    return None if np.isfinite(scores).all() else f"a score of query {query_id} is not finite"
 
 
 def check_against(

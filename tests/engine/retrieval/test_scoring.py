@@ -67,7 +67,7 @@ def test_every_candidate_gets_the_rerankers_score(tmp_path, reranker, collection
     for row in found:
         ids = [*row.positives, *row.negatives]
         assert row.scores.keys() == set(ids)
-        asked = [queries.text_at(queries.row(row.query_id))] * len(ids)
+        asked = queries.texts(queries.rows([row.query_id])) * len(ids)
         expected, _ = score_pairs(reranker, asked, passages.texts(passages.rows(ids)))
         np.testing.assert_allclose([row.scores[id] for id in ids], expected, rtol=0, atol=5e-5)
     assert np.std([score for row in found for score in row.scores.values()]) > 0.01
@@ -87,7 +87,7 @@ def test_a_run_is_reranked_to_the_depth_asked(tmp_path, reranker, collections):
     for query_id, scores in found.items():
         assert set(scores) == set(list(run[query_id])[:6])
         assert list(scores.values()) == sorted(scores.values(), reverse=True)
-        asked = [queries.text_at(queries.row(query_id))] * len(scores)
+        asked = queries.texts(queries.rows([query_id])) * len(scores)
         expected, _ = score_pairs(reranker, asked, passages.texts(passages.rows(scores)))
         np.testing.assert_allclose(list(scores.values()), expected, rtol=0, atol=5e-5)
     assert open_artefact(tmp_path / "out.trec", RUN, single=True)["details"] == {"queries": 8, "results": 48}
