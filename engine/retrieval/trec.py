@@ -226,8 +226,8 @@ def check_against(
         unknown = _find_unknown(named, passages, "passages", name, drop)
         if unknown:
             counts["unknown_passages"] = sum(id in unknown for values in rows.values() for id in values)
-            rows = {q: {id: v for id, v in values.items() if id not in unknown} for q, values in rows.items()}
-            rows = {query_id: values for query_id, values in rows.items() if values}
+            known = {q: {id: v for id, v in values.items() if id not in unknown} for q, values in rows.items()}
+            rows = {query_id: values for query_id, values in known.items() if values}
     if not rows:
         raise DataError(f"{name} names no query and passage of these collections: give the files that belong together")
     return rows, counts
@@ -255,23 +255,24 @@ def read_dpr(path: str | Path, drop: bool = False) -> tuple[Collection, dict[str
         DataError: not such a file, record named.
     """
 
-    def parse(record: dict) -> tuple[str, list[str], list[str] | None]:
-        contexts = record.get("positive_ctxs")
-        if contexts is None:
-            return record["question"], _answers(record), None
-        if not isinstance(contexts, list) or not all(isinstance(context, dict) for context in contexts):
-            raise BadRecordError("positive_ctxs is not a list of objects")
-        if not drop and not contexts:
-            raise BadRecordError("the question has no positive passage")
-        ids = [context.get("passage_id", context.get("psg_id")) for context in contexts]
-        return record["question"], _answers(record), [check_id(id, "passage_id in positive_ctxs") for id in ids]
-
     questions, answers, qrels = [], {}, {}
-    for number, (_, (question, own_answers, positives)) in enumerate(read_questions(path, parse)):
-        questions.append(question)
-        answers[str(number)] = own_answers
-        if positives:
-            qrels[str(number)] = dict.fromkeys(positives, 1)
+
+    def add(record: dict) -> None:
+        contexts, query_id = record.get("positive_ctxs"), str(len(questions))
+        if contexts is not None:
+            if not isinstance(contexts, list) or not all(isinstance(context, dict) for context in contexts):
+                raise BadRecordError("positive_ctxs is not a list of objects")
+            if not drop and not contexts:
+                raise BadRecordError("the question has no positive passage")
+            ids = [context.get("passage_id", context.get("psg_id")) for context in contexts]
+            positives = [check_id(id, "passage_id in positive_ctxs") for id in ids]
+            if positives:
+                qrels[query_id] = dict.fromkeys(positives, 1)
+        answers[query_id] = _answers(record)
+        questions.append(record["question"])
+
+    for _ in read_questions(path, add):
+        pass
     return make_collection(answers, questions, str(path)), answers, qrels
 
 
