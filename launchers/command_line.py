@@ -49,21 +49,19 @@ def parse_settings(
 
     outer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     outer.add_argument(config_flag, dest="configs", action="append", nargs="?")
-    outer.add_argument("--print_config", action="store_true")
     given, words = outer.parse_known_args(argv)
     configs = given.configs or [default_config]
+    shipped = {path.stem: path for path in sorted(config_folder.glob("*.yaml"))} if config_folder else {}
     if len(configs) > 1:
-        raise SettingsError(
-            f"{config_flag} is given {len(configs)} times: {', '.join(map(str, configs))}; give it once"
-        )
-    if given.configs == [None]:
+        named = ", ".join(map(str, configs))
+        raise SettingsError(f"{config_flag} is given {len(configs)} times: {named}; give it once")
+    if given.configs and not given.configs[0]:
         raise SettingsError(f"{config_flag} is given without a file: name one")
-    shipped = sorted(path.stem for path in config_folder.glob("*.yaml")) if config_folder else []
-    if configs[0]:
-        path = next(filter(Path.is_file, (Path(configs[0]), Path(config_folder or "", f"{configs[0]}.yaml"))), None)
+    if (name := configs[0]) is not None:
+        path = Path(name) if Path(name).is_file() else shipped.get(name)
         if path is None:
             others = f" and none of the names {', '.join(shipped)}" if shipped else ""
-            raise SettingsError(f"{config_flag} {configs[0]}: no such file{others}")
+            raise SettingsError(f"{config_flag} {name}: no such file{others}")
         words = as_flags(read_config(path, settings_class)) + words
     help_line = f"{config_flag} FILE.yaml gives values for any of the options"
     help_line += f"; shipped: {', '.join(shipped)}" if shipped else ""
@@ -73,14 +71,14 @@ def parse_settings(
             settings = tyro.cli(
                 settings_class,
                 description=f"{description}\n\n{help_line}. --print_config prints the settings.",
-                args=words,
+                args=[word for word in words if word != "--print_config"],
                 use_underscores=True,
             )
     except SystemExit as left:
         if not left.code:
             raise
         raise SettingsError(in_one_sentence(said.getvalue())) from None
-    if given.print_config:
+    if "--print_config" in words:
         print(yaml.safe_dump(as_plain(settings), sort_keys=False), end="")
         sys.exit(0)
     require(find_problems(settings) + find_more(settings))
