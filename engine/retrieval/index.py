@@ -24,7 +24,7 @@ import xxhash
 from quincunx.data_shards.durable import file_digest, written_whole
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.embeddings import Embeddings
-from quincunx.engine.retrieval.progress import FEW_QUERIES, counted
+from quincunx.engine.retrieval.progress import FEW_QUERIES, progress_bar
 from quincunx.engine.retrieval.search import OPTIONS, IndexKind, IndexOptions
 
 QUERIES_AT_ONCE = 256
@@ -76,7 +76,7 @@ class Index:
         assert queries_QD.shape[1] == self.embeddings.width
         scores_QK = torch.full((len(queries_QD), depth), -torch.inf, device=self.device)
         rows_QK = torch.full((len(queries_QD), depth), -1, dtype=torch.int64, device=self.device)
-        shards = counted(self.shards, "searching", "shard", show=len(queries_QD) >= FEW_QUERIES)
+        shards = progress_bar("searching", "shard", self.shards, show=len(queries_QD) >= FEW_QUERIES)
         search_shard = self._search_approximate if self.approximate else self._search_block
         for number, parts in enumerate(shards):
             start, stop = (int(self.embeddings.starts[part]) for part in (parts[0], parts[-1] + 1))

@@ -105,7 +105,7 @@ def score_source(
         parts = [slice(start, start + pairs_a_part) for start in range(0, len(query_rows), pairs_a_part)]
         own = {number: len(query_rows[parts[number]]) for number in range(work.rank, len(parts), work.world_size)}
         done = sum(size for number, size in own.items() if work.is_done(number))
-        with progress_bar(sum(own.values()), "score", "pair", initial=done, show=work.leads) as bar:
+        with progress_bar("score", "pair", total=sum(own.values()), initial=done, show=work.leads) as bar:
             for number in work.missing(len(parts)):
                 asked, found = query_rows[parts[number]], passage_rows[parts[number]]
                 texts = queries.texts(asked), passages.texts(found)
