@@ -33,7 +33,7 @@ def device() -> str:
 def save_tiny_bert() -> Callable[..., None]:
     """Saves a random BERT of 2 x 32 (or other `shape`), and a tokenizer of `words` trained on `texts`, in a folder."""
 
-    def save(folder: Path, texts: list[str], words: int, seed: int = 0, **shape: float) -> None:
+    def save(folder: Path, texts: list[str], words: int, seed: int = 0, pooler: bool = True, **shape: float) -> None:
         from transformers import BertConfig, BertModel
 
         from quincunx.data_shards.tokenizer_training import train_wordpiece
@@ -43,7 +43,7 @@ def save_tiny_bert() -> Callable[..., None]:
         torch.manual_seed(seed)
         small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         small |= {"vocab_size": len(tokenizer), "max_position_embeddings": 40}
-        BertModel(BertConfig(**{**small, **shape})).save_pretrained(folder)
+        BertModel(BertConfig(**{**small, **shape}), add_pooling_layer=pooler).save_pretrained(folder)
 
     return save
 

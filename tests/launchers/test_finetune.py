@@ -42,7 +42,7 @@ def tiny(tmp_path_factory, save_tiny_bert) -> SimpleNamespace:
     (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     write_candidates(folder / "candidates.jsonl", (candidates(n, draw) for n in range(40)))
 
-    save_tiny_bert(folder / "encoder", passages, 300, max_position_embeddings=48)
+    save_tiny_bert(folder / "encoder", passages, 300, pooler=False, max_position_embeddings=48)
     files = {
         "encoder": str(folder / "encoder"), "candidates": str(folder / "candidates.jsonl"), "corpus": str(folder),
         "queries": str(folder),
