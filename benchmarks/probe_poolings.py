@@ -19,7 +19,8 @@ from quincunx.engine.retrieval.collection import read_passages, read_queries
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
 from quincunx.engine.retrieval.study_report import spearman
 from quincunx.engine.retrieval.trec import read_qrels
-from quincunx.launchers.study_cells import Cell, make_cells, read_recipe
+from quincunx.launchers.study_cells import Cell, make_cells
+from quincunx.launchers.study_recipe import read_recipe
 
 DEPTH = 10
 
@@ -47,7 +48,9 @@ def measure(cell: Cell) -> dict[str, float]:
     qrels = read_qrels(cell.collection / "qrels" / f"{cell.made_from['split']}.tsv")
     passages, queries = read_passages(str(cell.collection)), read_queries(str(cell.collection))
     asked = queries.texts(queries.rows(qrels))
-    relevant = [{passages.row(id) for id, grade in grades.items() if grade > 0} for grades in qrels.values()]
+    relevant = [
+        set(passages.rows([id for id, grade in grades.items() if grade > 0]).tolist()) for grades in qrels.values()
+    ]
     tokens, found = cell.made_from["finetune"]["max_passage_tokens"], {}
     for pooling in ("cls", "mean"):
         retriever = load_retriever(

@@ -4,6 +4,7 @@ A settings dataclass is the only place that names a setting: its field is the fl
 default, the string below it is the help, its metadata the range (data_shards/setting.py).
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -11,9 +12,11 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.setting import as_plain, find_problems, names_of, require
@@ -44,15 +47,24 @@ def parse_settings(
     """
     import tyro
 
-    words = list(sys.argv[1:] if argv is None else argv)
-    config, words = take_config(words, config_flag)
-    help_line = f"{config_flag} FILE.yaml gives values for any of the options"
-    if config_folder is not None:
-        help_line += f"; shipped: {', '.join(config_names(config_folder))}"
-    if config or default_config:
-        path = find_config(config or default_config, config_flag, config_folder)
+    outer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    outer.add_argument(config_flag, dest="configs", action="append", nargs="?")
+    given, words = outer.parse_known_args(argv)
+    configs = given.configs or [default_config]
+    shipped = {path.stem: path for path in sorted(config_folder.glob("*.yaml"))} if config_folder else {}
+    if len(configs) > 1:
+        named = ", ".join(map(str, configs))
+        raise SettingsError(f"{config_flag} is given {len(configs)} times: {named}; give it once")
+    if given.configs and not given.configs[0]:
+        raise SettingsError(f"{config_flag} is given without a file: name one")
+    if (name := configs[0]) is not None:
+        path = Path(name) if Path(name).is_file() else shipped.get(name)
+        if path is None:
+            others = f" and none of the names {', '.join(shipped)}" if shipped else ""
+            raise SettingsError(f"{config_flag} {name}: no such file{others}")
         words = as_flags(read_config(path, settings_class)) + words
-    prints = "--print_config" in words
+    help_line = f"{config_flag} FILE.yaml gives values for any of the options"
+    help_line += f"; shipped: {', '.join(shipped)}" if shipped else ""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -66,14 +78,15 @@ def parse_settings(
         if not left.code:
             raise
         raise SettingsError(in_one_sentence(said.getvalue())) from None
-    if prints:
-        import yaml
-
+    if "--print_config" in words:
         print(yaml.safe_dump(as_plain(settings), sort_keys=False), end="")
         sys.exit(0)
     require(find_problems(settings) + find_more(settings))
-    if os.environ.get("QUINCUNX_CHECK"):
-        print("settings are sound" + missing_inputs(settings))
+    if os.environ.get("QUINCUNX_CHECK"):  # of a chain: inputs may be made by its earlier stages
+        named = [getattr(settings, name) for name in names_of(settings, "data")]
+        paths = [path for value in named if value for path in (value if isinstance(value, list) else [value])]
+        missing = [path for path in paths if not Path(path).exists()]
+        print("settings are sound" + (f"; not there yet: {', '.join(missing)}" if missing else ""))
         sys.exit(0)
     return settings
 
@@ -84,14 +97,6 @@ def in_one_sentence(box: str) -> str:
     plain = " ".join(message.replace("│", " ").split()).rstrip(".")
     nearest = [flag for block in others if "Perhaps you meant" in block for flag in re.findall(r"--\w+", block)]
     return plain + (f"; did you mean {nearest[0]}?" if nearest else "; --help lists the settings")
-
-
-def missing_inputs(settings: Any) -> str:
-    """What a chain's CHECK=1 says of inputs that earlier stages have yet to make, or that nobody will."""
-    named = [getattr(settings, name) for name in names_of(settings, "data")]
-    paths = [path for value in named if value for path in (value if isinstance(value, list) else [value])]
-    missing = [path for path in paths if not Path(path).exists()]
-    return f"; not there yet: {', '.join(missing)}" if missing else ""
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
@@ -107,40 +112,8 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def config_names(folder: Path) -> list[str]:
-    """The names that `--recipe NAME` accepts: the YAML files of `folder` without their ending."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
-
-
-def take_config(words: list[str], config_flag: str) -> tuple[str | None, list[str]]:
-    """(the configuration file that `words` name, the other words). Raises SettingsError where it is given twice."""
-    given, others, rest = [], [], iter(words)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        if flag != config_flag:
-            others.append(word)
-        else:
-            given.append(value if equals else next(rest, ""))
-    if len(given) > 1:
-        raise SettingsError(f"{config_flag} is given {len(given)} times: {', '.join(given)}; give it once")
-    if given == [""]:
-        raise SettingsError(f"{config_flag} is given without a file: name one")
-    return (given[0] if given else None), others
-
-
-def find_config(name: str, config_flag: str, folder: Path | None) -> Path:
-    """The file that `name` means: a path that exists, or the name of a file in `folder`."""
-    for path in (Path(name), *([folder / f"{name}.yaml"] if folder else [])):
-        if path.is_file():
-            return path
-    known = f" and none of the names {', '.join(config_names(folder))}" if folder else ""
-    raise SettingsError(f"{config_flag} {name}: no such file{known}")
-
-
 def read_config(path: Path, settings_class: type) -> dict[str, Any]:
     """A YAML file's settings. Raises SettingsError naming every key that is no field, each with the nearest field."""
-    import yaml
-
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -154,7 +127,7 @@ def read_config(path: Path, settings_class: type) -> dict[str, Any]:
     return content
 
 
-def suggestion(name: str, known: set[str]) -> str:
+def suggestion(name: str, known: Iterable[str], otherwise: str = "; --help lists the settings") -> str:
     """`, did you mean x?` for the nearest known name, or where to look."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f", did you mean {nearest[0]}?" if nearest else "; --help lists the settings"
+    return f", did you mean {nearest[0]}?" if nearest else otherwise

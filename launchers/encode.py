@@ -8,6 +8,7 @@ The same command again continues where it was stopped, on any number of processe
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
@@ -45,7 +46,7 @@ class EncodeSettings:
     part_rows: int = setting(10_000, low=1)
     """Texts of one part: what a kill loses at most."""
     batch_tokens: int | None = setting(None, low=1)
-    """Most tokens of one forward (None: 8192, on a CPU 4096)."""
+    """Maximum number of tokens of one forward (None: 8192, on a CPU 4096)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the process's GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -57,9 +58,7 @@ class EncodeSettings:
 def main() -> None:
     environment = discover_environment()
     with one_voice(environment):
-        arguments = without_local_rank(sys.argv[1:])
-        settings = parse_settings(EncodeSettings, __doc__.split("\n")[0], arguments)
-        encode(settings, environment)
+        encode(parse_settings(EncodeSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:])), environment)
 
 
 def encode(settings: EncodeSettings, environment: Environment) -> None:
@@ -76,10 +75,8 @@ def encode(settings: EncodeSettings, environment: Environment) -> None:
         normalise={"model": None, "yes": True, "no": False}[settings.normalise],
         **{f"max_{settings.kind}_tokens": settings.max_tokens},
     )
-    if settings.kind == "passage":
-        collection = read_passages(settings.corpus, format=settings.format, titles=settings.titles)
-    else:
-        collection = read_queries(settings.corpus, format=settings.format)
+    read = partial(read_passages, titles=settings.titles) if settings.kind == "passage" else read_queries
+    collection = read(settings.corpus, format=settings.format)
     finished = write_embeddings(
         settings.output,
         retriever,
@@ -87,21 +84,16 @@ def encode(settings: EncodeSettings, environment: Environment) -> None:
         settings.kind,
         environment=environment,
         details={"model": settings.model, "corpus": settings.corpus, "titles": settings.titles},
-        dtype=settings.dtype,
-        part_rows=settings.part_rows,
-        batch_tokens=settings.batch_tokens,
         device=device,
         precision=precision,
         patience_seconds=settings.patience,
-        remake=settings.remake,
+        **{name: getattr(settings, name) for name in ("dtype", "part_rows", "batch_tokens", "remake")},
     )
     if not environment.is_main:
         return
-    embeddings = open_embeddings(settings.output, kind=settings.kind)
-    print(
-        f"{settings.output}: {len(embeddings):,} vectors of {embeddings.width} channels, {settings.dtype}, in "
-        f"{len(embeddings.parts)} parts" + ("" if finished else ": they were there, nothing to do")
-    )
+    vectors, rest = open_embeddings(settings.output, kind=settings.kind), ": they were there, nothing to do"
+    made = f"{len(vectors):,} vectors of {vectors.width} channels, {settings.dtype}, in {len(vectors.parts)} parts"
+    print(f"{settings.output}: {made}{'' if finished else rest}")
     print(f"  of model {retriever.digest}, collection {collection.digest}")
 
 

@@ -96,9 +96,7 @@ def main() -> None:
             f"{len(qrels.keys() & answers.keys())} are the same: give both of the same queries, or one at a time"
         )
     results = []
-    for name in ("run", "compare"):
-        if inputs[name] is None:
-            continue
+    for name in [name for name in ("run", "compare") if inputs[name] is not None]:
         run, dropped[name] = trec.check_against(trec.read_run(inputs[name]), queries, passages, inputs[name], drop)
         if settings.ignore_identical_ids:
             dropped[name]["identical_ids"] = sum(scores.pop(id, None) is not None for id, scores in run.items())

@@ -57,7 +57,7 @@ def main() -> None:
     from quincunx.engine.retrieval.candidates import iterate_candidates, write_candidates
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.mining import TeacherScores, mine
-    from quincunx.engine.retrieval.progress import counted
+    from quincunx.engine.retrieval.progress import progress_bar
     from quincunx.engine.retrieval.trec import check_against, read_answers, read_qrels, stream_run
 
     drop = settings.unknown_ids == "drop"
@@ -85,7 +85,7 @@ def main() -> None:
         teacher = None
         if settings.teacher_scores is not None:
             teacher = TeacherScores(iterate_candidates(settings.teacher_scores), settings.teacher_scores)
-        run = counted(stream_run(settings.run, settings.depth), "mine", "query")
+        run = progress_bar("mine", "query", stream_run(settings.run, settings.depth))
         rows = mine(run, qrels, queries, passages, settings, counts, answers=answers, teacher=teacher)
         work.details = write_candidates(work.made(), rows) | {"mining": counts, "judgements_dropped": unknown}
     width = max(map(len, counts))

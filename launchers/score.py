@@ -45,7 +45,7 @@ class ScoreSettings:
     max_tokens: int | None = setting(None, low=1)
     """Longest pair; longer ones are cut (None: the model's own limit)."""
     batch_tokens: int = setting(8192, low=1)
-    """Most tokens of one forward."""
+    """Maximum number of tokens of one forward."""
     pairs_a_part: int = setting(8192, low=1)
     """Pairs of one part: what a kill loses at most."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -70,9 +70,7 @@ class ScoreSettings:
 def main() -> None:
     environment = discover_environment()
     with one_voice(environment):
-        arguments = without_local_rank(sys.argv[1:])
-        settings = parse_settings(ScoreSettings, __doc__.split("\n")[0], arguments)
-        score(settings, environment)
+        score(parse_settings(ScoreSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:])), environment)
 
 
 def score(settings: ScoreSettings, environment: Environment) -> None:
@@ -106,10 +104,8 @@ def score(settings: ScoreSettings, environment: Environment) -> None:
         environment,
         device=device,
         precision=precision,
-        batch_tokens=settings.batch_tokens,
-        pairs_a_part=settings.pairs_a_part,
         patience_seconds=settings.patience,
-        remake=settings.remake,
+        **{name: getattr(settings, name) for name in ("batch_tokens", "pairs_a_part", "remake")},
     )
     if counts is not None:
         print(f"{settings.output}: {counts['pairs']:,} pairs scored")

@@ -67,9 +67,9 @@ class SearchSettings(IndexOptions):
     """Dense: as in encode.py."""
     max_tokens: int | None = setting(None, low=1)
     """Dense: longest query; longer ones are cut (None: the model's own limit)."""
-    k1: float = 1.5
+    k1: float = setting(1.5, low=0)
     """bm25: how soon a repeated word stops counting."""
-    b: float = 0.75
+    b: float = setting(0.75, low=0, high=1)
     """bm25: how much long passages are held against."""
     interactive: bool = False
     """Ask for queries on the terminal."""

@@ -56,12 +56,13 @@ def main() -> None:
     queries, qrels, answers, left_out = read_split(
         settings.queries, settings.qrels, settings.answers, settings.unknown_ids == "drop"
     )
-    passages = None
-    if settings.probe_queries and settings.corpus is not None:
-        passages = read_passages(settings.corpus, titles=settings.titles)
-    rules = ("sample", "probe_queries", "probe_passages", "unknown_ids", "titles", "seed")
+    needs_passages = settings.probe_queries and settings.corpus is not None
+    passages = read_passages(settings.corpus, titles=settings.titles) if needs_passages else None
+    sizes = {name: getattr(settings, name) for name in ("sample", "probe_queries", "probe_passages", "seed")}
     made_from = {
-        **{name: getattr(settings, name) for name in rules},
+        **sizes,
+        "unknown_ids": settings.unknown_ids,
+        "titles": settings.titles,
         "queries": queries.digest,
         "judged": xxhash.xxh3_128_hexdigest(json.dumps([qrels, answers]).encode()),
         "corpus": None if passages is None else passages.digest,
@@ -71,17 +72,8 @@ def main() -> None:
         if work is None:
             print(f"{output} is there, made from these files by these settings: nothing to do")
             return
-        counts = write_split(
-            work.made("queries.jsonl").parent,
-            queries,
-            qrels,
-            answers,
-            passages,
-            sample=settings.sample,
-            probe_queries=settings.probe_queries,
-            probe_passages=settings.probe_passages,
-            seed=settings.seed,
-        )
+        folder = work.made("queries.jsonl").parent
+        counts = write_split(folder, queries, qrels, answers, passages, **sizes)
         work.details = counts
     print(f"{output}: " + ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()))
     for name, count in left_out.items():

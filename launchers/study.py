@@ -13,7 +13,6 @@ Exit codes: 0 done, 2 settings, 75 stopped on request (running stages have saved
 import contextlib
 import ctypes
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -21,30 +20,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from quincunx.data_shards.durable import written_whole
+from quincunx.data_shards.durable import cannot_write
 from quincunx.data_shards.errors import EXIT_PREEMPTED, SettingsError, exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.launchers.command_line import parse_settings
-from quincunx.launchers.study_cells import (
-    LAUNCHERS,
-    TRAININGS,
-    Cell,
-    CommandFailed,
-    Recipe,
-    bm25_record,
-    make_cells,
-    make_data,
-    read_recipe,
-    run_cell,
-    words_of,
-)
+from quincunx.launchers.study_cells import Cell, CommandFailed, make_bm25, make_cell, make_cells, make_data
+from quincunx.launchers.study_recipe import TRAININGS, Recipe, read_recipe, words_of
 
+LAUNCHERS = Path(os.path.relpath(Path(__file__).parent))
 POLL_SECONDS = 0.5
 SAVING_PATIENCE_SECONDS = 600.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -79,7 +68,18 @@ class StudySettings:
             found.append("collections is empty or names an empty path: give at least one BEIR folder")
         if self.launch and (self.workers or 1) > 1:
             found.append("launch gives all GPUs to one training: leave workers out, or launch")
-        return found
+        return found + unusable_launch(self.launch or "")
+
+
+def unusable_launch(launch: str) -> list[str]:
+    """What is wrong with a command that is to start a training."""
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        return [f"launch is {launch!r}, which no shell would read ({error}): fix its quotes"]
+    if words and shutil.which(words[0]) is None:
+        return [f"launch is {launch!r}, and {words[0]} is no command of this machine: install or fix it"]
+    return []
 
 
 class Processes:
@@ -90,10 +90,9 @@ class Processes:
         self.stopping = False
         self.running: list[subprocess.Popen] = []
         for number in SIGNALS:
-            signal.signal(number, lambda *_: self.stop())
+            signal.signal(number, self._stop)
 
-    def stop(self) -> None:
-        """Asks all that run to stop."""
+    def _stop(self, *_: Any) -> None:
         self.stopping = True
         self._terminate()
 
@@ -138,90 +137,72 @@ def follow_parent() -> None:
 def wait_for_group(group: int) -> None:
     """Waits until no process of the group is left: ranks whose launcher is gone may still be saving."""
     deadline = time.monotonic() + SAVING_PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        try:
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
             os.killpg(group, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.2)
+            time.sleep(0.2)
 
 
-def make_all(cells: Sequence[Cell], processes: Processes, settings: StudySettings, recipe: Recipe) -> int:
-    """Makes the cells that no other process makes, until all are there; returns the exit code.
+def make_all(cells: Sequence[Cell], processes: Processes, launch: str | None, report: Callable[[], Any]) -> None:
+    """Makes the cells that no other process makes, until all are there. Raises CommandFailed.
 
     Cells that share a pre-training are one claim, made one after the other.
     """
     claims: dict[Path, list[Cell]] = {}
     for cell in cells:
         claims.setdefault(cell.pretrained, []).append(cell)
-    while missing := {path: of for path, of in claims.items() if not all(map(is_made, of))}:
-        for path, own in missing.items():
-            if processes.stopping:
-                return EXIT_PREEMPTED
+    while missing := [path for path, own in claims.items() if not all(cell.is_made() for cell in own)]:
+        for path in missing:
             with claimed(path) as lock:
-                for cell in own if lock else []:
-                    if is_made(cell):
+                for cell in claims[path] if lock else []:
+                    if cell.is_made():
                         continue
-                    if code := make_cell(cell, lock, processes, settings):
-                        return code
-                    done = sum(other.record() is not None for other in cells)
-                    say(f"[{done}/{len(cells)}] {cell.label}: {describe(cell.record())}")
-                    report(cells, settings, recipe)
+                    run = partial(run_command, processes, launch, cell)
+                    with claimed(cell.data) as data_lock:
+                        if data_lock is None:  # another process is at it: this cell's turn comes again
+                            continue
+                        make_data(cell, partial(run, data_lock))
+                        make_bm25(cell)
+                    if cell.record() is None:
+                        make_cell(cell, partial(run, lock))
+                    say(f"[{sum(c.is_made() for c in cells)}/{len(cells)}] {cell.label}: {cell.outcome()}")
+                    report()
+        if processes.stopping:
+            raise CommandFailed(EXIT_PREEMPTED)
         time.sleep(POLL_SECONDS)
-    return 0
-
-
-def make_cell(cell: Cell, lock: IO[str], processes: Processes, settings: StudySettings) -> int:
-    """Makes one cell and writes its record; returns 0, or the exit code of the command that failed."""
-    try:
-        with claimed(cell.data, processes) as data_lock:
-            if data_lock is None:
-                return EXIT_PREEMPTED
-            make_data(cell, partial(run_command, cell, data_lock, processes, settings))
-            write_record(cell.bm25_file, bm25_record(cell))
-        if cell.record() is not None:  # only BM25's was missing
-            return 0
-        record = run_cell(cell, partial(run_command, cell, lock, processes, settings))
-    except CommandFailed as failed:
-        if failed.code != EXIT_PREEMPTED:
-            print(f"error: {failed}", file=sys.stderr, flush=True)
-        return failed.code
-    write_record(cell.record_file, record)
-    return 0
 
 
 @contextlib.contextmanager
-def claimed(path: Path, waiting: Processes | None = None) -> Iterator[IO[str] | None]:
-    """The lock of a folder in the making; None if another process has it (with `waiting`: once these are to stop).
+def claimed(path: Path) -> Iterator[IO[str] | None]:
+    """The lock of a folder in the making; None if another process has it.
 
     Commands hold it too: what a killed study has left running is waited for.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"{path.parent} cannot be written ({error.strerror}): give another --work") from None
+    make_folder(path.parent)
     with open(path.with_name(f"{path.name}.lock"), "a") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if waiting is not None and not waiting.stopping:
-                    time.sleep(POLL_SECONDS)
-                    continue
-                yield None
-                return
-            yield lock
-            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = lock
+        except BlockingIOError:
+            taken = None
+        yield taken
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def run_command(
-    cell: Cell, lock: IO[str], processes: Processes, settings: StudySettings, command: str, /, **flags: Any
+    processes: Processes, launch: str | None, cell: Cell, lock: IO[str], command: str, /, **flags: Any
 ) -> None:
     """Runs one launcher, which holds the lock too. Raises CommandFailed."""
     if processes.stopping:
-        raise CommandFailed(EXIT_PREEMPTED, command, cell.log)
-    launch = shlex.split(settings.launch or "") if command in TRAININGS else []
-    words = [*(launch or [sys.executable]), str(LAUNCHERS / f"{command}.py"), *words_of(command, flags)]
+        raise CommandFailed(EXIT_PREEMPTED)
+    start = shlex.split(launch) if launch and command in TRAININGS else [sys.executable]
+    words = [*start, str(LAUNCHERS / f"{command}.py"), *words_of(command, flags)]
     cell.log.parent.mkdir(parents=True, exist_ok=True)
     with open(cell.log, "a") as log:
         log.write(f"\n$ {shlex.join(words)}\n")
@@ -231,30 +212,23 @@ def run_command(
         processes.start(words, pass_fds=(lock.fileno(),), stdout=log, stderr=log)
         code = processes.wait()
     if code:
-        raise CommandFailed(code, command, cell.log)
+        lines = cell.log.read_text(errors="replace").splitlines()[-20:]
+        said = next((line for line in reversed(lines) if line.startswith("error: ")), "no error line")
+        raise CommandFailed(code, f"{command}.py ended with exit code {code} ({said}); its output ends {cell.log}")
 
 
-def report(cells: Sequence[Cell], settings: StudySettings, recipe: Recipe) -> list[Path]:
+def write_report(cells: Sequence[Cell], output: Path, recipe: Recipe) -> list[Path]:
     """Writes the report of the cells that are there; gives its files."""
     from quincunx.engine.retrieval.study_report import make_report
 
     records = [record for cell in cells if (record := cell.record()) is not None]
     bm25 = {cell.collection.name: record for cell in cells if (record := cell.bm25()) is not None}
-    variants = list(recipe.variants)
-    return make_report(Path(settings.output), recipe.name, variants, recipe.against, records, bm25, len(cells))
-
-
-def is_made(cell: Cell) -> bool:
-    """Whether the cell's record and BM25's beside it are there."""
-    return cell.record() is not None and cell.bm25() is not None
+    return make_report(output, recipe.name, list(recipe.variants), recipe.against, records, bm25, len(cells))
 
 
 def refuse_other_study(output: Path, name: str, cells: Sequence[Cell]) -> None:
     """Raises SettingsError if the output cannot be written, or holds another study."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"output {output} cannot be written ({error.strerror}): give another --output") from None
+    make_folder(output)
     report = output / "report.md"
     title = report.read_text(errors="replace").partition("\n")[0].removeprefix("# ") if report.exists() else None
     if title not in (None, f"Study {name}"):
@@ -267,19 +241,6 @@ def refuse_other_study(output: Path, name: str, cells: Sequence[Cell]) -> None:
         )
 
 
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record, one key a line: lists of values stay on theirs."""
-    with written_whole(path) as file:
-        file.write("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()) + "\n}\n")
-
-
-def describe(record: Mapping[str, Any]) -> str:
-    if "diverged" in record:
-        return "diverged"
-    name, found = next(iter(record["measures"].items()))
-    return f"{name} {found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
-
-
 def worker_environments(settings: StudySettings) -> list[dict[str, str]]:
     """What each worker has of its own in the environment: a GPU, or its share of the cores."""
     if settings.launch or settings.workers == 1:
@@ -287,22 +248,11 @@ def worker_environments(settings: StudySettings) -> list[dict[str, str]]:
     import torch
 
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    gpus = [gpu for gpu in gpus if gpu]
-    if gpus:
+    if gpus := [gpu for gpu in gpus if gpu]:
         return [{"CUDA_VISIBLE_DEVICES": gpus[n % len(gpus)]} for n in range(settings.workers or len(gpus))]
     cores = len(os.sched_getaffinity(0))
     count = settings.workers or cores
     return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}] * count
-
-
-def check_launch(launch: str) -> None:
-    """Raises SettingsError for a command that is not there."""
-    try:
-        words = shlex.split(launch)
-    except ValueError as error:
-        raise SettingsError(f"launch is {launch!r}, which no shell would read ({error}): fix its quotes") from None
-    if words and shutil.which(words[0]) is None:
-        raise SettingsError(f"launch is {launch!r}, and {words[0]} is no command of this machine: install or fix it")
 
 
 def say(text: str) -> None:
@@ -313,22 +263,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     settings = parse_settings(StudySettings, __doc__.split("\n")[0], argv)
     recipe, output = read_recipe(settings.recipe), Path(settings.output)
-    if settings.launch is not None:
-        check_launch(settings.launch)
     cells = make_cells(recipe, settings.collections, output, Path(settings.work or output / "work"))
     refuse_other_study(output, recipe.name, cells)
-    missing, code = sum(not is_made(cell) for cell in cells), 0
-    say(f"study {recipe.name}: {len(cells)} cells, {len(cells) - missing} of them there")
-    if missing and not settings.report_only:
+    made, code = sum(cell.is_made() for cell in cells), 0
+    say(f"study {recipe.name}: {len(cells)} cells, {made} of them there")
+    report = partial(write_report, cells, output, recipe)
+    if made < len(cells) and not settings.report_only:
         processes, environments = Processes(), worker_environments(settings)
-        if len(environments) == 1:
-            code = make_all(cells, processes, settings, recipe)
-        else:
+        if len(environments) > 1:
             for environment in environments:
                 words = [sys.executable, __file__, *argv, "--workers=1"]
                 processes.start(words, env={**os.environ, **environment})
             code = processes.wait()
-    for path in report(cells, settings, recipe):
+        else:
+            try:
+                make_all(cells, processes, settings.launch, report)
+            except CommandFailed as failed:
+                code = failed.code
+                if code != EXIT_PREEMPTED:
+                    print(f"error: {failed}", file=sys.stderr, flush=True)
+    for path in report():
         if path.suffix in (".md", ".html"):
             say(f"wrote {path}")
     return code

@@ -29,6 +29,25 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(scope="session")
+def save_tiny_bert() -> Callable[..., None]:
+    """Saves a random BERT of 2 x 32 (or other `shape`), and a tokenizer of `words` trained on `texts`, in a folder."""
+
+    def save(folder: Path, texts: list[str], words: int, seed: int = 0, pooler: bool = True, **shape: float) -> None:
+        from transformers import BertConfig, BertModel
+
+        from quincunx.data_shards.tokenizer_training import train_wordpiece
+
+        tokenizer = train_wordpiece(texts, words)
+        tokenizer.save_pretrained(folder)
+        torch.manual_seed(seed)
+        small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        small |= {"vocab_size": len(tokenizer), "max_position_embeddings": 40}
+        BertModel(BertConfig(**{**small, **shape}), add_pooling_layer=pooler).save_pretrained(folder)
+
+    return save
+
+
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
     """Mounts a tmpfs with the options given ("size=16k") at tmp_path, its result; skips where that is not allowed."""

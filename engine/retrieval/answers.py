@@ -15,7 +15,6 @@ import regex
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.evaluation import Evaluation, count_queries
-from quincunx.engine.retrieval.files import first_of
 from quincunx.engine.retrieval.trec import Run, best_first
 
 WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
@@ -75,14 +74,7 @@ def answer_ranks(
     ranks: dict[str, int | None] = {}
     for query_id, wanted in answers.items():
         best = best_first(run.get(query_id, {}), depth)
-        rows = passages.rows(best)
-        if (rows < 0).any():
-            unknown = [id for id, row in zip(best, rows) if row < 0]
-            raise DataError(
-                f"the run names passages that {passages.name} does not have {first_of(unknown)}: give the corpus that "
-                "was searched"
-            )
-        texts = map(passages.text_at, rows)
+        texts = map(passages.text_at, passages.known_rows(best, "passages", "the run"))
         ranks[query_id] = next((rank for rank, text in enumerate(texts, 1) if has_answer(text, wanted, is_regex)), None)
     return ranks
 

@@ -7,35 +7,20 @@ search via eager sparse scoring", 2024); a query is a sum of columns.
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.progress import FEW_QUERIES
 
 
-@dataclass(frozen=True)
-class BM25Index:
-    """A built index; see build and search."""
+def build(collection: Collection, k1: float = 1.5, b: float = 0.75) -> Any:
+    """A bm25s.BM25 over every text of the collection (an empty one is in it and never found).
 
-    retriever: Any
-    """bm25s.BM25"""
-    count: int
-    """passages"""
-
-
-def build(collection: Collection, k1: float = 1.5, b: float = 0.75) -> BM25Index:
-    """Indexes every text of the collection (an empty one is in it and never found).
-
-    Raises:
-        SettingsError: k1 below 0 or b outside 0 to 1.
-        DataError: no text of the collection holds a word.
+    Raises DataError if no text of the collection holds a word.
     """
-    if not k1 >= 0 or not 0 <= b <= 1:
-        raise SettingsError(f"BM25 with k1 {k1} and b {b}: give k1 of 0 or more and b from 0 to 1")
     import bm25s
 
     shown = sys.stderr.isatty()
@@ -44,7 +29,7 @@ def build(collection: Collection, k1: float = 1.5, b: float = 0.75) -> BM25Index
         raise DataError(f"no text of {collection.name} holds a word that is no stop word: BM25 has nothing to index")
     retriever = bm25s.BM25(k1=k1, b=b, method="lucene")
     retriever.index(tokens, show_progress=shown)
-    return BM25Index(retriever, len(collection))
+    return retriever
 
 
 def _stemmer() -> Any:
@@ -53,7 +38,7 @@ def _stemmer() -> Any:
     return Stemmer.Stemmer("english")
 
 
-def search(index: BM25Index, queries: Sequence[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
+def search(retriever: Any, queries: Sequence[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
     """(scores float32 [Q, depth], rows int64 [Q, depth]), best first, equal scores by row.
 
     A passage without a word of the query is no result; if there are fewer than `depth`, the rest is score 0, row -1.
@@ -62,10 +47,10 @@ def search(index: BM25Index, queries: Sequence[str], depth: int) -> tuple[np.nda
 
     scores_QD = np.zeros((len(queries), depth), np.float32)
     rows_QD = np.full((len(queries), depth), -1, np.int64)
-    found = min(depth, index.count)
+    found = min(depth, retriever.scores["num_docs"])
     if len(queries):
         words = bm25s.tokenize(list(queries), stopwords="en", stemmer=_stemmer(), show_progress=False, return_ids=False)
-        rows, scores = index.retriever.retrieve(
+        rows, scores = retriever.retrieve(
             words, k=found, n_threads=os.cpu_count() or 1, show_progress=len(queries) >= FEW_QUERIES
         )
         order = np.lexsort((rows, -scores))  # bm25s leaves open in which order equal scores come

@@ -81,12 +81,11 @@ def check_negatives(rows: Iterable[Candidates], name: str) -> None:
 def write_candidates(path: Path, rows: Iterable[Candidates]) -> dict[str, int]:
     """Writes .jsonl or .parquet (by ending), whole or not at all; returns its counts.
 
-    Raises:
-        DataError: no rows, or a row that check_candidates refuses, or a query twice; nothing is overwritten then.
+    Raises DataError if there are no rows; nothing is overwritten then.
     """
     assert path.suffix in ENDINGS
     counts = dict.fromkeys(("queries", "positives", "negatives", "scores"), 0)
-    records = _as_records(rows, str(path), counts)
+    records = _as_records(rows, counts)
     with written_whole(path, "wb") as file:
         if path.suffix == ".parquet":
             _write_parquet(file, records)
@@ -98,17 +97,10 @@ def write_candidates(path: Path, rows: Iterable[Candidates]) -> dict[str, int]:
     return counts
 
 
-def _as_records(rows: Iterable[Candidates], name: str, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Each row as the record that is written, checked; `counts` is filled on the way."""
-    seen = set()
+def _as_records(rows: Iterable[Candidates], counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Each row as the record that is written; `counts` is filled on the way."""
     for row in rows:
-        try:
-            check_candidates(row)
-            if row.query_id in seen:
-                raise BadRecordError(f"the query {row.query_id!r} comes twice")
-        except BadRecordError as error:
-            raise DataError(f"{name} is not written: {error}") from None
-        seen.add(row.query_id)
+        assert row.positives and len(set(row.ids)) == len(row.ids)
         counts["queries"] += 1
         counts["positives"] += len(row.positives)
         counts["negatives"] += len(row.negatives)

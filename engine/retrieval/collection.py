@@ -4,7 +4,6 @@ The formats, one example line each, stand in docs/evaluation.md. The parsers of 
 (data_shards/records.py); here every passage stays, an empty one too, because its id may be judged.
 """
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import xxhash
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.readers import list_inputs
 from quincunx.data_shards.records import BadRecordError, check_id, check_text, parse_dpr
-from quincunx.engine.retrieval.files import in_groups, read_lines, read_questions, read_records
+from quincunx.engine.retrieval.files import first_of, in_groups, read_lines, read_questions, read_records
 
 PASSAGE_FORMATS = {"beir": "beir", "msmarco": "msmarco", "dpr": "dpr", "jsonl": "documents", "parquet": "parquet"}
 """Format of passages -> the format whose files `readers.list_inputs` finds."""
@@ -36,17 +35,24 @@ class Collection:
         """ids, texts: pyarrow LargeStringArray of one length, without offset. See make_collection."""
         self.name = name
         self._ids, self._texts = ids, texts
-        chunks = (ids.slice(start, CHUNK_ROWS).to_pylist() for start in range(0, len(ids), CHUNK_ROWS))
-        hashes = np.fromiter((_hash(id) for chunk in chunks for id in chunk), np.uint64, len(ids))
+        self._seed = 0
+        while not self._hash_ids():  # two ids of one hash (never met; one pair is likely among 5e9 ids)
+            self._seed += 1
+
+    def _hash_ids(self) -> bool:
+        """Sorts the ids by their hashes; returns whether all hashes differ. Raises DataError for an id twice."""
+        chunks = (self._ids.slice(start, CHUNK_ROWS).to_pylist() for start in range(0, len(self), CHUNK_ROWS))
+        hashes = np.fromiter((_hash(id, self._seed) for chunk in chunks for id in chunk), np.uint64, len(self))
         self._order = np.argsort(hashes, kind="stable")
         self._hashes = hashes[self._order]
         same = np.flatnonzero(self._hashes[1:] == self._hashes[:-1])
         for first, second in zip(self._order[same], self._order[same + 1]):
             if self.id_at(first) == self.id_at(second):
                 raise DataError(
-                    f"{name} has the id {self.id_at(first)!r} twice (records {first + 1} and {second + 1}): ids must "
-                    "be unique, remove one"
+                    f"{self.name} has the id {self.id_at(first)!r} twice (records {first + 1} and {second + 1}): ids "
+                    "must be unique, remove one"
                 )
+        return not len(same)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -69,16 +75,6 @@ class Collection:
     def text_at(self, row: int) -> str:
         return self._texts[int(row)].as_py()
 
-    def row(self, id: str) -> int:
-        """Raises KeyError for an unknown id."""
-        wanted = np.uint64(_hash(id))
-        place = int(np.searchsorted(self._hashes, wanted))
-        while place < len(self) and self._hashes[place] == wanted:
-            if self.id_at(self._order[place]) == id:
-                return int(self._order[place])
-            place += 1
-        raise KeyError(id)
-
     def rows(self, ids: Iterable[str]) -> np.ndarray:
         """int64, the row of each id, -1 where unknown."""
         import pyarrow.compute as compute
@@ -86,22 +82,23 @@ class Collection:
         ids = list(ids)
         if not ids:
             return np.empty(0, np.int64)
-        hashes = np.fromiter(map(_hash, ids), np.uint64, len(ids))
-        places = np.searchsorted(self._hashes, hashes).clip(max=len(self) - 1)
-        rows = self._order[places]
-        equal = compute.equal(self._ids.take(_indices(rows)), _string_array(ids)).to_numpy(zero_copy_only=False)
-        rows = np.where(equal, rows, -1)
-        # Another id of the same hash (never met; one pair is likely among 5e9 ids): look on along the equal hashes.
-        for at in np.flatnonzero(~equal & (self._hashes[places] == hashes)):
-            with contextlib.suppress(KeyError):
-                rows[at] = self.row(ids[at])
+        hashes = np.fromiter((_hash(id, self._seed) for id in ids), np.uint64, len(ids))
+        rows = self._order[np.searchsorted(self._hashes, hashes).clip(max=len(self) - 1)]
+        equal = compute.equal(self._ids.take(_indices(rows)), _string_array(ids))
+        return np.where(equal.to_numpy(zero_copy_only=False), rows, -1)
+
+    def known_rows(self, ids: Sequence[str], what: str, source: str) -> np.ndarray:
+        """int64, the row of each id. Raises DataError if one of the `what` (queries, ...) of `source` is unknown."""
+        rows = self.rows(ids)
+        if unknown := [ids[at] for at in np.flatnonzero(rows < 0)]:
+            raise DataError(
+                f"{source} names {len(unknown)} {what} that {self.name} does not have {first_of(unknown)}: give the "
+                "files that belong together"
+            )
         return rows
 
     def __contains__(self, id: str) -> bool:
-        try:
-            return self.row(id) >= 0
-        except KeyError:
-            return False
+        return self.rows([id])[0] >= 0
 
     @cached_property
     def empty_rows(self) -> np.ndarray:
@@ -122,8 +119,8 @@ class Collection:
         return digest.hexdigest()
 
 
-def _hash(id: str) -> int:
-    return xxhash.xxh3_64_intdigest(id.encode())
+def _hash(id: str, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(id.encode(), seed)
 
 
 def _string_array(texts: Iterable[str]) -> Any:

@@ -142,10 +142,8 @@ def load_reranker(
     encoder = CrossEncoder(model)
     tokenizer = load_tokenizer(name)
     if max_tokens is None:
-        own_limit = (
-            tokenizer.init_kwargs.get("model_max_length") or encoder.max_length
-        )  # load_tokenizer lifts the other
-        max_tokens = min(own_limit, encoder.max_length)
+        own_limit = tokenizer.init_kwargs.get("model_max_length")  # load_tokenizer lifts the other
+        max_tokens = min(own_limit or encoder.max_length, encoder.max_length)
     elif not 8 <= max_tokens <= encoder.max_length:
         raise SettingsError(
             f"max_tokens is {max_tokens}, reranker {name!r} takes pairs of 8 to {encoder.max_length} tokens; set "
@@ -164,16 +162,15 @@ def load_reranker(
 
 
 def _check_weights(name: str, model: nn.Module, missing: list[str], has_head: bool, allow_fresh_head: bool) -> None:
+    """Raises SettingsError if weights are missing that a new head does not explain."""
     base = model.base_model_prefix + "."
-    pooler = base + "pooler."
-    lost = [key for key in missing if key.startswith(base) and not key.startswith(pooler) and "position_ids" not in key]
-    if lost:
-        raise SettingsError(
-            f"{name!r} lacks weights of its encoder ({', '.join(lost[:3])}); give a complete checkpoint"
-        )
-    fresh = [key for key in missing if not key.startswith(base) or key.startswith(pooler)]
-    if fresh and has_head:
-        raise SettingsError(f"{name!r} lacks weights of its head ({', '.join(fresh[:3])}); give a complete checkpoint")
+    fresh = [key for key in missing if not key.startswith(base) or key.startswith(f"{base}pooler.")]
+    lost = [key for key in missing if key not in fresh and "position_ids" not in key]
+    for what, keys in (("encoder", lost), ("head", fresh if has_head else [])):
+        if keys:
+            raise SettingsError(
+                f"{name!r} lacks weights of its {what} ({', '.join(keys[:3])}); give a complete checkpoint"
+            )
     if fresh and not allow_fresh_head:
         raise SettingsError(
             f"{name!r} is an encoder without a classification head, so its scores would be random: give a reranker, "
@@ -224,14 +221,8 @@ def tokenise_pairs(
     """
     if not len(queries):
         return [], None, 0
-    rows = tokenizer(
-        list(queries),
-        list(passages),
-        truncation=TRUNCATION,
-        max_length=max_tokens,
-        padding=False,
-        return_attention_mask=False,
-    )
+    options = {"truncation": TRUNCATION, "max_length": max_tokens, "padding": False, "return_attention_mask": False}
+    rows = tokenizer(list(queries), list(passages), **options)
     ids = [np.array(row, np.int32) for row in rows["input_ids"]]
     types = [np.array(row, np.int64) for row in rows["token_type_ids"]] if "token_type_ids" in rows else None
     num_cut = sum(len(row) == max_tokens and bool(rows.encodings[n].overflowing) for n, row in enumerate(ids))

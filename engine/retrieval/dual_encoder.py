@@ -236,23 +236,21 @@ def load_retriever(
     query = load_encoder(str(layout.query.folder), **options)[0] if layout.query else None
     if query is not None and tokenizer_digest(_tokenizer_for_search(layout.query)) != tokenizer_digest(tokenizer):
         raise SettingsError(f"the two towers of {name} have different tokenizers; give one where they agree")
+    given = {"query": max_query_tokens, "passage": max_passage_tokens}
+    said = {"query": layout.max_query_tokens, "passage": layout.max_passage_tokens}
     limits = {}
-    for kind, encoder, given, said in (
-        ("query", query or passage, max_query_tokens, layout.max_query_tokens),
-        ("passage", passage, max_passage_tokens, layout.max_passage_tokens),
-    ):
-        if given is not None and not 3 <= given <= encoder.max_length:
+    for kind, encoder in (("query", query or passage), ("passage", passage)):
+        longest, limit = encoder.max_length, given[kind]
+        if limit is not None and not 3 <= limit <= longest:
             raise SettingsError(
-                f"max_{kind}_tokens is {given}; {name} reads 3 to {encoder.max_length} tokens: give a number among them"
+                f"max_{kind}_tokens is {limit}; {name} reads 3 to {longest} tokens: give a number among them"
             )
-        limits[f"max_{kind}_tokens"] = given or min(said or encoder.max_length, encoder.max_length)
+        limits[f"max_{kind}_tokens"] = limit or min(said[kind] or longest, longest)
     normalise = layout.passage.normalise if normalise is None else normalise
-    model = DualEncoder(passage, query, pooling or layout.passage.pooling, normalise)
-    prompts = (layout.query_prompt, layout.passage_prompt)
-    digest = model_digest(model, tokenizer, prompts)
-    return Retriever(
-        model.eval(), tokenizer, **limits, digest=digest, query_prompt=prompts[0], passage_prompt=prompts[1]
-    )
+    model = DualEncoder(passage, query, pooling or layout.passage.pooling, normalise).eval()
+    prompts = {"query_prompt": layout.query_prompt, "passage_prompt": layout.passage_prompt}
+    digest = model_digest(model, tokenizer, tuple(prompts.values()))
+    return Retriever(model, tokenizer, **limits, digest=digest, **prompts)
 
 
 def _tokenizer_for_search(tower: Tower) -> Any:
@@ -261,9 +259,8 @@ def _tokenizer_for_search(tower: Tower) -> Any:
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = False
     if tower.lower_case:
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
-        )
+        own = [backend.normalizer] if backend.normalizer else []
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
     return tokenizer
 
 

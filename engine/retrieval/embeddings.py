@@ -127,7 +127,7 @@ def write_embeddings(
             return False
         parts = [range(start, min(start + part_rows, len(ids))) for start in range(0, len(ids), part_rows)]
         own = [n for n in range(work.rank, len(parts), work.world_size) if not work.is_done(n)]
-        with progress_bar(sum(len(parts[n]) for n in own), "encoding", "text", show=work.leads) as bar:
+        with progress_bar("encoding", "text", total=sum(len(parts[n]) for n in own), show=work.leads) as bar:
             for number in work.missing(len(parts)):
                 texts = collection.texts(parts[number])
                 vectors = encode_texts(retriever, texts, kind, precision=precision, progress=bar.update, **encoding)

@@ -229,21 +229,17 @@ def make_record(
 
     made_from: "run", "qrels", "compare", "answers" -> path; their digests are taken here.
     """
-    bounds = {name: interval(values.values()) for name, values in evaluation.per_query.items()}
+    drawn = {"level": LEVEL, "resamples": RESAMPLES, "seed": BOOTSTRAP_SEED}
+    measures = {}
+    for name, values in evaluation.per_query.items():
+        low, high = interval(values.values())
+        measures[name] = {"mean": evaluation.means[name], "low": low, "high": high}
     record: dict[str, Any] = {
         "files": {name: {"path": path, "digest": file_digest(path)} for name, path in made_from.items()},
         "queries": evaluation.counts,
         "relevant_from": relevant_from,
-        "interval": {
-            "method": "percentile bootstrap over queries",
-            "level": LEVEL,
-            "resamples": RESAMPLES,
-            "seed": BOOTSTRAP_SEED,
-        },
-        "measures": {
-            name: {"mean": mean, "low": bounds[name][0], "high": bounds[name][1]}
-            for name, mean in evaluation.means.items()
-        },
+        "interval": {"method": "percentile bootstrap over queries", **drawn},
+        "measures": measures,
     }
     if other is not None:
         record["comparison"] = {
@@ -273,28 +269,18 @@ def format_table(record: Mapping[str, Any]) -> str:
     if "comparison" in record:
         rows = [("against the other", "other", "difference", "95 % interval", "t-test p", "randomisation p", "+/-/=")]
         for name, value in record["comparison"]["measures"].items():
-            p = value["t_test_p"]
-            rows.append(
-                (
-                    name,
-                    f"{value['other_mean']:.4f}",
-                    f"{value['difference']:+.4f}",
-                    f"{value['low']:+.4f} to {value['high']:+.4f}",
-                    "-" if p is None else f"{p:.4f}",
-                    f"{value['randomisation_p']:.4f}",
-                    f"{value['wins']}/{value['losses']}/{value['ties']}",
-                )
-            )
+            t_test = "-" if value["t_test_p"] is None else f"{value['t_test_p']:.4f}"
+            difference = (f"{value['difference']:+.4f}", f"{value['low']:+.4f} to {value['high']:+.4f}")
+            won = f"{value['wins']}/{value['losses']}/{value['ties']}"
+            other = f"{value['other_mean']:.4f}"
+            rows.append((name, other, *difference, t_test, f"{value['randomisation_p']:.4f}", won))
         text += ["", *_aligned(rows)]
     return "\n".join(text)
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths)) for row in rows)
-    ]
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    return ["  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in rows]
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -313,17 +299,16 @@ def write_per_query(path: str | Path, evaluation: Evaluation, other: Evaluation 
     with written_whole(path) as file:
         if Path(path).suffix == ".tsv":
             names = [name if side == "values" else f"other {name}" for side, of in sides.items() for name in of]
+            columns = [values for of in sides.values() for values in of.values()]
             file.write("\t".join(["query_id", *names]) + "\n")
+            for query_id in queries:
+                file.write("\t".join([query_id, *(str(values.get(query_id, "")) for values in columns)]) + "\n")
+            return
         for query_id in queries:
-            if Path(path).suffix == ".tsv":
-                cells = (str(values.get(query_id, "")) for of in sides.values() for values in of.values())
-                file.write("\t".join([query_id, *cells]) + "\n")
-            else:
-                line = {
-                    side: {name: values[query_id] for name, values in of.items() if query_id in values}
-                    for side, of in sides.items()
-                }
-                file.write(json.dumps({"query_id": query_id, **line}, ensure_ascii=False) + "\n")
+            line: dict[str, Any] = {"query_id": query_id}
+            for side, of in sides.items():
+                line[side] = {name: values[query_id] for name, values in of.items() if query_id in values}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def read_results(record_file: str | Path, per_query_file: str | Path) -> tuple[dict[str, Any], Evaluation]:

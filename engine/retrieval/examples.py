@@ -32,11 +32,12 @@ from quincunx.data_shards.stream import Stream
 from quincunx.data_shards.tokenizer import tokenise
 from quincunx.engine.retrieval.candidates import Candidates, check_negatives, check_scores
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.files import first_of, in_groups
+from quincunx.engine.retrieval.files import in_groups
 
 POSITIVE, NEGATIVE, RANDOM = 1, 2, 3
 QUERIES_AT_ONCE = 4096
 CACHED_TEXTS = 1 << 18
+CANDIDATES_LIST = "the list of candidates"
 
 
 class Groups:
@@ -64,14 +65,14 @@ class Groups:
         query_ids, positives, negatives = [], [], []
         for part in in_groups(candidates, QUERIES_AT_ONCE):  # so that only arrays of them all stand in memory
             if with_scores:
-                check_scores(part, "the list of candidates")
-                check_negatives(part, "the list of candidates")
+                check_scores(part, CANDIDATES_LIST)
+                check_negatives(part, CANDIDATES_LIST)
             query_ids += [row.query_id for row in part]
             positives.append(_flatten(part, "positives", passages, with_scores))
             negatives.append(_flatten(part, "negatives", passages, with_scores))
         if not query_ids:
             raise DataError("there are no training queries: give candidates of at least one")
-        self.query_rows = _known_rows(queries, query_ids, "queries")
+        self.query_rows = queries.known_rows(query_ids, "queries", CANDIDATES_LIST)
         """int64 [queries], row in the collection of queries."""
         self._positives, self._negatives = _join(positives), _join(negatives)
         hashes = [xxhash.xxh3_64_intdigest(query_id.encode()) >> 1 for query_id in query_ids]
@@ -121,38 +122,26 @@ class _Lists(NamedTuple):
 
     rows: np.ndarray
     """int32 [entries], row in the collection of passages."""
-    scores: np.ndarray | None
-    """float32 [entries]"""
+    scores: np.ndarray
+    """float32 [entries]; empty without a teacher"""
     sizes: np.ndarray
     """int64 [queries]"""
     starts: np.ndarray
     """int64 [queries]"""
 
 
-def _flatten(candidates: Sequence[Candidates], side: str, passages: Collection, with_scores: bool) -> _Lists:
+def _flatten(candidates: Sequence[Candidates], side: str, passages: Collection, with_scores: bool) -> list[np.ndarray]:
+    """rows, scores (none without) and sizes of _Lists."""
     assert len(passages) < 2**31
-    ids = [id for row in candidates for id in getattr(row, side)]
-    scores = [row.scores[id] for row in candidates for id in getattr(row, side)] if with_scores else None
-    scores = None if scores is None else np.array(scores, np.float32)
-    sizes = np.array([len(getattr(row, side)) for row in candidates], np.int64)
-    return _Lists(_known_rows(passages, ids, "passages").astype(np.int32), scores, sizes, np.cumsum(sizes) - sizes)
+    lists = [getattr(row, side) for row in candidates]
+    rows = passages.known_rows([id for ids in lists for id in ids], "passages", CANDIDATES_LIST)
+    scores = [row.scores[id] for row, ids in zip(candidates, lists) for id in ids] if with_scores else []
+    return [rows.astype(np.int32), np.array(scores, np.float32), np.array(list(map(len, lists)), np.int64)]
 
 
-def _join(parts: Sequence[_Lists]) -> _Lists:
-    sizes = np.concatenate([part.sizes for part in parts])
-    scores = None if parts[0].scores is None else np.concatenate([part.scores for part in parts])
-    return _Lists(np.concatenate([part.rows for part in parts]), scores, sizes, np.cumsum(sizes) - sizes)
-
-
-def _known_rows(collection: Collection, ids: list[str], kind: str) -> np.ndarray:
-    rows = collection.rows(ids)
-    if (rows < 0).any():
-        unknown = [ids[at] for at in np.flatnonzero(rows < 0)]
-        raise DataError(
-            f"{len(unknown)} candidates' {kind} are not in {collection.name} {first_of(unknown)}: give the collection "
-            "that the candidates were made from"
-        )
-    return rows
+def _join(parts: Sequence[list[np.ndarray]]) -> _Lists:
+    rows, scores, sizes = map(np.concatenate, zip(*parts))
+    return _Lists(rows, scores, sizes, np.cumsum(sizes) - sizes)
 
 
 def _take(values: np.ndarray, at: np.ndarray) -> np.ndarray:

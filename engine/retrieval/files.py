@@ -4,6 +4,7 @@ import ast
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -15,6 +16,7 @@ from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.records import BadRecordError, check_text, load_json
 
 Item = TypeVar("Item")
+BETWEEN = re.compile(r"[\s,]*")
 CHUNK = 1 << 24
 MAX_RECORD = 1 << 28
 """Characters of one question with its passages; DPR's have about 100,000."""
@@ -119,22 +121,21 @@ def _json_list(path: str | Path) -> Iterator[Any]:
     opener = gzip.open if str(path).endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            text, at, opened, more = "", 0, False, True
+            text = file.read(CHUNK).lstrip()
+            if not text.startswith("["):
+                raise DataError(f"{path} is not a JSON list: a list of objects with a question is needed")
+            at = 1
             while True:
-                while at < len(text) and (text[at].isspace() or text[at] == "," or (text[at] == "[" and not opened)):
-                    opened = opened or text[at] == "["
-                    at += 1
-                if opened and text[at : at + 1] == "]":
+                at = BETWEEN.match(text, at).end()
+                if text[at : at + 1] == "]":
                     return
-                if not opened and at < len(text):
-                    raise DataError(f"{path} is not a JSON list: a list of objects with a question is needed")
                 try:
                     element, at = decode(text, at)
                 except ValueError as error:
-                    if not more or len(text) - at > MAX_RECORD:
-                        raise DataError(f"{path} is not whole JSON ({error.msg}): fetch it again") from None
                     chunk = file.read(CHUNK)
-                    text, at, more = text[at:] + chunk, 0, bool(chunk)
+                    if not chunk or len(text) - at > MAX_RECORD:
+                        raise DataError(f"{path} is not whole JSON ({error.msg}): fetch it again") from None
+                    text, at = text[at:] + chunk, 0
                     continue
                 yield element
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:

@@ -23,7 +23,6 @@ from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.files import read_lines, read_records
 
 SPLITS = ("train", "dev", "test")
-COLA_COLUMNS = ("source", "label", "note", "sentence")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +79,9 @@ class GlueSettings:
         return problems
 
 
+HIGHEST_SCORE = 5
+
+
 @dataclass(frozen=True)
 class Task:
     """One of GLUE's tasks."""
@@ -103,37 +105,23 @@ class Task:
         return "0 and 1" if self.classes else f"numbers from 0 to {HIGHEST_SCORE}"
 
 
-HIGHEST_SCORE = 5
 TASKS = {
     "cola": Task(
-        "CoLA",
-        ("sentence",),
-        "label",
-        ("unacceptable", "acceptable"),
-        ("mcc",),
-        {"train": 8551, "dev": 1043},
-        COLA_COLUMNS,
+        "CoLA", ("sentence",), "label", ("unacceptable", "acceptable"), ("mcc",), {"train": 8551, "dev": 1043},
+        header=("source", "label", "note", "sentence"),
     ),
     "mrpc": Task(
-        "MRPC",
-        ("#1 String", "#2 String"),
-        "Quality",
-        ("not_equivalent", "equivalent"),
-        ("accuracy", "f1"),
+        "MRPC", ("#1 String", "#2 String"), "Quality", ("not_equivalent", "equivalent"), ("accuracy", "f1"),
         {"train": 3668, "dev": 408},
     ),
     "stsb": Task(
-        "STS-B", ("sentence1", "sentence2"), "score", (), ("pearson", "spearman"), {"train": 5749, "dev": 1500}
+        "STS-B", ("sentence1", "sentence2"), "score", (), ("pearson", "spearman"), {"train": 5749, "dev": 1500},
     ),
     "qqp": Task(
-        "QQP",
-        ("question1", "question2"),
-        "is_duplicate",
-        ("not_duplicate", "duplicate"),
-        ("accuracy", "f1"),
+        "QQP", ("question1", "question2"), "is_duplicate", ("not_duplicate", "duplicate"), ("accuracy", "f1"),
         {"train": 363846, "dev": 40430},
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,32 +129,31 @@ class Examples:
     """The examples of one file, in its order."""
 
     path: Path
-    firsts: list[str]
-    seconds: list[str] | None
-    """None if the task reads one sentence."""
+    sentences: list[list[str]]
+    """One list a sentence column, one or two."""
     labels: np.ndarray | None
     """int64 [N] classes or float32 [N] scores; None in a test file."""
     num_broken: int
     """Rows left out, with another number of columns than the file's others."""
 
     def __len__(self) -> int:
-        return len(self.firsts)
+        return len(self.sentences[0])
 
 
-def find_files(folder: str, given: dict[str, str | None]) -> dict[str, Path | None]:
-    """The file of each split: as given, else SPLIT.tsv or SPLIT.jsonl of the folder; None if there is no test file.
+def find_files(folder: str, given: dict[str, str | None]) -> dict[str, Path]:
+    """The file of each split: as given, else SPLIT.tsv or SPLIT.jsonl of the folder; there may be no test file.
 
-    Raises:
-        DataError: no file for train or dev, or one that was given and is not there.
+    Raises DataError if there is no file for train or dev, or not the one that was given.
     """
-    found: dict[str, Path | None] = {}
+    found = {}
     for split in SPLITS:
-        candidates = [Path(folder) / f"{split}.tsv", Path(folder) / f"{split}.jsonl"] if folder else []
-        if given.get(split):
-            candidates = [Path(given[split])]
-        found[split] = next((path for path in candidates if path.is_file()), None)
-        if found[split] is None and (split != "test" or given.get(split)):
-            looked_for = " nor ".join(map(str, candidates)) or "no file"
+        own = [f"{folder}/{split}.{ending}" for ending in ("tsv", "jsonl") if folder]
+        names = [given[split]] if given.get(split) else own
+        path = next((Path(name) for name in names if Path(name).is_file()), None)
+        if path is not None:
+            found[split] = path
+        elif split != "test" or given.get(split):
+            looked_for = " nor ".join(names)
             raise DataError(f"there is no {split} file ({looked_for}): give --data a folder that has one, or --{split}")
     return found
 
@@ -182,35 +169,25 @@ def read_examples(name: str, path: str | Path, split: str, *, skip_broken: bool 
             or not one of the task's, labels that are all alike, or no examples. Names file and line.
     """
     task, path = TASKS[name], Path(path)
-    texts: list[list[str]] = []
-    labels: list[float] = []
-    num_broken = 0
-    read = _jsonl_rows if path.name.removesuffix(".gz").endswith(".jsonl") else _tsv_rows
-    for place, sentences, label in read(task, path, split):
-        if sentences is None:
-            if skip_broken and split != "test":
-                num_broken += 1
-                continue
-            remedy = "fix or remove the line" if split == "test" else "fix the line, or pass --skip_broken_rows"
-            raise DataError(f"{place}: {label}: {remedy}")
+    texts, labels, broken = [], [], []
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        rows = _jsonl_rows(task, path)
+    else:
+        rows = _tsv_rows(task, path, split, broken if skip_broken and split != "test" else None)
+    for place, sentences, label in rows:
         texts.append(sentences)
         if split != "test":
             labels.append(_label(task, label, place))
     if not texts:
         raise DataError(f"{path} holds no examples: give a {split} file of {task.title} with at least one")
-    if split != "test" and len(set(labels)) == 1:
+    if len(set(labels)) == 1:
         raise DataError(
             f"all {len(labels)} labels of {path} are {labels[0]:g}, {task.title}'s are {task.allowed}: give a file "
             "with different ones"
         )
-    columns = list(map(list, zip(*texts, strict=True)))
-    return Examples(
-        path=path,
-        firsts=columns[0],
-        seconds=columns[1] if len(columns) == 2 else None,
-        labels=None if split == "test" else np.array(labels, np.int64 if task.classes else np.float32),
-        num_broken=num_broken,
-    )
+    kind = np.int64 if task.classes else np.float32
+    columns = [list(column) for column in zip(*texts)]
+    return Examples(path, columns, None if split == "test" else np.array(labels, kind), len(broken))
 
 
 def unlike_published(name: str, split: str, examples: Examples) -> str | None:
@@ -221,41 +198,48 @@ def unlike_published(name: str, split: str, examples: Examples) -> str | None:
     return f"{examples.path} has {len(examples):,} examples, GLUE's {split} file of {TASKS[name].title} {published:,}"
 
 
-def _tsv_rows(task: Task, path: Path, split: str) -> Iterator[tuple[str, list[str] | None, str]]:
-    """(place, sentences, label as written) of every row; without sentences, what is wrong with the row."""
+def _tsv_rows(task: Task, path: Path, split: str, broken: list[str] | None) -> Iterator[tuple[str, list[str], str]]:
+    """(place, sentences, label as written) of every row.
+
+    broken: gets the places of rows with a wrong number of columns; None: they are refused.
+    """
     header: list[str] = [] if split == "test" else list(task.header)
-    place = 0
+    count = 0
     for number, line in enumerate(read_lines(path), 1):
-        line = line.rstrip("\r\n")
-        if not line:
+        cells, place = line.rstrip("\r\n").split("\t"), f"{path}:{number}"
+        if cells == [""]:
             continue
-        cells = line.split("\t")
         if not header:
             header = cells
             wanted = task.sentences if split == "test" else (*task.sentences, task.label)
             if missing := [column for column in wanted if column not in header]:
                 hint = " (a test file has none)" if missing == [task.label] else ""
                 raise DataError(
-                    f"{path}:{number}: the header has no column {' nor '.join(missing)}{hint}: give a {split} file of "
+                    f"{place}: the header has no column {' nor '.join(missing)}{hint}: give a {split} file of "
                     f"{task.title}, tab-separated"
                 )
             continue
         if len(cells) != len(header):
-            columns = f"{len(cells)} column{'s' * (len(cells) != 1)}"
-            yield f"{path}:{number}", None, f"{columns} where {task.title} has {len(header)} ({', '.join(header)})"
+            if broken is None:
+                columns = f"{len(cells)} column{'s' * (len(cells) != 1)}"
+                remedy = "fix or remove the line" if split == "test" else "fix the line, or pass --skip_broken_rows"
+                raise DataError(
+                    f"{place}: {columns} where {task.title} has {len(header)} ({', '.join(header)}): {remedy}"
+                )
+            broken.append(place)
             continue
         row = dict(zip(header, cells, strict=True))
-        index = row.get("index", row.get("id", str(place)))
-        if split == "test" and index != str(place):
+        index = row.get("index", row.get("id", str(count)))
+        if split == "test" and index != str(count):
             raise DataError(
-                f"{path}:{number}: the index is {index!r} where {place} comes next, and predictions are numbered "
+                f"{place}: the index is {index!r} where {count} comes next, and predictions are numbered "
                 "from 0 in the file's order: give the test file as GLUE publishes it"
             )
-        place += 1
-        yield f"{path}:{number}", [row[column].strip() for column in task.sentences], row.get(task.label, "")
+        count += 1
+        yield place, [row[column].strip() for column in task.sentences], row.get(task.label, "")
 
 
-def _jsonl_rows(task: Task, path: Path, split: str) -> Iterator[tuple[str, list[str], Any]]:
+def _jsonl_rows(task: Task, path: Path) -> Iterator[tuple[str, list[str], Any]]:
     """(place, sentences, label) of every line with sentence1, sentence2 (if the task has two) and label."""
     names = ["sentence1", "sentence2"][: len(task.sentences)]
 
@@ -268,18 +252,15 @@ def _jsonl_rows(task: Task, path: Path, split: str) -> Iterator[tuple[str, list[
         yield place, *row
 
 
-def _label(task: Task, given: Any, where: str) -> float:
-    """A label as a number. Raises DataError where it is none, or not one of the task's."""
+def _label(task: Task, given: Any, place: str) -> float:
+    """A label as a number. Raises DataError if it is none, or not one of the task's."""
     try:
-        if given is None or isinstance(given, bool):
-            raise ValueError
-        value = float(given)
-        fits = value in (0, 1) if task.classes else math.isfinite(value) and 0 <= value <= HIGHEST_SCORE
-        if not fits:
-            raise ValueError
+        value = math.nan if isinstance(given, bool) else float(given)
     except (ValueError, TypeError, OverflowError):
+        value = math.nan
+    if not (value in (0, 1) if task.classes else 0 <= value <= HIGHEST_SCORE):
         shown = "missing" if given in (None, "") else repr(given)
-        raise DataError(f"{where}: the label is {shown}, {task.title}'s are {task.allowed}: fix the line") from None
+        raise DataError(f"{place}: the label is {shown}, {task.title}'s are {task.allowed}: fix the line")
     return value
 
 
@@ -288,39 +269,33 @@ def run_glue(settings: GlueSettings, environment: Environment) -> int:
 
     Raises SettingsError for a model that cannot serve and DataError for files that cannot be read.
     """
-    files = find_files(settings.data, {split: getattr(settings, split) for split in SPLITS})
+    task, output = TASKS[settings.task], Path(settings.output)
     read = {
         split: read_examples(settings.task, path, split, skip_broken=settings.skip_broken_rows)
-        for split, path in files.items()
-        if path is not None
+        for split, path in find_files(settings.data, {name: getattr(settings, name) for name in SPLITS}).items()
     }
-    if environment.is_main:
-        for split in ("train", "dev"):
-            if (sentence := unlike_published(settings.task, split, read[split])) is not None:
-                print(f"warning: {sentence}", flush=True)
-            if read[split].num_broken:
-                print(f"warning: {read[split].num_broken} rows of {read[split].path} are broken and left out")
-    cuda = choose_device(settings.device, environment)
-    trainer = make_trainer(settings, read, environment.world_size, cuda)
+    for split in ("train", "dev") if environment.is_main else ():
+        if (sentence := unlike_published(settings.task, split, read[split])) is not None:
+            print(f"warning: {sentence}", flush=True)
+        if read[split].num_broken:
+            print(f"warning: {read[split].num_broken} rows of {read[split].path} are broken and left out")
+    trainer = make_trainer(settings, read, environment.world_size, choose_device(settings.device, environment))
     from transformers.trainer_utils import get_last_checkpoint
 
-    output, folder = Path(settings.output), Path(settings.output) / "checkpoints"
+    folder = output / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
-    found = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    found = trainer.evaluate()
     trainer.save_model(str(output / "classifier"))
     answers = None
     if "test" in read:
-        answers = trainer.predict(as_rows(read["test"], trainer.processing_class, settings.max_tokens))
+        answers = trainer.predict(as_rows(read["test"], trainer.processing_class, settings.max_tokens)).predictions
     if environment.is_main:
-        measures = {name: found[name] for name in ("loss", *TASKS[settings.task].measures)}
-        print(
-            f"{TASKS[settings.task].title}, dev: "
-            + ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
-        )
+        measures = {name: found[f"eval_{name}"] for name in ("loss", *task.measures)}
+        print(f"{task.title}, dev: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
         with written_whole(output / "dev.json") as file:
             file.write(json.dumps(measures, indent=1) + "\n")
         if answers is not None:
-            write_predictions(output / f"{TASKS[settings.task].title}.tsv", settings.task, answers.predictions)
+            write_predictions(output / f"{task.title}.tsv", settings.task, answers)
     return 0
 
 
@@ -383,13 +358,10 @@ def make_trainer(settings: GlueSettings, read: dict[str, Examples], num_ranks: i
 
 def as_rows(examples: Examples, tokenizer: Any, max_tokens: int) -> list[dict[str, Any]]:
     """The examples as the Trainer's data set: tokenised, with their labels if they have any."""
-    texts = [examples.firsts] if examples.seconds is None else [examples.firsts, examples.seconds]
-    encoded = tokenizer(*texts, truncation=True, max_length=max_tokens)
-    rows = [{name: values[n] for name, values in encoded.items()} for n in range(len(examples))]
+    columns = dict(tokenizer(*examples.sentences, truncation=True, max_length=max_tokens))
     if examples.labels is not None:
-        for row, label in zip(rows, examples.labels.tolist(), strict=True):
-            row["labels"] = label
-    return rows
+        columns["labels"] = examples.labels.tolist()
+    return [dict(zip(columns, values)) for values in zip(*columns.values(), strict=True)]
 
 
 def measure(name: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -398,27 +370,19 @@ def measure(name: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, floa
     logits: float [N, 2] of a task with classes, float [N] of STS-B, whose scores are taken as they are, not cut to
     0 ... 5. labels: [N]. A correlation with predictions that are all alike is 0.
     """
-    if not TASKS[name].classes:
-        logits = logits.reshape(-1)
-        return {"pearson": _correlation(logits, labels), "spearman": _correlation(logits, labels, by_rank=True)}
+    from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+    if not TASKS[name].classes:
+        scores, wanted = logits.reshape(-1).astype(np.float64), labels.astype(np.float64)
+        same = np.ptp(scores) == 0
+        tests = {"pearson": pearsonr, "spearman": spearmanr}
+        return {name: 0.0 if same else float(test(scores, wanted).statistic) for name, test in tests.items()}
     classes = logits.argmax(axis=1)
     if name == "cola":
         return {"mcc": float(matthews_corrcoef(labels, classes))}
-    return {
-        "accuracy": float(accuracy_score(labels, classes)),
-        "f1": float(f1_score(labels, classes, zero_division=0)),
-    }
-
-
-def _correlation(predicted: np.ndarray, labels: np.ndarray, by_rank: bool = False) -> float:
-    from scipy.stats import pearsonr, spearmanr
-
-    if np.ptp(predicted) == 0:
-        return 0.0
-    predicted, labels = predicted.astype(np.float64), labels.astype(np.float64)
-    return float((spearmanr if by_rank else pearsonr)(predicted, labels).statistic)
+    f1 = f1_score(labels, classes, zero_division=0)
+    return {"accuracy": float(accuracy_score(labels, classes)), "f1": float(f1)}
 
 
 def write_predictions(path: str | Path, name: str, logits: np.ndarray) -> None:

@@ -24,7 +24,7 @@ import xxhash
 from quincunx.data_shards.durable import file_digest, written_whole
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.embeddings import Embeddings
-from quincunx.engine.retrieval.progress import FEW_QUERIES, counted
+from quincunx.engine.retrieval.progress import FEW_QUERIES, progress_bar
 from quincunx.engine.retrieval.search import OPTIONS, IndexKind, IndexOptions
 
 QUERIES_AT_ONCE = 256
@@ -61,8 +61,9 @@ class Index:
         self.approximate = kind in ("ivfpq", "hnsw")
         self.shards = list(_shards(embeddings, shard_rows if self.approximate else BLOCK_ROWS))
         small = len(embeddings) * embeddings.width * 4 <= RESIDENT_BYTES
-        self._resident: dict[int, torch.Tensor] | None = {} if small else None
-        self._only_shard: Any = None
+        self._stays = len(self.shards) == 1 if self.approximate else small
+        self._resident: dict[int, Any] = {}
+        """By shard, what stays in memory between searches."""
         if kind == "ivfpq":
             self._check_ivfpq()
 
@@ -72,57 +73,53 @@ class Index:
         Texts without a visible character are never found: their vectors say nothing and are near to many queries.
         """
         queries_QD = np.ascontiguousarray(queries_QD, np.float32)
-        if queries_QD.shape[1] != self.embeddings.width:
-            raise SettingsError(
-                f"the queries have {queries_QD.shape[1]} channels, the embeddings {self.embeddings.width}: encode both "
-                "with one model"
-            )
-        best = Best(len(queries_QD), depth, self.device)
-        shards = counted(self.shards, "searching", "shard", show=len(queries_QD) >= FEW_QUERIES)
+        assert queries_QD.shape[1] == self.embeddings.width
+        scores_QK = torch.full((len(queries_QD), depth), -torch.inf, device=self.device)
+        rows_QK = torch.full((len(queries_QD), depth), -1, dtype=torch.int64, device=self.device)
+        shards = progress_bar("searching", "shard", self.shards, show=len(queries_QD) >= FEW_QUERIES)
+        search_shard = self._search_approximate if self.approximate else self._search_block
         for number, parts in enumerate(shards):
-            one = self._search_approximate if self.approximate else self._search_block
             start, stop = (int(self.embeddings.starts[part]) for part in (parts[0], parts[-1] + 1))
             first, last = np.searchsorted(self.embeddings.empty_rows, [start, stop])
             empty = torch.from_numpy(self.embeddings.empty_rows[first:last] - start).to(self.device)
-            scores_QK, rows_QK = one(number, queries_QD, depth + len(empty))
-            if len(empty):
-                scores_QK = scores_QK.masked_fill(torch.isin(rows_QK, empty), -torch.inf)
-                rows_QK = rows_QK.masked_fill(scores_QK == -torch.inf, -1)
-                scores_QK, rows_QK = in_order(scores_QK, rows_QK)
-            best.add(scores_QK, torch.where(rows_QK >= 0, rows_QK + start, -1))
-        return best.scores_QK.cpu().numpy(), best.rows_QK.cpu().numpy()
+            scores, rows = search_shard(number, queries_QD, depth + len(empty))
+            scores = scores.masked_fill(torch.isin(rows, empty), -torch.inf)
+            rows = torch.where(scores == -torch.inf, -1, rows + start)
+            # Rows of this shard lie above all before, and both sorts are stable: equal scores stay in order of rows.
+            scores, order = torch.cat([scores_QK, scores], dim=1).sort(dim=1, descending=True, stable=True)
+            scores_QK = scores[:, :depth]
+            rows_QK = torch.cat([rows_QK, rows], dim=1).gather(1, order[:, :depth])
+        return scores_QK.cpu().numpy(), rows_QK.cpu().numpy()
 
     def _search_block(self, number: int, queries_QD: np.ndarray, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A block by brute force: scores and rows in it [Q, K], in order."""
         vectors_ND = self._block(number)
-        if self.kind == "flat":
-            found = self._flat(queries_QD, vectors_ND.numpy(), min(depth, len(vectors_ND)))
-            return in_order(*(torch.from_numpy(array).to(self.device) for array in found))
-        queries = torch.from_numpy(queries_QD).to(self.device)
-        found = [top_rows(some_QD @ vectors_ND.T, depth) for some_QD in queries.split(QUERIES_AT_ONCE)]
-        return torch.cat([scores for scores, _ in found]), torch.cat([rows for _, rows in found])
-
-    def _flat(self, queries_QD: np.ndarray, vectors_ND: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        faiss = self.faiss
+        if self.kind == "exact":
+            queries = torch.from_numpy(queries_QD).to(self.device)
+            found = [top_rows(some_QD @ vectors_ND.T, depth) for some_QD in queries.split(QUERIES_AT_ONCE)]
+            return torch.cat([scores for scores, _ in found]), torch.cat([rows for _, rows in found])
+        faiss, asked = self.faiss, {"k": min(depth, len(vectors_ND)), "metric": self.faiss.METRIC_INNER_PRODUCT}
         if self.device.type == "cuda" and num_gpus(faiss):
             place = {"res": faiss.StandardGpuResources(), "device": self.device.index or 0}
-            return faiss.knn_gpu(xq=queries_QD, xb=vectors_ND, k=depth, metric=faiss.METRIC_INNER_PRODUCT, **place)
-        return faiss.knn(queries_QD, vectors_ND, depth, metric=faiss.METRIC_INNER_PRODUCT)
+            found = faiss.knn_gpu(xq=queries_QD, xb=vectors_ND.numpy(), **asked, **place)
+        else:
+            found = faiss.knn(queries_QD, vectors_ND.numpy(), **asked)
+        return in_order(*(torch.from_numpy(array).to(self.device) for array in found))
 
     def _block(self, number: int) -> torch.Tensor:
         """float32 [rows, D]; on the device, for faiss on the host."""
-        if self._resident is not None and number in self._resident:
+        if number in self._resident:
             return self._resident[number]
         vectors_ND = np.concatenate([self.embeddings.parts[part] for part in self.shards[number]])
         block_ND = torch.from_numpy(vectors_ND).to("cpu" if self.kind == "flat" else self.device).float()
-        if self._resident is not None:
+        if self._stays:
             self._resident[number] = block_ND
         return block_ND
 
     def _search_approximate(self, number: int, queries_QD: np.ndarray, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        index = self._only_shard or self.shard(number)
-        if len(self.shards) == 1:
-            self._only_shard = index
+        index = self._resident[number] if number in self._resident else self.shard(number)
+        if self._stays:
+            self._resident[number] = index
         if self.kind == "hnsw":
             index.hnsw.efSearch = max(self.options.ef_search, depth)
         scores_QK, rows_QK = index.search(queries_QD, depth)
@@ -260,26 +257,6 @@ def _keep(faiss: Any, index: Any, path: Path, description: dict[str, Any]) -> No
     os.replace(staging, path)
     with written_whole(path.with_suffix(".json")) as file:
         json.dump({**description, "digest": file_digest(path)}, file)
-
-
-class Best:
-    """The best K results so far of every query; shards are added in the order of their rows."""
-
-    def __init__(self, num_queries: int, depth: int, device: torch.device | str = "cpu"):
-        self.depth = depth
-        self.scores_QK = torch.full((num_queries, depth), -torch.inf, device=device)
-        self.rows_QK = torch.full((num_queries, depth), -1, dtype=torch.int64, device=device)
-
-    def add(self, scores_QK: torch.Tensor, rows_QK: torch.Tensor) -> None:
-        """Merges the results of a shard, in order and with rows above all before; -inf and -1 where there are none.
-
-        The sort is stable: earlier rows stay before later ones of the same score.
-        """
-        scores = torch.cat([self.scores_QK, scores_QK], dim=1)
-        rows = torch.cat([self.rows_QK, rows_QK], dim=1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        self.scores_QK = scores[:, : self.depth]
-        self.rows_QK = rows.gather(1, order[:, : self.depth])
 
 
 def in_order(scores_QK: torch.Tensor, rows_QK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -172,20 +172,10 @@ def mine(
 
 
 COUNTED = (
-    "queries",
-    "mined",
-    "random",
-    "random_missing",
-    "queries_of_the_run",
-    "passages_of_the_run",
-    "left_out_positives",
-    "left_out_partly_relevant",
-    "left_out_skipped_at_the_top",
-    "left_out_without_text",
-    "left_out_with_an_answer",
-    "left_out_above_the_teachers_margin",
-    "queries_without_answers",
-)
+    "queries", "mined", "random", "random_missing", "queries_of_the_run", "passages_of_the_run", "left_out_positives",
+    "left_out_partly_relevant", "left_out_skipped_at_the_top", "left_out_without_text", "left_out_with_an_answer",
+    "left_out_above_the_teachers_margin", "queries_without_answers",
+)  # fmt: skip
 
 
 def _refuse_unfit(

@@ -19,7 +19,7 @@ from quincunx.data_shards.errors import DataError
 from quincunx.engine.ranks import Environment
 from quincunx.engine.retrieval.candidates import iterate_candidates, write_candidates
 from quincunx.engine.retrieval.collection import Collection
-from quincunx.engine.retrieval.files import first_of, in_groups
+from quincunx.engine.retrieval.files import in_groups
 from quincunx.engine.retrieval.progress import progress_bar
 from quincunx.engine.retrieval.trec import RUN, stream_run, write_run
 
@@ -61,25 +61,16 @@ class Source:
 def find_pairs(source: Source, queries: Collection, passages: Collection) -> tuple[np.ndarray, np.ndarray]:
     """All pairs of the source: int32 [N] rows of `queries`, int32 [N] rows of `passages`.
 
-    Raises DataError if it is empty, or names ids that the collections do not have (with counts and the first three).
+    Raises DataError if it is empty, or names ids that the collections do not have.
     """
     query_parts, passage_parts = [], []
-    unknown: dict[str, list[str]] = {"queries": [], "passages": []}
     for group in in_groups(source.rows(), QUERIES_A_LOOK):
-        query_ids, passage_ids = [query for query, _ in group], [id for _, ids in group for id in ids]
-        query_rows, passage_rows = queries.rows(query_ids), passages.rows(passage_ids)
-        unknown["queries"] += [query_ids[at] for at in np.flatnonzero(query_rows < 0)]
-        unknown["passages"] += [passage_ids[at] for at in np.flatnonzero(passage_rows < 0)]
+        query_rows = queries.known_rows([query for query, _ in group], "queries", source.path)
         query_parts.append(np.repeat(query_rows, [len(ids) for _, ids in group]).astype(np.int32))
-        passage_parts.append(passage_rows.astype(np.int32))
+        passage_ids = [id for _, ids in group for id in ids]
+        passage_parts.append(passages.known_rows(passage_ids, "passages", source.path).astype(np.int32))
     if not query_parts:
         raise DataError(f"{source.path} holds no {source.kind} to score: give a file with at least one query")
-    for what, collection in (("queries", queries), ("passages", passages)):
-        if unknown[what]:
-            raise DataError(
-                f"{source.path} names {len(unknown[what])} {what} that {collection.name} does not have "
-                f"{first_of(unknown[what])}: give the files that belong together"
-            )
     return np.concatenate(query_parts), np.concatenate(passage_parts)
 
 
@@ -114,7 +105,7 @@ def score_source(
         parts = [slice(start, start + pairs_a_part) for start in range(0, len(query_rows), pairs_a_part)]
         own = {number: len(query_rows[parts[number]]) for number in range(work.rank, len(parts), work.world_size)}
         done = sum(size for number, size in own.items() if work.is_done(number))
-        with progress_bar(sum(own.values()), "score", "pair", initial=done, show=work.leads) as bar:
+        with progress_bar("score", "pair", total=sum(own.values()), initial=done, show=work.leads) as bar:
             for number in work.missing(len(parts)):
                 asked, found = query_rows[parts[number]], passage_rows[parts[number]]
                 texts = queries.texts(asked), passages.texts(found)

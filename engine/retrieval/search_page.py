@@ -16,7 +16,6 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -37,25 +36,16 @@ HEADERS = {
 }
 
 
-@dataclass(frozen=True)
-class Result:
-    """One passage found."""
-
-    rank: int
-    score: float
-    id: str
-    text: str
-
-
-def ask(finder: Finder, query: str, depth: int) -> tuple[list[Result], float]:
-    """(the best passages for a query, seconds it took)."""
+def ask(finder: Finder, query: str, depth: int) -> tuple[list[dict[str, Any]], float]:
+    """(rank, score, id and text of the best passages for a query, seconds it took)."""
     begun = time.perf_counter()
-    scores, rows = finder.find([query], depth)
+    (scores,), (rows,) = finder.find([query], depth)
     seconds = time.perf_counter() - begun
-    kept = rows[0] >= 0
-    rows, scores = rows[0][kept], scores[0][kept]
-    found = zip(scores.tolist(), finder.passages.ids_at(rows), finder.passages.texts(rows), strict=True)
-    return [Result(rank, score, id, text) for rank, (score, id, text) in enumerate(found, 1)], seconds
+    scores, rows = scores[rows >= 0].tolist(), rows[rows >= 0]
+    found = zip(scores, finder.passages.ids_at(rows), finder.passages.texts(rows), strict=True)
+    return [
+        {"rank": n, "score": score, "id": id, "text": text} for n, (score, id, text) in enumerate(found, 1)
+    ], seconds
 
 
 def search_on_terminal(
@@ -74,8 +64,8 @@ def search_on_terminal(
         query = line.strip().encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are no UTF-8
         results, seconds = ask(finder, query, depth)
         for result in results:
-            print(f"\n{result.rank:>3}  {result.score:.4f}  {result.id}", file=out)
-            text = "".join(c if c.isprintable() else " " for c in result.text)  # no escape sequence for the terminal
+            print(f"\n{result['rank']:>3}  {result['score']:.4f}  {result['id']}", file=out)
+            text = "".join(c if c.isprintable() else " " for c in result["text"])  # no escape sequence for the terminal
             shown = textwrap.shorten(text, 80 * TERMINAL_LINES, placeholder=" ...")
             print(textwrap.indent(textwrap.fill(shown, 84), "     "), file=out)
         print(f"\n{len(results)} passages in {1000 * seconds:.0f} ms\n", file=out)
@@ -107,24 +97,24 @@ def make_app(finder: Finder, depth: int) -> "FastAPI":
     environment.filters["marked"] = marked
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
-    def search(query: str, number: int) -> tuple[str, list[Result], float]:
-        query = query.strip()[:MAX_CHARACTERS]
+    def search(query: str, number: int) -> dict[str, Any]:
+        query, results, seconds = query.strip()[:MAX_CHARACTERS], [], 0.0
         with lock:
-            return (query, *ask(finder, query, number)) if query else (query, [], 0.0)
+            if query:
+                results, seconds = ask(finder, query, number)
+        return {"query": query, "results": results, "seconds": seconds}
 
     Number = Annotated[int, Query(ge=1, le=MAX_RESULTS)]
 
     @app.get("/")
     def page(q: str = "", k: Number = depth) -> HTMLResponse:
-        query, results, seconds = search(q, k)
-        found = {"query": query, "results": results, "seconds": seconds, "finder": finder}
-        return HTMLResponse(template.render(**found, depth=k, choices=sorted({5, 10, 20, 50, k})), headers=HEADERS)
+        shown = {"finder": finder, "depth": k, "choices": sorted({5, 10, 20, 50, k})}
+        return HTMLResponse(template.render(**search(q, k), **shown), headers=HEADERS)
 
     @app.get("/api")
     def api(q: str = "", k: Number = depth) -> JSONResponse:
-        query, results, seconds = search(q, k)
-        about = {"query": query, "model": finder.model, "collection": finder.passages.name, "index": finder.index}
-        return JSONResponse({**about, "seconds": seconds, "results": [asdict(result) for result in results]})
+        about = {"model": finder.model, "collection": finder.passages.name, "index": finder.index}
+        return JSONResponse(search(q, k) | about)
 
     return app
 

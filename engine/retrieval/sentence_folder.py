@@ -80,34 +80,15 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
     """
     if not (folder / "modules.json").is_file():
         return SentenceFolder(Tower(folder))
-    settings = _read(folder / SETTINGS_FILE)
+    settings, own = _read(folder / SETTINGS_FILE), _read(folder / OWN_FILE)
     modules = [(_kind(module["type"]), folder / module["path"]) for module in _read(folder / "modules.json", list)]
     cosine = settings.get("similarity_fn_name") == "cosine"
-    query = None
     if modules and modules[0][0] == "Router":
-        place, rest = modules[0][1], modules[1:]
-        config = _read(place / "router_config.json")
-        routes, types = config.get("structure", {}), config.get("types", {})
-        if not {"query", "document"} <= set(routes):
-            raise SettingsError(
-                f"the Router of {place} has the routes {', '.join(routes) or 'none'}; give a model with the routes "
-                "query and document"
-            )
-        passage, query = (
-            _read_tower(folder, [*((_kind(types[name]), place / name) for name in routes[route]), *rest], cosine)
-            for route in ("document", "query")
-        )
-        for what in ("pooling", "normalise", "lower_case"):
-            if getattr(passage, what) != getattr(query, what):
-                raise SettingsError(
-                    f"{folder} has {what} {getattr(query, what)} for queries and {getattr(passage, what)} for "
-                    "documents; give a model whose two towers agree in it"
-                )
+        passage, query = _read_router(folder, modules[0][1], modules[1:], cosine)
     else:
-        passage = _read_tower(folder, modules, cosine)
+        passage, query = _read_tower(folder, modules, cosine), None
     prompts = settings.get("prompts") or {}
     default = prompts.get(settings.get("default_prompt_name"), "")
-    own = _read(folder / OWN_FILE)
     return SentenceFolder(
         passage=passage,
         query=query,
@@ -116,6 +97,26 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
         max_query_tokens=own.get("max_query_tokens") or (query or passage).max_tokens,
         max_passage_tokens=own.get("max_passage_tokens") or passage.max_tokens,
     )
+
+
+def _read_router(folder: Path, place: Path, rest: list[tuple[str, Path]], cosine: bool) -> list[Tower]:
+    """The towers of a Router's routes document and query; `rest` are the modules after it."""
+    config = _read(place / "router_config.json")
+    routes, types = config.get("structure", {}), config.get("types", {})
+    if not {"query", "document"} <= set(routes):
+        raise SettingsError(
+            f"the Router of {place} has the routes {', '.join(routes) or 'none'}; give a model with the routes query "
+            "and document"
+        )
+    modules = {route: [(_kind(types[name]), place / name) for name in names] for route, names in routes.items()}
+    passage, query = (_read_tower(folder, [*modules[route], *rest], cosine) for route in ("document", "query"))
+    for what in ("pooling", "normalise", "lower_case"):
+        if getattr(passage, what) != getattr(query, what):
+            raise SettingsError(
+                f"{folder} has {what} {getattr(query, what)} for queries and {getattr(passage, what)} for documents; "
+                "give a model whose two towers agree in it"
+            )
+    return [passage, query]
 
 
 def _read(path: Path, kind: type = dict) -> Any:
@@ -169,40 +170,37 @@ def write_sentence_folder(folder: Path, retriever: "Retriever") -> dict[str, tup
     Returns {"passage": (folder of the encoder and tokenizer, longest text in tokens)}, and "query" if the towers are
     separate.
     """
-    model, limits = retriever.model, (retriever.max_query_tokens, retriever.max_passage_tokens)
-    places = {"passage": (folder, max(limits))}
-    poolings = [folder / "1_Pooling"]
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    if not model.shared:
-        routes = {"query": "query", "passage": "document"}
-        places = {
-            kind: (folder / f"{route}_0_Transformer", limit)
-            for (kind, route), limit in zip(routes.items(), limits, strict=True)
-        }
-        poolings = [folder / f"{route}_1_Pooling" for route in routes.values()]
-        modules = [("", "Router")]
-        structure = {route: [f"{route}_0_Transformer", f"{route}_1_Pooling"] for route in routes.values()}
+    model, similarity = retriever.model, "cosine" if retriever.model.normalise else "dot"
+    limits = {"query": retriever.max_query_tokens, "passage": retriever.max_passage_tokens}
+    if model.shared:
+        modules, places = ["Transformer", "Pooling"], {"passage": (folder, max(limits.values()))}
+        poolings = [folder / "1_Pooling"]
+    else:
+        modules, places, poolings, structure = ["Router"], {}, [], {}
+        for kind, route in (("query", "query"), ("passage", "document")):
+            structure[route] = [f"{route}_0_Transformer", f"{route}_1_Pooling"]
+            places[kind] = (folder / structure[route][0], limits[kind])
+            poolings.append(folder / structure[route][1])
         types = {name: MODULE_CLASS.format(name.rpartition("_")[2]) for names in structure.values() for name in names}
         parameters = {"default_route": "document", "allow_empty_key": True}
         _write(folder / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
     for place, max_tokens in places.values():
         _write(place / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
-    pooling = {name: mode == model.pooling for name, mode in POOLINGS.items()}
     for place in poolings:
-        _write(place / "config.json", {"word_embedding_dimension": model.width, **pooling})
+        modes = {name: mode == model.pooling for name, mode in POOLINGS.items()}
+        _write(place / "config.json", {"word_embedding_dimension": model.width, **modes})
     if model.normalise:
-        modules.append((f"{len(modules)}_Normalize", "Normalize"))
-        (folder / modules[-1][0]).mkdir()
+        modules.append("Normalize")
+        (folder / f"{len(modules) - 1}_Normalize").mkdir()
     listed = [
-        {"idx": index, "name": str(index), "path": path, "type": MODULE_CLASS.format(kind)}
-        for index, (path, kind) in enumerate(modules)
+        {"idx": n, "name": str(n), "path": f"{n}_{kind}" if n else "", "type": MODULE_CLASS.format(kind)}
+        for n, kind in enumerate(modules)
     ]
     _write(folder / "modules.json", listed)
     prompts = {"query": retriever.query_prompt, "document": retriever.passage_prompt}
     prompts = {name: prompt for name, prompt in prompts.items() if prompt}
-    similarity = "cosine" if model.normalise else "dot"
     _write(folder / SETTINGS_FILE, {"similarity_fn_name": similarity, "prompts": prompts})
-    _write(folder / OWN_FILE, {"max_query_tokens": limits[0], "max_passage_tokens": limits[1]})
+    _write(folder / OWN_FILE, {f"max_{kind}_tokens": limit for kind, limit in limits.items()})
     return places
 
 

@@ -7,12 +7,14 @@ means, which few seeds make weak.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,13 +31,11 @@ from quincunx.engine.retrieval.report_plots import plot_bars, plot_curves
 
 PACKAGES = ("quincunx", "torch", "transformers", "deepspeed", "bm25s", "ir-measures")
 Record = Mapping[str, Any]
-Panels = dict[str, dict[str, list[tuple[float, float]]]]
-"""Collection -> line -> points (x, y)"""
 
 
-def results_of(record_file: Path, per_query_file: Path) -> dict[str, Any]:
+def results_of(folder: Path) -> dict[str, Any]:
     """{"measures": {name: {mean, low, high}}, "per_query": the first measure's values in the order of query ids}."""
-    record, evaluation = read_results(record_file, per_query_file)
+    record, evaluation = read_results(folder / "result.json", folder / "queries.jsonl")
     values = next(iter(evaluation.per_query.values()))
     return {"measures": record["measures"], "per_query": [round(values[query], 6) for query in sorted(values)]}
 
@@ -114,17 +114,11 @@ def compare_rows(first: Row, second: Row) -> Test:
     """Both tests of two variants on one collection, over the seeds that both have (at least one)."""
     seeds = [seed for seed in first.records if seed in second.records]
     first, second = (Row({seed: row.records[seed] for seed in seeds}) for row in (first, second))
-    measure = next(iter(first.records[seeds[0]]["measures"]))
+    measure = next(iter(first.first["measures"]))
     differences = first.per_query - second.per_query
     by_seed = np.subtract(first.means(measure), second.means(measure))
-    low, high = interval(differences)
-    return Test(
-        difference=float(differences.mean()),
-        low=low,
-        high=high,
-        queries_p=paired_t_test(differences),
-        seeds_p=paired_t_test(by_seed),
-    )
+    ps = (paired_t_test(differences), paired_t_test(by_seed))
+    return Test(float(differences.mean()), *interval(differences), *ps)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -157,22 +151,20 @@ def make_report(
 
     variants: in the table's order. records: of finished cells, diverged ones too. bm25: collection -> its record.
     """
-    collections = dict.fromkeys([*bm25, *(record["collection"] for record in records)])
-    found: dict[str, dict[str, Row]] = {collection: {} for collection in collections}
-    for variant in variants:
-        for collection, rows in found.items():
-            mine = {r["seed"]: r for r in records if (r["variant"], r["collection"]) == (variant, collection)}
-            mine = {seed: record for seed, record in sorted(mine.items()) if "diverged" not in record}
-            if mine:
-                rows[variant] = Row(mine)
+    found: dict[str, dict[str, Row]] = {}
+    for collection in dict.fromkeys([*bm25, *(record["collection"] for record in records)]):
+        rows = found[collection] = {}
+        for variant in variants:
+            mine = [r for r in records if (r["variant"], r["collection"]) == (variant, collection)]
+            if kept := {r["seed"]: r for r in sorted(mine, key=lambda r: r["seed"]) if "diverged" not in r}:
+                rows[variant] = Row(kept)
     measure = next((next(iter(record["measures"])) for record in records if "measures" in record), "")
     tests: dict[tuple[str, str, str], Test] = {}
     for collection, rows in found.items():
-        for other in against:
-            for variant in rows:
-                is_new = other != variant and (collection, other, variant) not in tests
-                if is_new and other in rows and rows[variant].records.keys() & rows[other].records.keys():
-                    tests[collection, variant, other] = compare_rows(rows[variant], rows[other])
+        for other, variant in itertools.product(against, rows):
+            is_new = other != variant and (collection, other, variant) not in tests
+            if is_new and other in rows and rows[variant].records.keys() & rows[other].records.keys():
+                tests[collection, variant, other] = compare_rows(rows[variant], rows[other])
     tested = {key: test.queries_p for key, test in tests.items() if test.queries_p is not None}
     corrected = dict(zip(tested, holm([*tested.values()])))
     parts, plots = [describe(records, num_cells)], {}
@@ -228,22 +220,14 @@ def with_spread(values: Sequence[float]) -> str:
 
 
 def tests_table(tests: Mapping[tuple[str, str], tuple[Test, float | None]], measure: str) -> str:
-    rows = [
-        [
-            f"{variant} against {other}",
-            f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}]",
-            as_p(test.queries_p),
-            as_p(corrected),
-            as_p(test.seeds_p),
-        ]
-        for (variant, other), (test, corrected) in tests.items()
-    ]
-    note = (
-        "Paired t-tests over the seeds that both have: over queries (each averaged over seeds), and over seeds' means."
-    )
-    return table(
-        [measure, "difference, 95 % interval", "p over queries", "corrected by Holm", "p over seeds"], rows, note
-    )
+    rows = []
+    for (variant, other), (test, corrected) in tests.items():
+        difference = f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}]"
+        ps = map(as_p, (test.queries_p, corrected, test.seeds_p))
+        rows.append([f"{variant} against {other}", difference, *ps])
+    header = [measure, "difference, 95 % interval", "p over queries", "corrected by Holm", "p over seeds"]
+    over = "over queries (each averaged over seeds), and over seeds' means"
+    return table(header, rows, f"Paired t-tests over the seeds that both have: {over}.")
 
 
 def as_p(value: float | None) -> str:
@@ -252,45 +236,47 @@ def as_p(value: float | None) -> str:
 
 def curves(found: Mapping[str, Mapping[str, Row]], measure: str, plots: dict[str, str]) -> list[str]:
     """The probe along the pre-training; fine-tuned quality by its steps and by training queries, if they vary."""
-    parts: list[str] = []
-    probes: Panels = {}
-    by_step: Panels = {}
-    by_share: Panels = {}
+    panels = {kind: defaultdict(lambda: defaultdict(list)) for kind in ("probe", "steps", "queries")}
     for collection, rows in found.items():
         for variant, row in rows.items():
             curve = [record["probe"] for record in row.records.values()]
             if len(curve[0]["step"]) > 1 and row.step == curve[0]["step"][-1]:
                 values = np.mean([probe["mrr@10"] for probe in curve], axis=0)
-                probes.setdefault(collection, {})[variant] = list(zip(curve[0]["step"], values))
+                panels["probe"][collection][variant] += zip(curve[0]["step"], values)
             family = [name for name, other in rows.items() if other.pretraining == row.pretraining]
             line = os.path.commonprefix(family).rstrip("-_.")  # noqa: RUF071 - names, not paths
             if not line or any(name.startswith(line) for name in rows if name not in family):  # another family has it
                 line = family[0]
-            for panels, place in ((by_step, row.step), (by_share, 100 * row.first["made_from"]["train_share"])):
-                panels.setdefault(collection, {}).setdefault(line, []).append((place, row.per_query.mean()))
-    if probes:
-        plots["probe"] = plot_curves(lines(probes))
+            panels["steps"][collection][line].append((row.step, row.per_query.mean()))
+            share = 100 * row.first["made_from"]["train_share"]
+            panels["queries"][collection][line].append((share, row.per_query.mean()))
+
+    def plot(kind: str, **options: Any) -> None:
+        plots[kind] = plot_curves(
+            {
+                panel: {line: tuple(zip(*sorted(points))) for line, points in lines.items()}
+                for panel, lines in panels[kind].items()
+            },
+            **options,
+        )
+
+    def varies(kind: str) -> bool:
+        """Whether a line has points at several places."""
+        return any(len(dict(points)) > 1 for lines in panels[kind].values() for points in lines.values())
+
+    parts: list[str] = []
+    if panels["probe"]:
+        plot("probe")
         caption = "MRR@10 of the probe, [CLS] without fine-tuning, mean over seeds"
         parts += ["## The probe along the pre-training", figure("probe", caption)]
-    if varies(by_step):
-        plots["steps"] = plot_curves(lines(by_step))
+    if varies("steps"):
+        plot("steps")
         caption = f"{measure} after fine-tuning"
         parts += ["## Fine-tuned quality by steps of pre-training", figure("steps", caption), prediction_table(found)]
-    if varies(by_share):
-        plots["queries"] = plot_curves(lines(by_share), xlabel="per cent of the training queries", logarithmic=True)
+    if varies("queries"):
+        plot("queries", xlabel="per cent of the training queries", logarithmic=True)
         parts += ["## Fine-tuned quality by training queries", figure("queries", measure)]
     return parts
-
-
-def lines(panels: Panels) -> dict[str, dict[str, tuple]]:
-    return {
-        panel: {name: tuple(zip(*sorted(points))) for name, points in found.items()} for panel, found in panels.items()
-    }
-
-
-def varies(panels: Panels) -> bool:
-    """Whether a line has points at several places."""
-    return any(len({x for x, _ in points}) > 1 for found in panels.values() for points in found.values())
 
 
 def prediction_table(found: Mapping[str, Mapping[str, Row]]) -> str:

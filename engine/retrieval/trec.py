@@ -173,16 +173,21 @@ def write_run(path: str | Path, rows: RunRows, tag: str) -> dict[str, int]:
     rows: (query id, passage ids, scores); scores are written in the shortest decimals that give the same number back:
         float32 stays float32's.
 
-    Raises:
-        DataError: a query or passage twice, a score that is not finite, or an id with white space; nothing is written.
+    Raises DataError for a score that is not finite or an id with white space; nothing is written.
     """
     num_results, seen = 0, set()
     with written_whole(path) as file:
         for query_id, passage_ids, scores in rows:
             passage_ids, scores = list(passage_ids), np.asarray(scores)
-            problem = _problem_of(query_id, passage_ids, scores, seen)
-            if problem is not None:
-                raise DataError(f"the run {path} is not written: {problem}")
+            assert query_id not in seen and len(set(passage_ids)) == len(passage_ids)
+            ids = [query_id, *passage_ids]
+            if len(" ".join(ids).split()) != len(ids):
+                bad = next(id for id in ids if len(id.split()) != 1)
+                raise DataError(
+                    f"the run is not written: TREC's format has no place for the id {bad!r} with white space"
+                )
+            if not np.isfinite(scores).all():
+                raise DataError(f"the run is not written: a score of query {query_id} is not finite")
             seen.add(query_id)
             texts = scores.astype(str).tolist()  # numpy's shortest decimals that give the same number back
             results = sorted(zip((-scores).tolist(), passage_ids, texts, strict=True))
@@ -191,17 +196,6 @@ def write_run(path: str | Path, rows: RunRows, tag: str) -> dict[str, int]:
             )
             num_results += len(results)
     return {"queries": len(seen), "results": num_results}
-
-
-def _problem_of(query_id: str, passage_ids: list[str], scores: np.ndarray, seen: set[str]) -> str | None:
-    """Why a query's results cannot stand in a run."""
-    ids = [query_id, *passage_ids]
-    if len(" ".join(ids).split()) != len(ids):
-        bad = next(id for id in ids if len(id.split()) != 1)
-        return f"the id {bad!r} has white space or is empty, TREC's format has no place for it"
-    if query_id in seen or len(set(passage_ids)) != len(passage_ids):
-        return f"for query {query_id} {'the query' if query_id in seen else 'a passage'} comes twice"
-    return None if np.isfinite(scores).all() else f"a score of query {query_id} is not finite"
 
 
 def check_against(
@@ -232,8 +226,8 @@ def check_against(
         unknown = _find_unknown(named, passages, "passages", name, drop)
         if unknown:
             counts["unknown_passages"] = sum(id in unknown for values in rows.values() for id in values)
-            rows = {q: {id: v for id, v in values.items() if id not in unknown} for q, values in rows.items()}
-            rows = {query_id: values for query_id, values in rows.items() if values}
+            known = {q: {id: v for id, v in values.items() if id not in unknown} for q, values in rows.items()}
+            rows = {query_id: values for query_id, values in known.items() if values}
     if not rows:
         raise DataError(f"{name} names no query and passage of these collections: give the files that belong together")
     return rows, counts
@@ -261,23 +255,24 @@ def read_dpr(path: str | Path, drop: bool = False) -> tuple[Collection, dict[str
         DataError: not such a file, record named.
     """
 
-    def parse(record: dict) -> tuple[str, list[str], list[str] | None]:
-        contexts = record.get("positive_ctxs")
-        if contexts is None:
-            return record["question"], _answers(record), None
-        if not isinstance(contexts, list) or not all(isinstance(context, dict) for context in contexts):
-            raise BadRecordError("positive_ctxs is not a list of objects")
-        if not drop and not contexts:
-            raise BadRecordError("the question has no positive passage")
-        ids = [context.get("passage_id", context.get("psg_id")) for context in contexts]
-        return record["question"], _answers(record), [check_id(id, "passage_id in positive_ctxs") for id in ids]
-
     questions, answers, qrels = [], {}, {}
-    for number, (_, (question, own_answers, positives)) in enumerate(read_questions(path, parse)):
-        questions.append(question)
-        answers[str(number)] = own_answers
-        if positives:
-            qrels[str(number)] = dict.fromkeys(positives, 1)
+
+    def add(record: dict) -> None:
+        contexts, query_id = record.get("positive_ctxs"), str(len(questions))
+        if contexts is not None:
+            if not isinstance(contexts, list) or not all(isinstance(context, dict) for context in contexts):
+                raise BadRecordError("positive_ctxs is not a list of objects")
+            if not drop and not contexts:
+                raise BadRecordError("the question has no positive passage")
+            ids = [context.get("passage_id", context.get("psg_id")) for context in contexts]
+            positives = [check_id(id, "passage_id in positive_ctxs") for id in ids]
+            if positives:
+                qrels[query_id] = dict.fromkeys(positives, 1)
+        answers[query_id] = _answers(record)
+        questions.append(record["question"])
+
+    for _ in read_questions(path, add):
+        pass
     return make_collection(answers, questions, str(path)), answers, qrels
 
 

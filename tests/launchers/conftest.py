@@ -207,3 +207,18 @@ def harness() -> SimpleNamespace:
     )  # fmt: skip
     named = {function.__name__: function for function in functions}
     return SimpleNamespace(**named, tiny=TINY, launcher=LAUNCHER, finetune=FINETUNE)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a launcher in this process, which must refuse its flags; gives its exit code and its one sentence."""
+    from quincunx.data_shards.errors import exit_with_one_sentence
+
+    def run(main, *flags) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["launcher", *map(str, flags)])
+        with pytest.raises(SystemExit) as ended:
+            exit_with_one_sentence(main)
+        (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        return ended.value.code, said
+
+    return run

@@ -62,18 +62,8 @@ def test_a_rival_that_is_as_good_or_better_fails_the_demo(output, rank):
 
 
 def gain(difference: float, t_test_p: float, randomisation_p: float) -> Comparison:
-    return Comparison(
-        mean=0.5,
-        other_mean=0.5 - difference,
-        difference=difference,
-        low=difference - 0.1,
-        high=difference + 0.1,
-        t_test_p=t_test_p,
-        randomisation_p=randomisation_p,
-        wins=1,
-        losses=1,
-        ties=1,
-    )
+    low, high = difference - 0.1, difference + 0.1
+    return Comparison(0.5, 0.5 - difference, difference, low, high, t_test_p, randomisation_p, wins=1, losses=1, ties=1)
 
 
 def test_a_difference_counts_only_if_both_tests_say_so():

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.engine.retrieval.embeddings import open_embeddings
 from quincunx.launchers import encode
 
@@ -21,21 +20,10 @@ NUM_PASSAGES = 700
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, save_tiny_bert):
     """A tiny random encoder and a corpus."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
-
     folder = tmp_path_factory.mktemp("encode")
-    tokenizer = train_wordpiece([" ".join(WORDS)] * 3, 60)
-    tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, **sizes)).save_pretrained(
-        folder / "model"
-    )
+    save_tiny_bert(folder / "model", [" ".join(WORDS)] * 3, 60)
     draw = np.random.default_rng(0)
     rows = [
         {"_id": f"p{n}", "title": draw.choice(WORDS), "text": " ".join(draw.choice(WORDS, draw.integers(3, 30)))}
@@ -118,16 +106,14 @@ def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(d
         (["--dtype=float16"], 2, "was made otherwise (dtype was float32 and is float16)"),
     ],
 )
-def test_what_cannot_be_encoded_is_one_sentence_and_changes_nothing(flags, code, sentence, data, encoded, capsys):
+def test_what_cannot_be_encoded_is_one_sentence_and_changes_nothing(flags, code, sentence, data, encoded, refused):
     words = command(data, data / "alone")
     for flag in flags:
         name, _, value = flag.partition("=")
         place = next(place for place, word in enumerate(words) if word.partition("=")[0] == name)
         words[place : place + (1 if "=" in words[place] else 2)] = [f"{name}={value}"]
-    with pytest.raises(SystemExit) as ended:
-        exit_with_one_sentence(lambda: here(words))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert ended.value.code == code and len(lines) == 1 and sentence in lines[0]
+    found, said = refused(encode.main, *words[2:])
+    assert found == code and sentence in said
     assert {path.name: path.read_bytes() for path in sorted((data / "alone").iterdir())} == encoded
 
 

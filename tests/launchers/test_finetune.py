@@ -26,12 +26,8 @@ QUICK = {"steps": 60, "log_every": 20, "learning_rate": 3e-3, "adam_eps": 1e-8, 
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> SimpleNamespace:
+def tiny(tmp_path_factory, save_tiny_bert) -> SimpleNamespace:
     """40 passages of invented words, 40 queries made of three words of their passage, a BERT of 2 x 32."""
-    from transformers import BertConfig, BertModel
-
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
-
     folder = tmp_path_factory.mktemp("retrieval")
     draw = random.Random(0)
     words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(150)]
@@ -46,21 +42,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
     (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
     write_candidates(folder / "candidates.jsonl", (candidates(n, draw) for n in range(40)))
 
-    torch.manual_seed(0)
-    tokenizer = train_wordpiece(passages, 300)
-    model = BertModel(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=48,
-        ),
-        add_pooling_layer=False,
-    )
-    model.save_pretrained(folder / "encoder")
-    tokenizer.save_pretrained(folder / "encoder")
+    save_tiny_bert(folder / "encoder", passages, 300, pooler=False, max_position_embeddings=48)
     files = {
         "encoder": str(folder / "encoder"), "candidates": str(folder / "candidates.jsonl"), "corpus": str(folder),
         "queries": str(folder),
@@ -102,13 +84,8 @@ def assert_same_weights(one, other, tolerance: float) -> None:
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
     """One process, the global batch in one forward, without dropout, plain gradient steps told by their weights."""
-    return train(
-        tmp_path_factory.mktemp("whole") / "run",
-        launch={"launcher": "python"},
-        dropout=0.0,
-        micro_batch=8,
-        all_pairs=True,
-    )
+    settings = {"dropout": 0.0, "micro_batch": 8, "all_pairs": True}
+    return train(tmp_path_factory.mktemp("whole") / "run", launch={"launcher": "python"}, **settings)
 
 
 def test_two_ranks_and_a_gradient_cache_take_the_same_steps_as_one_forward(whole, train, tmp_path):
@@ -214,16 +191,8 @@ def test_r_drop_pulls_two_dropout_passes_together(train, tmp_path):
     """The divergence of two passes after the same steps: small where it weighs much, large where it hardly weighs."""
     divergence = {}
     for weight in (10.0, 0.001):
-        run = train(
-            tmp_path / str(weight),
-            "reranker",
-            launch={"launcher": "python"},
-            dropout=0.3,
-            r_drop=weight,
-            gradient_candidates=None,
-            max_pair_tokens=48,
-            **QUICK,
-        )
+        settings = {"dropout": 0.3, "r_drop": weight, "gradient_candidates": None, "max_pair_tokens": 48, **QUICK}
+        run = train(tmp_path / str(weight), "reranker", launch={"launcher": "python"}, **settings)
         assert run.code == 0, run.output
         divergence[weight] = run.lines()[60]["loss/r_drop"]
     assert divergence[10.0] < 0.5 * divergence[0.001], divergence
@@ -254,14 +223,8 @@ def test_separate_towers_part_and_export_as_two(train, tiny, tmp_path):
         ({"num_negatives": -1}, 2, "num_negatives is -1; it must be at least 0"),
         ({"candidates": ""}, 2, "candidates is not given"),
         ({"stage": "distil"}, 2, "a recipe chooses the stage: give --recipe"),
-        (
-            {"candidates": "unscored.jsonl", "recipe": "distil"},
-            3,
-            "lack the teacher's score of 7 candidates|lacks the teacher's score of 7 candidates",
-        ),
+        ({"candidates": "unscored.jsonl", "recipe": "distil"}, 3, "lacks the teacher's score of 7 candidates"),
         ({"candidates": "foreign.jsonl"}, 3, "p99"),
-        ({"candidates": "positive_negative.jsonl"}, 3, "is one of its positives"),
-        ({"candidates": "no_positive.jsonl"}, 3, "has no positive"),
         ({"candidates": "empty.jsonl"}, 3, "there are no training queries"),
     ],
 )
@@ -269,16 +232,9 @@ def test_bad_input_is_one_sentence_and_an_exit_code(settings, code, words, tiny,
     from quincunx.data_shards.errors import DataError, SettingsError
     from quincunx.launchers.finetune import main
 
-    (tmp_path / "unscored.jsonl").write_text(
-        json.dumps({"query_id": "q1", "positives": ["p1"], "negatives": [f"p{n}" for n in range(2, 8)]}) + "\n"
-    )
-    row = {"query_id": "q1", "positives": ["p1"], "negatives": ["p2"]}
-    for name, change in (
-        ("foreign", {"negatives": ["p99"]}),
-        ("positive_negative", {"negatives": ["p1"]}),
-        ("no_positive", {"positives": []}),
-    ):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row | change) + "\n")
+    for name, negatives in (("unscored", [f"p{n}" for n in range(2, 8)]), ("foreign", ["p99"])):
+        row = {"query_id": "q1", "positives": ["p1"], "negatives": negatives}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "empty.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
     given = {**TINY, **tiny.files, "output": str(tmp_path / "run"), **settings}

@@ -27,15 +27,11 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> SimpleNamespace:
+def tiny(tmp_path_factory, save_tiny_bert) -> SimpleNamespace:
     """Pairs of sentences over 40 words; those of class 1 have words of the first half in their second sentence.
 
     901 dev pairs are three batches of a measurement, so that one of two ranks has one more than the other.
     """
-    from transformers import BertConfig, BertModel
-
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
-
     folder, draw = tmp_path_factory.mktemp("glue"), random.Random(0)
     words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 6))) for _ in range(40)]
 
@@ -53,13 +49,7 @@ def tiny(tmp_path_factory) -> SimpleNamespace:
         (folder / f"{split}.tsv").write_text(HEADER + "".join(rows))
     rows = (f"{n}\t{n}\t{n}\t{first}\t{second}\n" for n, (_, first, second) in enumerate(data["test"]))
     (folder / "test.tsv").write_text(HEADER.replace("Quality", "index") + "".join(rows))
-    torch.manual_seed(0)
-    tokenizer = train_wordpiece((" ".join(pair[1:]) for pair in data["train"]), 200)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=48, **sizes)).save_pretrained(
-        folder / "encoder"
-    )
-    tokenizer.save_pretrained(folder / "encoder")
+    save_tiny_bert(folder / "encoder", [" ".join(pair[1:]) for pair in data["train"]], 200, max_position_embeddings=48)
     return SimpleNamespace(folder=folder, **data)
 
 

@@ -15,7 +15,8 @@ import yaml
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.launchers.study import main
-from quincunx.launchers.study_cells import STUDIES, make_cells, read_recipe, words_of
+from quincunx.launchers.study_cells import make_cells
+from quincunx.launchers.study_recipe import STUDIES, read_recipe, words_of
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {

@@ -27,12 +27,8 @@ SMALLER = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
+def tiny(tmp_path_factory, save_tiny_bert) -> Path:
     """A BEIR folder of passages of invented words and queries of three words of one, and encoder/, a BERT of 2 x 32."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
 
     folder, draw = tmp_path_factory.mktemp("beir"), random.Random(0)
     words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(150)]
@@ -48,12 +44,7 @@ def tiny(tmp_path_factory) -> Path:
             lines.append(f"q{place}\tp{place}\t1")
         (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     write_lines(folder / "queries.jsonl", queries)
-    torch.manual_seed(0)
-    tokenizer = train_wordpiece(passages, 300)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder / "encoder")
-    tokenizer.save_pretrained(folder / "encoder")
+    save_tiny_bert(folder / "encoder", passages, 300, pooler=False, max_position_embeddings=64)
     return folder
 
 

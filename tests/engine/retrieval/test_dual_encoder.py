@@ -16,20 +16,8 @@ from quincunx.data_shards.tokenizer_training import train_wordpiece
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever, model_digest, save_retriever
 
 WORDS = [
-    "amber",
-    "birch",
-    "cedar",
-    "dune",
-    "elder",
-    "fern",
-    "grove",
-    "heath",
-    "iris",
-    "juniper",
-    "kelp",
-    "larch",
-    "moss",
-]
+    "amber", "birch", "cedar", "dune", "elder", "fern", "grove", "heath", "iris", "juniper", "kelp", "larch", "moss",
+]  # fmt: skip
 DRAW = np.random.default_rng(0)
 TEXTS = [" ".join(DRAW.choice(WORDS, n)) for n in (1, 30, 4, 12, 60, 7, 25, 3)] + ["", "amber [SEP] birch"]
 SIZES = {
@@ -71,6 +59,13 @@ def encoder(tmp_path_factory):
     return save
 
 
+def saved(retriever, folder, query_tokens=9, passage_tokens=9, **more):
+    """Saves a retriever with these limits, and gives the folder's path."""
+    limits = {"max_query_tokens": query_tokens, "max_passage_tokens": passage_tokens}
+    save_retriever(folder / "saved", replace(retriever, **limits), **{"card": "", **more})
+    return str(folder / "saved")
+
+
 def sentence_transformer(folder):
     from sentence_transformers import SentenceTransformer
 
@@ -81,9 +76,8 @@ def sentence_transformer(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vectors_equal_sentence_transformers_on_the_saved_folder(family, pooling, normalise, encoder, tmp_path):
     start = load_retriever(encoder(family), pooling=pooling, normalise=normalise)
-    limits = {"max_query_tokens": MAX_TOKENS, "max_passage_tokens": MAX_TOKENS}
-    save_retriever(tmp_path / "saved", replace(start, **limits), card="# A card\n")
-    ours, theirs = load_retriever(str(tmp_path / "saved")), sentence_transformer(tmp_path / "saved")
+    folder = saved(start, tmp_path, MAX_TOKENS, MAX_TOKENS)
+    ours, theirs = load_retriever(folder), sentence_transformer(folder)
     assert ours.digest == start.digest and ours.model.pooling == pooling and ours.model.normalise == normalise
     assert ours.max_query_tokens == ours.max_passage_tokens == theirs.max_seq_length == MAX_TOKENS
     assert theirs.similarity_fn_name == ("cosine" if normalise else "dot")
@@ -99,9 +93,8 @@ def test_two_towers_become_the_router_of_sentence_transformers(pooling, normalis
     start = load_retriever(encoder("bert"), pooling=pooling, normalise=normalise)
     start.model.query = load_retriever(encoder("bert", seed=1)).model.passage
     assert not start.model.shared
-    limits = {"max_query_tokens": 12, "max_passage_tokens": MAX_TOKENS}
-    save_retriever(tmp_path / "saved", replace(start, **limits), card="")
-    ours, theirs = load_retriever(str(tmp_path / "saved")), sentence_transformer(tmp_path / "saved")
+    folder = saved(start, tmp_path, 12, MAX_TOKENS)
+    ours, theirs = load_retriever(folder), sentence_transformer(folder)
     assert (ours.max_query_tokens, ours.max_passage_tokens) == (12, MAX_TOKENS)
     assert ours.digest == model_digest(start.model, start.tokenizer)
     queries, passages = encode_texts(ours, TEXTS, "query"), encode_texts(ours, TEXTS, "passage")
@@ -133,11 +126,10 @@ def test_folders_that_sentence_transformers_saves_load_with_their_prompts(normal
 
 def test_a_folder_that_scores_by_cosine_is_normalised(encoder, tmp_path):
     start = load_retriever(encoder("bert"), normalise=False)
-    limits = {"max_query_tokens": 9, "max_passage_tokens": 9}
-    save_retriever(tmp_path / "saved", replace(start, **limits), card="")
+    folder = saved(start, tmp_path)
     settings = tmp_path / "saved" / "config_sentence_transformers.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"similarity_fn_name": "cosine"}))
-    vectors = encode_texts(load_retriever(str(tmp_path / "saved")), TEXTS, "query")
+    vectors = encode_texts(load_retriever(folder), TEXTS, "query")
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
@@ -157,15 +149,13 @@ def test_a_shared_encoder_reads_queries_and_passages_in_one_pass(encoder):
 
 def test_state_of_a_checkpoint_is_saved_and_a_kill_leaves_the_old_folder(encoder, tmp_path, monkeypatch):
     retriever = load_retriever(encoder("bert"))
-    limits = {"max_query_tokens": 9, "max_passage_tokens": 9}
     state = {name: weight * 2 for name, weight in retriever.model.state_dict().items()}
-    save_retriever(tmp_path / "saved", replace(retriever, **limits), state, card="doubled")
-    doubled = load_retriever(str(tmp_path / "saved"))
+    doubled = load_retriever(saved(retriever, tmp_path, state=state, card="doubled"))
     for name, weight in doubled.model.state_dict().items():
         torch.testing.assert_close(weight, state[name], rtol=0, atol=0)
     monkeypatch.setattr("quincunx.engine.retrieval.dual_encoder.save_file", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        save_retriever(tmp_path / "saved", replace(retriever, **limits), card="")
+        saved(retriever, tmp_path)
     assert load_retriever(str(tmp_path / "saved")).digest == doubled.digest
     assert (tmp_path / "saved" / "README.md").read_text() == "doubled"
 
@@ -198,12 +188,10 @@ def test_bfloat16_is_near_float32(encoder):
     ],
 )
 def test_a_folder_that_cannot_be_read_as_it_is_meant_is_refused(file, change, sentence, encoder, tmp_path):
-    start = load_retriever(encoder("bert"))
-    limits = {"max_query_tokens": 9, "max_passage_tokens": 9}
-    save_retriever(tmp_path / "saved", replace(start, **limits), card="")
+    folder = saved(load_retriever(encoder("bert")), tmp_path)
     (tmp_path / "saved" / file).write_text(json.dumps(change))
     with pytest.raises(SettingsError, match=sentence):
-        load_retriever(str(tmp_path / "saved"))
+        load_retriever(folder)
 
 
 def test_towers_of_different_tokenizers_and_lengths_beyond_the_positions_are_refused(encoder, tmp_path):
@@ -211,12 +199,11 @@ def test_towers_of_different_tokenizers_and_lengths_beyond_the_positions_are_ref
     with pytest.raises(SettingsError, match=r"max_query_tokens is 49; .* reads 3 to 48 tokens"):
         load_retriever(encoder("bert"), max_query_tokens=49)
     start.model.query = load_retriever(encoder("bert", seed=1)).model.passage
-    limits = {"max_query_tokens": 9, "max_passage_tokens": 9}
-    save_retriever(tmp_path / "saved", replace(start, **limits), card="")
+    folder = saved(start, tmp_path)
     train_wordpiece(["other words altogether"] * 3, 40).save_pretrained(tmp_path / "saved" / "query_0_Transformer")
     with pytest.raises(SettingsError, match="different tokenizers"):
-        load_retriever(str(tmp_path / "saved"))
+        load_retriever(folder)
     shutil.rmtree(tmp_path / "saved" / "query_0_Transformer")
     (tmp_path / "saved" / "router_config.json").write_text("{}")
     with pytest.raises(SettingsError, match="routes none"):
-        load_retriever(str(tmp_path / "saved"))
+        load_retriever(folder)

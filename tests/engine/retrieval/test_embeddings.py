@@ -4,11 +4,8 @@ import threading
 
 import numpy as np
 import pytest
-import torch
-from transformers import BertConfig, BertModel
 
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.tokenizer_training import train_wordpiece
 from quincunx.engine.ranks import Environment
 from quincunx.engine.retrieval.collection import make_collection
 from quincunx.engine.retrieval.dual_encoder import encode_texts, load_retriever
@@ -21,13 +18,10 @@ IDS = [f"p{n}" for n in range(len(TEXTS))]
 
 
 @pytest.fixture(scope="module")
-def retriever(tmp_path_factory):
+def retriever(tmp_path_factory, save_tiny_bert):
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_wordpiece(TEXTS, 60)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32, "max_position_embeddings": 32}
+    save_tiny_bert(folder, TEXTS, 60, **shape)
     return load_retriever(str(folder), pooling="mean")
 
 

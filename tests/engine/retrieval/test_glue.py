@@ -47,28 +47,27 @@ def refusal(task, path, split="train", **arguments):
 
 def test_each_layout_gives_its_sentences_and_labels_with_quotation_marks_kept(tmp_path):
     cola = read_examples("cola", written(tmp_path, COLA), "dev")
-    assert cola.firsts == ['The boy "ran.', "Ran boy the ."] and cola.seconds is None
+    assert cola.sentences == [['The boy "ran.', "Ran boy the ."]]
     assert cola.labels.tolist() == [1, 0] and cola.labels.dtype == np.int64
     mrpc = read_examples(
         "mrpc", written(tmp_path, "\ufeff" + MRPC.replace("\n", "\r\n"), "msr_paraphrase_train.txt"), "train"
     )
-    assert mrpc.firsts == ['He said "no.', "A'b"] and mrpc.seconds == ["No, he said.", "C"]
+    assert mrpc.sentences == [['He said "no.', "A'b"], ["No, he said.", "C"]]
     assert mrpc.labels.tolist() == [1, 0]
     for layout in (STSB, "\n".join(line.partition("\t")[2] for line in STSB.splitlines())):  # with and without index
         stsb = read_examples("stsb", written(tmp_path, layout), "train")
-        assert stsb.firsts == ["A plane.", "A."] and stsb.seconds == ["An air plane.", "B."]
+        assert stsb.sentences == [["A plane.", "A."], ["An air plane.", "B."]]
         assert stsb.labels.tolist() == [5.0, 0.25] and stsb.labels.dtype == np.float32
     qqp = read_examples("qqp", written(tmp_path, QQP), "train")
-    assert qqp.firsts == ["Why?", "Who?"] and qqp.seconds == ["How come?", "When?"] and qqp.labels.tolist() == [1, 0]
+    assert qqp.sentences == [["Why?", "Who?"], ["How come?", "When?"]] and qqp.labels.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_test_files_have_no_labels(task, tmp_path):
     examples = read_examples(task, written(tmp_path, TESTS[task], "test.tsv"), "test")
     assert len(examples) == 1 and examples.labels is None
-    assert examples.firsts == (["Bill ran ."] if task == "cola" else ["A b"])
+    assert examples.sentences == ([["Bill ran ."]] if task == "cola" else [["A b"], ["C d"]])
     if task != "cola":
-        assert examples.seconds == ["C d"]
         assert "has no column " + TASKS[task].label in refusal(task, examples.path, "dev")
     else:
         assert "test.tsv:1: 2 columns where CoLA has 4" in refusal(task, examples.path, "dev")
@@ -83,7 +82,7 @@ def test_jsonl_carries_any_task(tmp_path):
     rows = [{"sentence1": " a", "sentence2": "b\tc", "label": 3.5}, {"sentence1": "d", "sentence2": "e", "label": "1"}]
     path = written(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "train.jsonl")
     pairs = read_examples("stsb", path, "train")
-    assert pairs.firsts == ["a", "d"] and pairs.seconds == ["b\tc", "e"] and pairs.labels.tolist() == [3.5, 1.0]
+    assert pairs.sentences == [["a", "d"], ["b\tc", "e"]] and pairs.labels.tolist() == [3.5, 1.0]
     path = written(tmp_path, '{"sentence1": "a", "label": 1}\n\n{"sentence1": "b", "label": 0}\n', "dev.jsonl")
     assert read_examples("cola", path, "dev").labels.tolist() == [1, 0]
     assert "dev.jsonl:1: sentence2 is NoneType, a string is needed" in refusal("mrpc", path)
@@ -137,7 +136,7 @@ def test_files_are_found_in_the_folder_or_as_given(tmp_path):
         find_files(str(tmp_path), {})
     train = written(tmp_path, MRPC, "train.tsv")
     dev = written(tmp_path, "", "dev.jsonl")
-    assert find_files(str(tmp_path), {"test": None}) == {"train": train, "dev": dev, "test": None}
+    assert find_files(str(tmp_path), {"test": None}) == {"train": train, "dev": dev}
     other = written(tmp_path, MRPC, "other.txt")
     assert find_files(str(tmp_path), {"dev": str(other)})["dev"] == other
     assert find_files("", {"train": str(train), "dev": str(other)})["train"] == train

@@ -151,8 +151,8 @@ def row(query="q0", positives=("p1",), negatives=("p2",), scores=None) -> Candid
     ("rows", "options", "message"),
     [
         ([], {}, "no training queries"),
-        ([row(), row("q9")], {}, r"1 candidates' queries are not in queries \(first: q9\)"),
-        ([row(negatives=("p2", "x", "y"))], {}, r"2 candidates' passages are not in passages \(first: x, y\)"),
+        ([row(), row("q9")], {}, r"candidates names 1 queries that queries does not have \(first: q9\)"),
+        ([row(negatives=("p2", "x", "y"))], {}, r"names 2 passages that passages does not have \(first: x, y\)"),
         ([row(scores={"p1": 1.0})], {"with_scores": True}, "lacks the teacher's score of 1 candidates"),
         ([row(negatives=(), scores={"p1": 1.0})], {"with_scores": True}, "no negatives for 1 queries"),
         ([row()], {"num_hard_negatives": 60}, "has 60 passages, too few to fill groups of 61"),

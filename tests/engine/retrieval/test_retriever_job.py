@@ -6,9 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
 
-from quincunx.data_shards.tokenizer_training import train_wordpiece
 from quincunx.engine.ranks import discover_environment
 from quincunx.engine.retrieval.candidates import Candidates, write_candidates
 from quincunx.engine.retrieval.finetuning import FinetuneSettings, prepare
@@ -18,7 +16,7 @@ WORDS = [a + b for a in ("ba", "de", "gi", "ko", "mu") for b in ("lan", "ret", "
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory) -> RetrieverJob:
+def job(tmp_path_factory, save_tiny_bert) -> RetrieverJob:
     """8 queries with 2 negatives a step, in 4 micro-batches, distilled, all pairs, dropout 0.3."""
     folder = tmp_path_factory.mktemp("job")
     passages = [" ".join(WORDS[(n * 7 + k * 3) % 20] for k in range(6 + n % 3)) for n in range(20)]
@@ -30,12 +28,8 @@ def job(tmp_path_factory) -> RetrieverJob:
         scores = {id: float(k) for k, id in enumerate((f"p{n}", *others))}
         rows.append(Candidates(f"q{n}", (f"p{n}",), others, scores))
     write_candidates(folder / "candidates.jsonl", rows)
-    torch.manual_seed(0)
-    tokenizer = train_wordpiece(passages, 120)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **shape)
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder / "encoder")
-    tokenizer.save_pretrained(folder / "encoder")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 32}
+    save_tiny_bert(folder / "encoder", passages, 120, pooler=False, **shape)
     settings = FinetuneSettings(
         stage="distil", encoder=str(folder / "encoder"), candidates=str(folder / "candidates.jsonl"), dropout=0.3,
         corpus=str(folder / "corpus.tsv"), queries=str(folder / "queries.tsv"), output=str(folder / "run"), steps=2,

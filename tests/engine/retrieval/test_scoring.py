@@ -15,24 +15,13 @@ from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker
 from quincunx.engine.retrieval.scoring import RUN, Source, score_source
 from quincunx.engine.retrieval.trec import read_run, write_run
 
-WORDS = [
-    f"{stem}{ending}" for stem in ("amber", "birch", "cedar", "dune", "elder", "fern") for ending in ("", "s", "y")
-]
+WORDS = [stem + ending for stem in ("amber", "birch", "cedar", "dune", "elder", "fern") for ending in ("", "s", "y")]
 
 
 @pytest.fixture(scope="module")
-def reranker(tmp_path_factory):
-    from transformers import BertConfig, BertModel
-
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
-
+def reranker(tmp_path_factory, save_tiny_bert):
     folder = tmp_path_factory.mktemp("reranker")
-    tokenizer = train_wordpiece([" ".join(WORDS)] * 3, 120)
-    tokenizer.save_pretrained(folder / "encoder")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=40, initializer_range=0.5, **sizes)
-    BertModel(config).save_pretrained(folder / "encoder")
+    save_tiny_bert(folder / "encoder", [" ".join(WORDS)] * 3, 120, initializer_range=0.5)
     fresh = load_reranker(str(folder / "encoder"), max_tokens=24)
     save_reranker(folder / "reranker", fresh, card="")
     return load_reranker(str(folder / "reranker"), allow_fresh_head=False)
@@ -78,7 +67,7 @@ def test_every_candidate_gets_the_rerankers_score(tmp_path, reranker, collection
     for row in found:
         ids = [*row.positives, *row.negatives]
         assert row.scores.keys() == set(ids)
-        asked = [queries.text_at(queries.row(row.query_id))] * len(ids)
+        asked = queries.texts(queries.rows([row.query_id])) * len(ids)
         expected, _ = score_pairs(reranker, asked, passages.texts(passages.rows(ids)))
         np.testing.assert_allclose([row.scores[id] for id in ids], expected, rtol=0, atol=5e-5)
     assert np.std([score for row in found for score in row.scores.values()]) > 0.01
@@ -98,7 +87,7 @@ def test_a_run_is_reranked_to_the_depth_asked(tmp_path, reranker, collections):
     for query_id, scores in found.items():
         assert set(scores) == set(list(run[query_id])[:6])
         assert list(scores.values()) == sorted(scores.values(), reverse=True)
-        asked = [queries.text_at(queries.row(query_id))] * len(scores)
+        asked = queries.texts(queries.rows([query_id])) * len(scores)
         expected, _ = score_pairs(reranker, asked, passages.texts(passages.rows(scores)))
         np.testing.assert_allclose(list(scores.values()), expected, rtol=0, atol=5e-5)
     assert open_artefact(tmp_path / "out.trec", RUN, single=True)["details"] == {"queries": 8, "results": 48}
@@ -121,7 +110,7 @@ def test_a_kill_between_the_scores_and_their_manifest_is_mended(tmp_path, rerank
     write_candidates(tmp_path / "in.jsonl", rows_of_candidates())
     source, output = Source(str(tmp_path / "in.jsonl"), CANDIDATES), tmp_path / "out.jsonl"
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
