@@ -92,6 +92,8 @@ def export_run(run_folder: Path, output: Path, normalise: bool = False, step: in
     settings = checkpoint.state["settings"]
     output.mkdir(parents=True, exist_ok=True)
     plot = plot_losses(run_folder, output / PLOT_FILE)
+    dataset_ids = checkpoint.state["dataset_ids"]
+    data = "Shard sets, by the digest of their manifest:\n\n" + "\n".join(f"- `{digest}`" for digest in dataset_ids)
     for name, usage in (
         ("encoder", ENCODER_USAGE),
         ("sentence-transformers", SENTENCE_USAGE),
@@ -105,16 +107,37 @@ def export_run(run_folder: Path, output: Path, normalise: bool = False, step: in
             add_pooling(staging, settings["max_tokens"], normalise)
         elif name == "bundle":
             add_decoders(staging, weights, checkpoint)
-        title = f"{run_folder.resolve().name}: {name}"
-        usage = usage.replace("{max_tokens}", str(settings["max_tokens"]))
-        dataset_ids = checkpoint.state["dataset_ids"]
-        card = model_card(run_folder, title, usage, checkpoint.step, dataset_ids, settings, plot)
+        card = model_card(
+            run_folder,
+            f"{run_folder.resolve().name}: {name}",
+            about_pretraining(checkpoint),
+            usage.replace("{max_tokens}", str(settings["max_tokens"])),
+            data,
+            learned_settings(PretrainSettings, settings),
+            pipeline="sentence-similarity",
+            tags=["pre-training", *settings["tasks"]],
+            plot=plot,
+        )
         (staging / "README.md").write_text(card, encoding="utf-8")
         if plot:
             shutil.copy(output / PLOT_FILE, staging)
         shutil.rmtree(output / name, ignore_errors=True)
         os.replace(staging, output / name)
     return checkpoint
+
+
+def about_pretraining(checkpoint: Checkpoint) -> str:
+    """A card's paragraph on what was trained."""
+    settings = checkpoint.state["settings"]
+    tasks = "masked language modelling"
+    if settings["tasks"]:
+        tasks += f" and {', '.join(settings['tasks'])}, with {settings['decoder']} decoders"
+    scratch = " with random weights" if settings["from_scratch"] else ""
+    return (
+        f"A dense-retrieval encoder, pre-trained with quincunx for {checkpoint.step} steps of "
+        f"{settings['global_batch']} passages, starting from `{settings['encoder']}`{scratch}. Tasks: {tasks}. It is "
+        "pre-trained, not fine-tuned: train it on queries and passages before you judge its retrieval."
+    )
 
 
 def write_encoder(folder: Path, model_folder: Path, weights: "dict[str, torch.Tensor]") -> None:
@@ -170,7 +193,7 @@ def add_decoders(folder: Path, weights: "dict[str, torch.Tensor]", checkpoint: C
         "shared_decoder": settings.get("shared_decoder", False),
         "step": checkpoint.step,
         "dataset_ids": checkpoint.state["dataset_ids"],
-        "settings": learned_settings(settings),
+        "settings": learned_settings(PretrainSettings, settings),
     }
     write_bundle(folder, {name: w for name, w in weights.items() if not name.startswith("encoder.")}, description)
 
@@ -228,41 +251,42 @@ def probe_table(run_folder: Path) -> str:
     return "\n".join(rows)
 
 
-def learned_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what was learned; folders and other facts of the machine stay private."""
-    private = names_of(PretrainSettings, "machine", "data")
+def learned_settings(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what was learned; folders and other facts of the machine stay private.
+
+    kind: the settings' class.
+    """
+    private = names_of(kind, "machine", "data")
     return {name: value for name, value in settings.items() if name not in private}
 
 
 def model_card(
-    run_folder: Path, title: str, usage: str, step: int, dataset_ids: list[str], settings: dict[str, Any], plot: bool
+    run_folder: Path,
+    title: str,
+    about: str,
+    usage: str,
+    data: str,
+    learned: dict[str, Any],
+    *,
+    pipeline: str,
+    tags: list[str],
+    plot: bool,
 ) -> str:
     """README.md in the Hugging Face hub's format.
 
-    title: the model's name. usage: a Markdown section with the code that loads this folder. step: optimizer steps done.
-    dataset_ids: of the shard sets' manifests. settings: the run's, as settings.yaml has them; those that name this
-    machine's folders stay out of the card. plot: whether loss.png stands beside the card.
+    title: the model's name. about: what it is. usage: a Markdown section with the code that loads this folder. data:
+    what it was trained on. learned: the run's settings. pipeline, tags: the hub's. plot: whether loss.png stands beside
+    the card.
     """
     import yaml
 
     metadata = {
         "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "tags": ["dense-retrieval", "pre-training", "quincunx", *settings["tasks"]],
+        "pipeline_tag": pipeline,
+        "tags": ["dense-retrieval", "quincunx", *tags],
     }
-    tasks = "masked language modelling"
-    if settings["tasks"]:
-        tasks += f" and {', '.join(settings['tasks'])}, with {settings['decoder']} decoders"
-    scratch = " with random weights" if settings["from_scratch"] else ""
-    parts = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {title}",
-        f"A dense-retrieval encoder, pre-trained with quincunx for {step} steps of {settings['global_batch']} "
-        f"passages, starting from `{settings['encoder']}`{scratch}. Tasks: {tasks}. It is pre-trained, not fine-tuned: "
-        "train it on queries and passages before you judge its retrieval.",
-        usage,
-        "## Training data\n\nShard sets, by the digest of their manifest:\n\n"
-        + "\n".join(f"- `{dataset_id}`" for dataset_id in dataset_ids),
-    ]
+    front = yaml.safe_dump(metadata, sort_keys=False)
+    parts = [f"---\n{front}---\n\n# {title}", about, usage, f"## Training data\n\n{data}"]
     if table := held_out_table(run_folder):
         parts.append(
             "## Held-out losses\n\nNats per labelled token, on passages never trained on. A task's unigram is the "
@@ -270,12 +294,10 @@ def model_card(
             f"compare a loss with its own unigram only.\n\n{table}"
         )
     if table := probe_table(run_folder):
-        parts.append(
-            f"## Retrieval probe\n\nExact search with [CLS] vectors by cosine, without fine-tuning.\n\n{table}"
-        )
+        parts.append(f"## Retrieval probe\n\nExact search over a small judged collection.\n\n{table}")
     if plot:
-        parts.append(f"## Loss\n\n![Losses of every task over the run]({PLOT_FILE})")
-    parts.append(f"## Settings\n\n```yaml\n{yaml.safe_dump(learned_settings(settings), sort_keys=False)}```")
+        parts.append(f"## Loss\n\n![Losses over the run]({PLOT_FILE})")
+    parts.append(f"## Settings\n\n```yaml\n{yaml.safe_dump(learned, sort_keys=False)}```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -11,14 +11,14 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import CheckpointError, SettingsError
-from quincunx.data_shards.setting import names_of, setting
+from quincunx.data_shards.setting import setting
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
 from quincunx.engine.evaluations import load_probe
-from quincunx.engine.export import PLOT_FILE, plot_losses, probe_table
+from quincunx.engine.export import PLOT_FILE, learned_settings, model_card, plot_losses
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.candidates import iterate_candidates
 from quincunx.engine.retrieval.collection import read_passages, read_queries
@@ -304,30 +304,20 @@ def export_finetuned(run_folder: Path, output: Path) -> Path:
 
 def finetuned_card(run_folder: Path, checkpoint: Checkpoint, kind: str, plot: bool) -> str:
     """README.md of a fine-tuned model, in the Hugging Face hub's format."""
-    import yaml
-
     settings = checkpoint.state["settings"]
-    metadata: dict[str, Any] = {
-        "library_name": "sentence-transformers",
-        "pipeline_tag": {"reranker": "text-ranking", "retriever": "sentence-similarity"}[kind],
-        "tags": ["dense-retrieval", "quincunx", settings["stage"]],
-    }
-    private = names_of(FinetuneSettings, "machine", "data")
-    learned = {key: value for key, value in settings.items() if key not in private}
     names = ("candidates", "corpus", "queries", "starting model")
-    parts = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {run_folder.resolve().name}",
+    titles = "stand before the passages" if settings["titles"] else "are left out"
+    digests = "\n".join(f"- {name}: `{digest}`" for name, digest in zip(names, checkpoint.state["dataset_ids"]))
+    return model_card(
+        run_folder,
+        run_folder.resolve().name,
         f"A {'reranker (cross-encoder)' if kind == 'reranker' else 'dense retriever'}, stage {settings['stage']}, "
         f"fine-tuned with quincunx for {checkpoint.step} steps of {settings['global_batch']} queries with "
         f"{settings['num_negatives']} negatives each, starting from `{settings['encoder']}`.",
         f"## Use\n\n{USAGE[kind]}",
-        "## Training data\n\nBy the digests of their content; titles "
-        + ("stand before the passages.\n\n" if settings["titles"] else "are left out.\n\n")
-        + "\n".join(f"- {name}: `{digest}`" for name, digest in zip(names, checkpoint.state["dataset_ids"])),
-    ]
-    if table := probe_table(run_folder):
-        parts.append(f"## Retrieval probe\n\nExact search over a small judged collection.\n\n{table}")
-    if plot:
-        parts.append(f"## Loss\n\n![Losses over the run]({PLOT_FILE})")
-    parts.append(f"## Settings\n\n```yaml\n{yaml.safe_dump(learned, sort_keys=False)}```")
-    return "\n\n".join(parts) + "\n"
+        f"By the digests of their content; titles {titles}.\n\n{digests}",
+        learned_settings(FinetuneSettings, settings),
+        pipeline={"reranker": "text-ranking", "retriever": "sentence-similarity"}[kind],
+        tags=[settings["stage"]],
+        plot=plot,
+    )
