@@ -97,6 +97,10 @@ def interrupt(process: subprocess.Popen, run_folder: Path, step: int) -> int:
 
 def refusal(output: Path, keep: bool, seed: int) -> str | None:
     """Why the demo must not touch `output`; None if it may."""
+    if not Path("launchers", "demo.py").is_file():
+        return "the demo runs commands of the project's folder: start it there"
+    if output.exists() and not output.is_dir():
+        return f"{output} is no folder; give --output a new one"
     if output.exists() and any(output.iterdir()) and not (output / MARK).is_file():
         return f"{output} holds something other than a demo ({MARK} is missing); give --output a new folder"
     kept = output / "ours" / "settings.yaml"
@@ -169,10 +173,19 @@ def main() -> int:
     if problem := refusal(output, given.keep, given.seed):
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    if output.exists() and not given.keep:
-        shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / MARK).write_text("make demo made this folder, and deletes it when it runs again.\n")
+    mark = open(output / MARK, "a")  # noqa: SIM115 - locked for the process's life
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"error: another demo is making {output}; wait for it, or give --output a new folder", file=sys.stderr)
+        return 2
+    if not given.keep:
+        for entry in output.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != MARK:
+                entry.unlink()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     launcher = f"deepspeed --num_gpus 2 --master_port {free_port()}"  # other runs on this machine have theirs
     failures = []

@@ -74,6 +74,8 @@ class Study:
         self.output = Path(settings.output)
         if not settings.collections or "" in settings.collections:
             raise SettingsError("collections is empty or names an empty path: give at least one BEIR folder")
+        if not settings.output:
+            raise SettingsError("output is empty: give a folder")
         work = Path(settings.work) if settings.work else self.output / "work"
         self.cells = make_cells(self.recipe, settings.collections, self.output, work)
         refuse_other_study(self.output, self.recipe.name, self.cells)
@@ -210,8 +212,10 @@ def refuse_other_study(output: Path, name: str, cells: Sequence[Cell]) -> None:
     title = report.read_text(errors="replace").partition("\n")[0].removeprefix("# ") if report.exists() else None
     if title not in (None, f"Study {name}"):
         raise SettingsError(f"{report} is the report of {title}, this one is {name}: give another --output")
-    own = {cell.record_file.parent for cell in cells}
-    if strangers := sorted(str(path) for path in output.glob("cells/*/*") if path.is_dir() and path not in own):
+    if not os.access(output, os.W_OK):
+        raise SettingsError(f"output {output} cannot be written: give another --output")
+    own = {cell.record_file for cell in cells}
+    if strangers := sorted(str(path) for path in output.glob("cells/*/*/seed-*.json") if path not in own):
         raise SettingsError(
             f"{output} holds cells that this command does not name ({', '.join(strangers[:3])}), and its report would "
             "lose them: give all collections and the recipe that they were made with, or another --output"

@@ -575,6 +575,9 @@ def load_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | No
     try:
         record = json.loads(path.read_text())
         then = dict(record["made_from"])
+        needed = {"measures", "per_query"} | ({"before", "probe", "held_out"} if "pretrain" in made_from else set())
+        if "diverged" not in record and needed - record.keys():
+            raise KeyError
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -591,7 +594,7 @@ def load_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | No
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first setting that differs, as a clause."""
     for key in dict.fromkeys([*then, *now]):
-        before, after = then.get(key), now.get(key)
+        before, after = (side.get(key, "left out") for side in (then, now))
         if before != after:
             if isinstance(before, dict) and isinstance(after, dict):
                 return f"{key} {difference(before, after)}"

@@ -1,5 +1,6 @@
 """launchers/demo.py and demo_results.py: what is skipped, what fails, and what the end prints."""
 
+import fcntl
 import json
 import shlex
 import subprocess
@@ -196,6 +197,16 @@ def test_an_output_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "shards").mkdir()  # as the README's first commands make in a folder of other things
     assert "holds something other than a demo" in refused(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_demo_that_runs_is_left_alone_and_another_folder_is_no_place_to_start_it(tmp_path):
+    mark = open(tmp_path / demo.MARK, "a")  # noqa: SIM115 - locked until the test ends
+    fcntl.flock(mark, fcntl.LOCK_EX)
+    (tmp_path / "shards").mkdir()
+    assert "another demo is making" in refused(tmp_path) and (tmp_path / "shards").exists()
+    command = [sys.executable, str(Path(demo.__file__).resolve()), "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "start it there" in done.stderr and (tmp_path / "shards").exists()
 
 
 def test_what_one_seed_made_is_not_continued_with_another(tmp_path):

@@ -15,7 +15,7 @@ import yaml
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.launchers.study import main
-from quincunx.launchers.study_cells import STUDIES, make_cells, pretrain_words, read_recipe
+from quincunx.launchers.study_cells import STUDIES, difference, make_cells, pretrain_words, read_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {
@@ -172,6 +172,11 @@ def test_a_merged_key_may_be_overridden_and_a_key_that_is_no_name_is_refused(tmp
         read_recipe(str(path))
 
 
+def test_what_differs_between_two_records_is_named_null_and_left_out_too():
+    assert difference({"a": {"b": 1}}, {"a": {"b": 2}}) == "a b was 1 and is 2"
+    assert difference({"a": {"b": None}}, {"a": {}}) == "a b was None and is left out"
+
+
 def test_a_base_lends_its_variants(tmp_path):
     path = tmp_path / "wide.yaml"
     path.write_text("base: papers\npretrain: {hidden_size: 256, num_heads: 4}\n")
@@ -201,6 +206,7 @@ def test_the_content_of_a_settings_file_is_part_of_a_cell(study, collection, tmp
     [
         (["--launch", "no_such_launcher --x"], "no_such_launcher is no command of this machine"),
         (["--launch", '"'], "which no shell would read"),
+        (["--output", ""], "output is empty: give a folder"),
         (["--collections", ""], "names an empty path: give at least one BEIR folder"),
         (["--workers", "0"], "workers is 0: give 1 or more"),
     ],
@@ -214,8 +220,10 @@ def test_an_output_that_is_a_file_or_holds_other_cells_is_refused(study, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot be written"):
         main(study("file"))
-    (tmp_path / "out" / "cells" / "wiki" / "earlier").mkdir(parents=True)
-    with pytest.raises(SettingsError, match=r"holds cells that this command does not name .*wiki/earlier"):
+    earlier = tmp_path / "out" / "cells" / "wiki" / "none" / "seed-1.json"  # of another seed
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}")
+    with pytest.raises(SettingsError, match=r"holds cells that this command does not name .*none/seed-1"):
         main([*study(), "--report_only"])
     assert not (tmp_path / "out" / "report.md").exists()
 
