@@ -315,7 +315,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "
     """What differs, as clauses: `depth was 3 and is 4`."""
     clauses = []
     for key in dict.fromkeys([*then, *now]):
-        before, after = then.get(key), now.get(key)
+        before, after = (side.get(key, "left out") for side in (then, now))
         if isinstance(before, dict) and isinstance(after, dict):
             clauses += [differences(before, after, f"{prefix}{key}.")] if before != after else []
         elif before != after:

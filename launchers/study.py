@@ -66,6 +66,8 @@ class StudySettings:
         found = []
         if not self.collections or "" in self.collections:
             found.append("collections is empty or names an empty path: give at least one BEIR folder")
+        if not self.output:
+            found.append("output is empty: give a folder")
         if self.launch and (self.workers or 1) > 1:
             found.append("launch gives all GPUs to one training: leave workers out, or launch")
         return found + unusable_launch(self.launch or "")
@@ -233,8 +235,10 @@ def refuse_other_study(output: Path, name: str, cells: Sequence[Cell]) -> None:
     title = report.read_text(errors="replace").partition("\n")[0].removeprefix("# ") if report.exists() else None
     if title not in (None, f"Study {name}"):
         raise SettingsError(f"{report} is the report of {title}, this one is {name}: give another --output")
-    own = {cell.record_file.parent for cell in cells}
-    if strangers := sorted(str(path) for path in output.glob("cells/*/*") if path.is_dir() and path not in own):
+    if not os.access(output, os.W_OK):
+        raise SettingsError(f"output {output} cannot be written: give another --output")
+    own = {cell.record_file for cell in cells}
+    if strangers := sorted(str(path) for path in output.glob("cells/*/*/seed-*.json") if path not in own):
         raise SettingsError(
             f"{output} holds cells that this command does not name ({', '.join(strangers[:3])}), and its report would "
             "lose them: give all collections and the recipe that they were made with, or another --output"

@@ -128,6 +128,9 @@ def load_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | No
     try:
         record = json.loads(path.read_text())
         then = dict(record["made_from"])
+        needed = {"measures", "per_query"} | ({"before", "probe", "held_out"} if "pretrain" in made_from else set())
+        if "diverged" not in record and needed - record.keys():
+            raise KeyError
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):

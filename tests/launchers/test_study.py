@@ -205,6 +205,7 @@ def test_the_content_of_a_settings_file_is_part_of_a_cell(study, collection, tmp
     [
         (["--launch", "no_such_launcher --x"], "no_such_launcher is no command of this machine"),
         (["--launch", '"'], "which no shell would read"),
+        (["--output", ""], "output is empty: give a folder"),
         (["--collections", ""], "names an empty path: give at least one BEIR folder"),
         (["--workers", "0"], "workers is 0; it must be at least 1"),
     ],
@@ -218,8 +219,10 @@ def test_an_output_that_is_a_file_or_holds_other_cells_is_refused(study, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="cannot be written"):
         main(study("file"))
-    (tmp_path / "out" / "cells" / "wiki" / "earlier").mkdir(parents=True)
-    with pytest.raises(SettingsError, match=r"holds cells that this command does not name .*wiki/earlier"):
+    earlier = tmp_path / "out" / "cells" / "wiki" / "none" / "seed-1.json"  # of another seed
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("{}")
+    with pytest.raises(SettingsError, match=r"holds cells that this command does not name .*none/seed-1"):
         main([*study(), "--report_only"])
     assert not (tmp_path / "out" / "report.md").exists()
 
