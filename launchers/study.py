@@ -32,10 +32,8 @@ from quincunx.launchers.command_line import parse_settings
 from quincunx.launchers.study_cells import (
     Cell,
     CommandFailed,
-    bm25_made_from,
     bm25_record,
     command_line,
-    load_record,
     make_cells,
     make_data,
     read_recipe,
@@ -72,10 +70,6 @@ class Study:
     def __init__(self, settings: StudySettings):
         self.settings, self.recipe = settings, read_recipe(settings.recipe)
         self.output = Path(settings.output)
-        if not settings.collections or "" in settings.collections:
-            raise SettingsError("collections is empty or names an empty path: give at least one BEIR folder")
-        if not settings.output:
-            raise SettingsError("output is empty: give a folder")
         work = Path(settings.work) if settings.work else self.output / "work"
         self.cells = make_cells(self.recipe, settings.collections, self.output, work)
         refuse_other_study(self.output, self.recipe.name, self.cells)
@@ -185,21 +179,21 @@ class Study:
         from quincunx.engine.retrieval.study_report import make_report
 
         with self.reporting:
-            bm25 = {cell.collection.name: load_record(cell.bm25_file, bm25_made_from(cell)) for cell in self.cells}
+            bm25 = {cell.collection.name: record for cell in self.cells if (record := cell.bm25()) is not None}
             return make_report(
                 self.output,
                 self.recipe.name,
                 list(self.recipe.variants),
                 self.recipe.against,
                 [record for cell in self.cells if (record := cell.record()) is not None],
-                {name: record for name, record in bm25.items() if record is not None},
+                bm25,
                 len(self.cells),
             )
 
 
 def is_made(cell: Cell) -> bool:
     """Whether the cell's record and BM25's beside it are there."""
-    return cell.record() is not None and load_record(cell.bm25_file, bm25_made_from(cell)) is not None
+    return cell.record() is not None and cell.bm25() is not None
 
 
 def refuse_other_study(output: Path, name: str, cells: Sequence[Cell]) -> None:
@@ -249,8 +243,17 @@ def worker_environments(settings: StudySettings) -> list[dict[str, str]]:
     return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}] * count
 
 
-def check_launch(launch: str) -> None:
-    """Raises SettingsError for a command that is not there."""
+def check_settings(settings: StudySettings) -> None:
+    """Raises SettingsError with the first thing amiss."""
+    if settings.workers is not None and settings.workers < 1:
+        raise SettingsError(f"workers is {settings.workers}: give 1 or more")
+    if not settings.collections or "" in settings.collections:
+        raise SettingsError("collections is empty or names an empty path: give at least one BEIR folder")
+    if not settings.output:
+        raise SettingsError("output is empty: give a folder")
+    launch = settings.launch or ""
+    if launch and (settings.workers or 1) > 1:
+        raise SettingsError("launch gives all GPUs to one training: leave workers out, or launch")
     try:
         words = shlex.split(launch)
     except ValueError as error:
@@ -265,12 +268,7 @@ def say(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(StudySettings, __doc__.split("\n")[0], argv)
-    if settings.workers is not None and settings.workers < 1:
-        raise SettingsError(f"workers is {settings.workers}: give 1 or more")
-    if settings.launch and (settings.workers or 1) > 1:
-        raise SettingsError("launch gives all GPUs to one training: leave workers out, or launch")
-    if settings.launch is not None:
-        check_launch(settings.launch)
+    check_settings(settings)
     study = Study(settings)
     missing = sum(not is_made(cell) for cell in study.cells)
     say(f"study {study.recipe.name}: {len(study.cells)} cells, {len(study.cells) - missing} of them there")

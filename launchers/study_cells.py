@@ -143,7 +143,15 @@ class Cell:
 
     def record(self) -> dict[str, Any] | None:
         """The finished cell's record; None where it is not made yet. Raises SettingsError as load_record."""
-        return load_record(self.record_file, self.made_from)
+        return load_record(self.record_file, self.made_from, ("measures", "per_query", "before", "probe", "held_out"))
+
+    @property
+    def bm25_made_from(self) -> dict[str, Any]:
+        return {name: self.made_from[name] for name in ("collection", "split", "measures")}
+
+    def bm25(self) -> dict[str, Any] | None:
+        """BM25's record of the collection, as record."""
+        return load_record(self.bm25_file, self.bm25_made_from, ("measures", "per_query"))
 
     def _folder(self, name: str, decided_by: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:8]
@@ -437,13 +445,9 @@ def make_data(cell: Cell, run: Run) -> None:
         run("mine.py", kept, {**texts, "run": train / "bm25.trec", "output": candidates})
 
 
-def bm25_made_from(cell: Cell) -> dict[str, Any]:
-    return {name: cell.made_from[name] for name in ("collection", "split", "measures")}
-
-
 def bm25_record(cell: Cell) -> dict[str, Any]:
     """BM25's record of the cell's collection."""
-    return {**read_results(cell.data), "made_from": bm25_made_from(cell)}
+    return {**read_results(cell.data), "made_from": cell.bm25_made_from}
 
 
 def make_shards(cell: Cell, run: Run) -> None:
@@ -570,13 +574,15 @@ def command_line(
     return [*(launch or [sys.executable]), str(LAUNCHERS / script), *words]
 
 
-def load_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A cell's record, or BM25's; None where it is not made yet. Raises SettingsError if it was made otherwise."""
+def load_record(path: Path, made_from: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any] | None:
+    """A record with all `parts`, or of a cell that diverged; None if it is not made yet.
+
+    Raises SettingsError if it is damaged or was made otherwise.
+    """
     try:
         record = json.loads(path.read_text())
         then = dict(record["made_from"])
-        needed = {"measures", "per_query"} | ({"before", "probe", "held_out"} if "pretrain" in made_from else set())
-        if "diverged" not in record and needed - record.keys():
+        if "diverged" not in record and not {*parts} <= record.keys():
             raise KeyError
     except FileNotFoundError:
         return None
