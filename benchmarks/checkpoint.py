@@ -91,7 +91,7 @@ def start_engine(arguments: argparse.Namespace):
 
     from quincunx.engine.model import build_model
     from quincunx.engine.ranks import discover_environment
-    from quincunx.engine.settings import PretrainSettings, fill_config, load_deepspeed_json
+    from quincunx.engine.settings import PretrainSettings, load_machine
     from quincunx.engine.training import parameter_groups
 
     discover_environment({}).export()
@@ -106,7 +106,7 @@ def start_engine(arguments: argparse.Namespace):
     }
     tasks = [TaskSpec(name=name, decoder="enhanced") for name in TASKS]
     model = build_model("bert", tasks, max_tokens=144, from_scratch=shape, vocab_size=arguments.vocab, pad_token_id=0)
-    config = fill_config(load_deepspeed_json("zero2"), PretrainSettings(steps=1, global_batch=1), 1, 1, cuda=False)
+    config = load_machine(PretrainSettings(steps=1, global_batch=1), world_size=1, cuda=False).config
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, 0.01), config=config)
     engine.backward(
         sum(parameter.square().sum() for parameter in engine.module.parameters() if parameter.requires_grad)

@@ -195,7 +195,6 @@ def run_state(job: "Job", model_digest: str, counters: dict[str, Any], run_id: s
         **job.data,
         "model_digest": model_digest,
         "settings": as_plain(job.settings),
-        "settings_digest": job.settings.digest(),
     }
 
 

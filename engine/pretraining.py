@@ -24,7 +24,7 @@ from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.evaluations import load_held_out, load_probe, run_held_out, run_probe
 from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, StepOutput, build_model, is_bundle, load_bundle
 from quincunx.engine.ranks import Environment, choose_device
-from quincunx.engine.settings import Machine, PretrainSettings, find_idle_settings, load_machine
+from quincunx.engine.settings import Machine, PretrainSettings, load_machine
 from quincunx.engine.training import Evaluation, run_training
 from quincunx.kernels.enhanced_attention import TRITON_HEAD_SIZES
 from quincunx.kernels.launching import choose
@@ -104,7 +104,7 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
     report(f"kernels: {describe_kernels(settings, machine.cuda, model)}")
     loss = " + ".join(name if name == "mlm" else f"{weight:.2g} {name}" for name, weight in model.loss_weights.items())
     report(f"loss {loss} ({settings.decoder}); {order.describe(settings.global_batch)}")
-    for sentence in find_idle_settings(settings):
+    for sentence in settings.idle():
         report(f"warning: {sentence}")
     return PretrainJob(
         settings=settings,

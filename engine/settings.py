@@ -6,7 +6,6 @@ truth. The micro-batch may stand in either. Pre-training's defaults are the pape
 MASTER's if only MASTER does.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -16,27 +15,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.setting import as_plain, names_of, setting
+from quincunx.data_shards.setting import setting
 from quincunx.data_shards.tasks import TASKS, TaskSpec
 
 BUNDLED = Path(__file__).parent.parent / "ds_configs"
 LARGEST_DEFAULT_MICRO_BATCH = 32
-
-OWNED_BY_RECIPE = {
-    "train_batch_size": "global_batch",
-    "gradient_accumulation_steps": "global_batch and micro_batch",
-    "gradient_clipping": "max_grad_norm",
-    "optimizer.params.lr": "learning_rate",
-    "optimizer.params.betas": "adam_betas",
-    "optimizer.params.eps": "adam_eps",
-    "optimizer.params.weight_decay": "weight_decay",
-    "scheduler": "warmup_share and steps",
-}
-"""Key of the JSON -> the settings that decide it."""
-
 SECTIONS = (
     "zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "optimizer",
-    "scheduler", "fp16", "bf16", "checkpoint",
+    "optimizer.params", "fp16", "bf16", "checkpoint",
 )  # fmt: skip
 
 
@@ -53,7 +39,7 @@ class RunSettings:
     dropout: float | None = setting(None, low=0, below=1)
     """Hidden dropout, 0 to 1 (default: the named encoder's)."""
     learning_rate: float = setting(1e-4, above=0, below=10**6)
-    """Peak learning rate."""
+    """Peak learning rate (RetroMAE: 1e-4; MASTER: 3e-4)."""
     warmup_share: float = setting(0.1, low=0, high=1)
     """Share of the steps over which the rate rises linearly from 0; it then falls linearly to 0."""
     weight_decay: float = setting(0.01, low=0)
@@ -69,7 +55,8 @@ class RunSettings:
     epochs: float | None = setting(None, above=0, below=10**9)
     """Length of the run in passes over the training data; give this or steps."""
     global_batch: int = setting(256, low=1, high=2**24, role="stream")
-    """Training examples (passages, or queries in fine-tuning) of one optimizer step, over ranks and accumulation."""
+    """Training examples (passages, or queries in fine-tuning) of one optimizer step, over ranks and accumulation
+    (RetroMAE: 256 on Wikipedia)."""
     micro_batch: int | None = setting(None, low=1, role="machine")
     """Training examples of one forward pass of one rank (default: the DeepSpeed JSON's number, else as many as divide
     the rank's share, at most 32). Changes memory and speed, not the gradient."""
@@ -118,12 +105,6 @@ class RunSettings:
         """Optimizer steps of the whole run over `num_examples` training examples; at least 1 if it counts epochs."""
         return self.steps if self.steps is not None else max(1, round(self.epochs * num_examples / self.global_batch))
 
-    def digest(self) -> str:
-        """16 hex digits of everything that changes what is learned."""
-        machine = names_of(self, "machine")
-        learned = {name: value for name, value in as_plain(self).items() if name not in machine}
-        return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()[:16]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(RunSettings):
@@ -134,13 +115,6 @@ class PretrainSettings(RunSettings):
     whole number of its turns in a mixture."""
     output: str = setting("runs/pretrain", role="machine", local=True)
     """Run folder: checkpoints, metrics.jsonl, settings.yaml. The same command on the same folder resumes."""
-    learning_rate: float = setting(1e-4, above=0, below=10**6)
-    """Peak learning rate (RetroMAE: 1e-4; MASTER: 3e-4)."""
-    global_batch: int = setting(256, low=1, high=2**24, role="stream")
-    """Passages of one optimizer step, over all ranks and accumulation (RetroMAE: 256 on Wikipedia)."""
-    export: bool = setting(True, role="machine")
-    """Export the encoder, the sentence-transformers model and the full bundle into OUTPUT/export at the end."""
-
     encoder: str = setting("bert-base-uncased", role="model")
     """Encoder to start from: a Hugging Face name or folder, package:MODULE/FOLDER, or one of our bundles (then with its
     decoders and LM head)."""
@@ -216,72 +190,44 @@ class PretrainSettings(RunSettings):
         return [(name, float(weight or 1)) for name, _, weight in pairs]
 
     def contradictions(self) -> list[str]:
-        problems = super().contradictions()
-
-        def need(condition: bool, clause: str) -> None:
-            if not condition:
-                problems.append(clause)
-
-        need(bool(self.shards), "shards is empty; name at least one shard set")
-        need(all(weight > 0 for _, weight in self.shard_weights()), "a shard set's weight must be at least 1")
         unknown = [task for task in self.tasks if task not in TASKS]
-        need(not unknown, f"tasks has unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}")
-        need(len(set(self.tasks)) == len(self.tasks), f"tasks names a task twice: {', '.join(self.tasks)}")
-        weights = self.task_weights
-        need(
-            weights is None or len(weights) == len(self.tasks),
-            f"task_weights has {len(weights or [])} numbers for {len(self.tasks)} tasks",
-        )
-        given = [entry.partition(":")[2] for entry in self.sentence_losses]
-        need(
-            all(weight.replace(".", "", 1).isdigit() for weight in given if weight),
-            f"sentence_losses is {', '.join(self.sentence_losses)}; give NAME or NAME:WEIGHT, as in contrastive:0.1",
-        )
+        num_weights = len(self.tasks if self.task_weights is None else self.task_weights)
+        weights = [entry.partition(":")[2] for entry in self.sentence_losses]
         sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
         given = [name for name in sizes if getattr(self, name) is not None]
-        need(self.from_scratch or not given, f"{', '.join(given)} can only be set together with from_scratch")
-        missing = [name for name in sizes[:3] if getattr(self, name) is None]
-        need(not self.from_scratch or not missing, f"from_scratch needs {', '.join(missing)}")
-        if self.hidden_size and self.num_heads:
-            need(
-                self.hidden_size % self.num_heads == 0,
-                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}",
-            )
-        return problems
+        missing = [name for name in sizes[:3] if name not in given]
+        ragged = self.hidden_size and self.num_heads and self.hidden_size % self.num_heads
+        rules = [
+            (self.shards, "shards is empty; name at least one shard set"),
+            (all(weight > 0 for _, weight in self.shard_weights()), "a shard set's weight must be at least 1"),
+            (not unknown, f"tasks has unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}"),
+            (len(set(self.tasks)) == len(self.tasks), f"tasks names a task twice: {', '.join(self.tasks)}"),
+            (num_weights == len(self.tasks), f"task_weights has {num_weights} numbers for {len(self.tasks)} tasks"),
+            (
+                all(weight.replace(".", "", 1).isdigit() for weight in weights if weight),
+                f"sentence_losses is {', '.join(self.sentence_losses)}; give NAME or NAME:WEIGHT (contrastive:0.1)",
+            ),
+            (self.from_scratch or not given, f"{', '.join(given)} can only be set together with from_scratch"),
+            (not self.from_scratch or not missing, f"from_scratch needs {', '.join(missing)}"),
+            (not ragged, f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"),
+        ]
+        return super().contradictions() + [clause for holds, clause in rules if not holds]
 
-
-def find_idle_settings(settings: PretrainSettings) -> list[str]:
-    """One sentence per setting that was changed but has no effect in this run."""
-    defaults, sentences = PretrainSettings(), []
-
-    def idle(name: str, reason: str) -> None:
-        if getattr(settings, name) != getattr(defaults, name):
-            sentences.append(f"{name} has no effect: {reason}")
-
-    if settings.decoder == "enhanced":
-        idle("decoder_layers", "an enhanced decoder has one layer")
-    else:
-        idle("query_stream", "only an enhanced decoder has a query stream")
-    if len(settings.tasks) < 2:
-        idle("shared_decoder", f"there {'is one task' if settings.tasks else 'are no tasks'} to decode")
-    if settings.probe is None:
-        idle("probe_every", "no probe folder is given")
-    if settings.held_out_every == 0:
-        idle("held_out_passages", "held_out_every is 0")
-    return sentences
-
-
-def find_config_problems(settings: RunSettings, world_size: int) -> list[str]:
-    """What is wrong with the DeepSpeed JSON, alone and beside the settings, as clauses.
-
-    Raises SettingsError for a file that cannot be read.
-    """
-    config = load_deepspeed_json(settings.deepspeed)
-    micro_batch, problems = choose_micro_batch(config, settings, world_size)
-    filled = fill_config(config, settings, micro_batch, world_size, cuda=False)
-    if left := sorted(auto_keys(filled)):
-        problems.append(f'the DeepSpeed JSON has "auto" where nothing fills it: {", ".join(left)}')
-    return find_conflicts(config, settings) + problems
+    def idle(self) -> list[str]:
+        """One sentence per setting that was changed but has no effect in this run."""
+        defaults = PretrainSettings()
+        reasons = {
+            "decoder_layers": self.decoder == "enhanced" and "an enhanced decoder has one layer",
+            "query_stream": self.decoder == "masked" and "only an enhanced decoder has a query stream",
+            "shared_decoder": len(self.tasks) < 2 and "there are fewer than two tasks to decode",
+            "probe_every": self.probe is None and "no probe folder is given",
+            "held_out_passages": self.held_out_every == 0 and "held_out_every is 0",
+        }
+        return [
+            f"{name} has no effect: {reason}"
+            for name, reason in reasons.items()
+            if reason and getattr(self, name) != getattr(defaults, name)
+        ]
 
 
 class Machine(NamedTuple):
@@ -294,11 +240,33 @@ class Machine(NamedTuple):
     cuda: bool
 
 
-def load_machine(settings: RunSettings, world_size: int, cuda: bool) -> Machine:
-    """Of checked settings."""
+def find_config_problems(settings: RunSettings, world_size: int) -> list[str]:
+    """What is wrong with the DeepSpeed JSON, alone and beside the settings, as clauses.
+
+    Raises SettingsError for a file that cannot be read.
+    """
     config = load_deepspeed_json(settings.deepspeed)
-    micro_batch, _ = choose_micro_batch(config, settings, world_size)
-    return Machine(fill_config(config, settings, micro_batch, world_size, cuda), micro_batch, cuda)
+    filled, problems = fill_config(config, settings, world_size, cuda=False)
+    if left := sorted(auto_keys(filled)):
+        problems.append(f'the DeepSpeed JSON has "auto" where nothing fills it: {", ".join(left)}')
+    stage, kind = lookup(config, "zero_optimization.stage"), lookup(config, "optimizer.type")
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        problems.append(f"the DeepSpeed JSON has zero_optimization.stage {stage}; allowed: 1, 2, 3")
+    if kind not in (None, "auto", "AdamW"):
+        problems.append(f"the DeepSpeed JSON has optimizer.type {kind}; allowed: AdamW")
+    if lookup(config, "fp16.enabled") is True and lookup(config, "bf16.enabled") is True:
+        problems.append("the DeepSpeed JSON enables fp16 and bf16; choose one")
+    if lookup(config, "torch_autocast.enabled") is True:
+        problems.append("the DeepSpeed JSON enables torch_autocast; enable bf16 instead")
+    if lookup(config, "checkpoint.load_universal") is not None:
+        problems.append("the DeepSpeed JSON sets checkpoint.load_universal, which resuming decides; leave it out")
+    return problems
+
+
+def load_machine(settings: RunSettings, world_size: int, cuda: bool) -> Machine:
+    """Of settings without config problems. cuda: on GPUs, in bfloat16 if they have it; else on CPUs, in float32."""
+    config, _ = fill_config(load_deepspeed_json(settings.deepspeed), settings, world_size, cuda)
+    return Machine(config, config["train_micro_batch_size_per_gpu"], cuda)
 
 
 def load_deepspeed_json(name: str) -> dict[str, Any]:
@@ -315,44 +283,52 @@ def load_deepspeed_json(name: str) -> dict[str, Any]:
         raise SettingsError(f"--deepspeed {name} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise SettingsError(f"--deepspeed {name} must hold one JSON object")
+    for key in SECTIONS:
+        if not isinstance(section := lookup(config, key), dict | None):
+            raise SettingsError(f"--deepspeed {name} has {json.dumps(section)} as {key}; it must be an object")
     return config
 
 
-def find_conflicts(config: dict[str, Any], settings: RunSettings) -> list[str]:
-    """Every value of the JSON that contradicts the recipe or that training here cannot honour, each as one clause."""
-    clauses = []
-    for key, owner in OWNED_BY_RECIPE.items():
-        value = lookup(config, key)
-        if value is not None and value != "auto":
-            clauses.append(f'the DeepSpeed JSON sets {key} to {json.dumps(value)}, which {owner} decides; write "auto"')
-    micro_batch = config.get("train_micro_batch_size_per_gpu")
-    if isinstance(micro_batch, int) and settings.micro_batch is not None:
-        clauses.append(
-            f"the DeepSpeed JSON sets train_micro_batch_size_per_gpu to {micro_batch} and the recipe micro_batch to "
-            f'{settings.micro_batch}; write "auto" in the JSON or leave micro_batch out'
-        )
-    for key in SECTIONS:
-        section = lookup(config, key)
-        if section is not None and not isinstance(section, dict):
-            clauses.append(f"the DeepSpeed JSON has {json.dumps(section)} as {key}; it must be an object")
-    if isinstance(micro_batch, bool) or (not isinstance(micro_batch, int | None) and micro_batch != "auto"):
-        clauses.append(
-            f"the DeepSpeed JSON has {json.dumps(micro_batch)} as train_micro_batch_size_per_gpu; "
-            'allowed: a whole number or "auto"'
-        )
-    stage = lookup(config, "zero_optimization.stage")
-    if isinstance(stage, bool) or stage not in (1, 2, 3):
-        clauses.append(f"the DeepSpeed JSON has zero_optimization.stage {stage}; allowed: 1, 2, 3")
-    kind = lookup(config, "optimizer.type")
-    if kind not in (None, "auto", "AdamW"):
-        clauses.append(f"the DeepSpeed JSON has optimizer.type {kind}; allowed: AdamW")
-    if lookup(config, "fp16.enabled") is True and lookup(config, "bf16.enabled") is True:
-        clauses.append("the DeepSpeed JSON enables fp16 and bf16; choose one")
-    if lookup(config, "torch_autocast.enabled") is True:
-        clauses.append("the DeepSpeed JSON enables torch_autocast; enable bf16 instead")
-    if lookup(config, "checkpoint.load_universal") is not None:
-        clauses.append("the DeepSpeed JSON sets checkpoint.load_universal, which resuming decides; leave it out")
-    return clauses
+def fill_config(
+    config: dict[str, Any], settings: RunSettings, world_size: int, cuda: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """(the JSON as DeepSpeed gets it, a clause for each value in it that the settings decide)."""
+    filled, (micro_batch, problems) = deepcopy(config), choose_micro_batch(config, settings, world_size)
+    accumulation = settings.global_batch // (micro_batch * world_size)
+    owned = {
+        "train_batch_size": ("global_batch", settings.global_batch),
+        "gradient_accumulation_steps": ("global_batch and micro_batch", accumulation),
+        "gradient_clipping": ("max_grad_norm", settings.max_grad_norm),
+        "optimizer.params.lr": ("learning_rate", settings.learning_rate),
+        "optimizer.params.betas": ("adam_betas", list(settings.adam_betas)),
+        "optimizer.params.eps": ("adam_eps", settings.adam_eps),
+        "optimizer.params.weight_decay": ("weight_decay", settings.weight_decay),
+        "scheduler": ("warmup_share and steps", None),
+    }
+    for key, (owner, value) in owned.items():
+        given = lookup(config, key)
+        if given not in (None, "auto"):
+            clause = f"the DeepSpeed JSON sets {key} to {json.dumps(given)}, which {owner} decides"
+            problems.append(f'{clause}; write "auto"')
+        put(filled, key, value)
+    del filled["scheduler"]
+    put(filled, "train_micro_batch_size_per_gpu", micro_batch)
+    put(filled, "optimizer.type", "AdamW")
+    # torch's AdamW needs no compiler; an offloaded optimizer runs on the CPU, where only DeepSpeed's own is fast.
+    parameters = filled["optimizer"]["params"]
+    if parameters.get("torch_adam", "auto") == "auto":
+        parameters["torch_adam"] = lookup(config, "zero_optimization.offload_optimizer.device") != "cpu"
+    if parameters["torch_adam"]:
+        parameters.setdefault("fused", True)  # one pass over weights and moments instead of ten
+    is_float16 = lookup(config, "fp16.enabled") is True
+    for key, value in (
+        ("bf16.enabled", cuda and bfloat16_supported() and not is_float16),
+        ("zero_optimization.offload_optimizer.pin_memory", cuda),
+        ("zero_optimization.offload_param.pin_memory", cuda),
+    ):
+        if lookup(config, key) == "auto":
+            put(filled, key, value)
+    return filled, problems
 
 
 def choose_micro_batch(config: dict[str, Any], settings: RunSettings, world_size: int) -> tuple[int, list[str]]:
@@ -360,62 +336,32 @@ def choose_micro_batch(config: dict[str, Any], settings: RunSettings, world_size
 
     From the recipe, else from the JSON, else the largest divisor of the rank's share that is at most 32.
     """
-    if settings.global_batch % world_size:
+    key, problems = "train_micro_batch_size_per_gpu", []
+    in_json = None if config.get(key) == "auto" else config.get(key)
+    if isinstance(in_json, bool) or not isinstance(in_json, int | None):
+        return 1, [f'the DeepSpeed JSON has {json.dumps(in_json)} as {key}; allowed: a whole number or "auto"']
+    if in_json is not None and settings.micro_batch is not None:
+        problems.append(
+            f"the DeepSpeed JSON sets {key} to {in_json} and the recipe micro_batch to {settings.micro_batch}; "
+            'write "auto" in the JSON or leave micro_batch out'
+        )
+    share, rest = divmod(settings.global_batch, world_size)
+    if rest:
+        nearest = " or ".join(str(number * world_size) for number in (share, share + 1) if number)
         return 1, [
-            f"global_batch {settings.global_batch} is not divisible by the {world_size} ranks; "
-            f"nearest: {nearest_multiples(settings.global_batch, world_size)}"
+            *problems,
+            f"global_batch {settings.global_batch} is not divisible by the {world_size} ranks; nearest: {nearest}",
         ]
-    share = settings.global_batch // world_size
-    given = settings.micro_batch or config.get("train_micro_batch_size_per_gpu", "auto")
-    if given == "auto":
-        return max(n for n in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if share % n == 0), []
-    if not isinstance(given, int) or given < 1 or share % given:
-        divisors = [n for n in range(1, min(share, 4096) + 1) if share % n == 0]
-        allowed = ", ".join(map(str, divisors[-8:]))
+    given = in_json if settings.micro_batch is None else settings.micro_batch
+    if given is None:
+        return max(n for n in range(1, LARGEST_DEFAULT_MICRO_BATCH + 1) if share % n == 0), problems
+    if given < 1 or share % given:
+        allowed = ", ".join([str(n) for n in range(1, min(share, 4096) + 1) if share % n == 0][-8:])
         return 1, [
-            f"micro_batch {given} does not divide the {share} examples of a rank; the largest that do: {allowed}"
+            *problems,
+            f"micro_batch {given} does not divide the {share} examples of a rank; the largest that do: {allowed}",
         ]
-    return given, []
-
-
-def nearest_multiples(number: int, divisor: int) -> str:
-    below = number // divisor * divisor
-    return f"{below} or {below + divisor}" if below else str(divisor)
-
-
-def fill_config(
-    config: dict[str, Any], settings: RunSettings, micro_batch: int, world_size: int, cuda: bool
-) -> dict[str, Any]:
-    """The JSON as DeepSpeed gets it: every "auto" replaced, what the recipe owns set.
-
-    cuda: training runs on GPUs, in bfloat16 where they have it; else in float32.
-    """
-    filled = deepcopy(config)
-    offload = lookup(filled, "zero_optimization.offload_optimizer.device") == "cpu"
-    filled["train_micro_batch_size_per_gpu"] = micro_batch
-    filled["gradient_accumulation_steps"] = settings.global_batch // (micro_batch * world_size)
-    filled["train_batch_size"] = settings.global_batch
-    filled["gradient_clipping"] = settings.max_grad_norm
-    filled.pop("scheduler", None)
-    optimizer = {
-        "lr": settings.learning_rate,
-        "betas": list(settings.adam_betas),
-        "eps": settings.adam_eps,
-        "weight_decay": settings.weight_decay,
-    }
-    given = lookup(config, "optimizer.params") or {}
-    optimizer |= {key: value for key, value in given.items() if key not in optimizer and value != "auto"}
-    # torch's AdamW needs no compiler; an offloaded optimizer runs on the CPU, where only DeepSpeed's own is fast.
-    optimizer.setdefault("torch_adam", not offload)
-    if optimizer["torch_adam"]:
-        optimizer.setdefault("fused", True)  # one pass over weights and moments instead of ten
-    filled["optimizer"] = {"type": "AdamW", "params": optimizer}
-    if lookup(filled, "bf16.enabled") == "auto":
-        filled["bf16"]["enabled"] = cuda and bfloat16_supported() and lookup(filled, "fp16.enabled") is not True
-    for section in ("offload_optimizer", "offload_param"):
-        if lookup(filled, f"zero_optimization.{section}.pin_memory") == "auto":
-            filled["zero_optimization"][section]["pin_memory"] = cuda
-    return filled
+    return given, problems
 
 
 def precision_of(filled: dict[str, Any]) -> str:
@@ -432,13 +378,20 @@ def bfloat16_supported() -> bool:
 
 
 def lookup(config: dict[str, Any], dotted: str) -> Any:
-    """The value under `a.b.c`, None where any part is missing."""
+    """The value under `a.b.c`, None if any part is missing."""
     value: Any = config
     for key in dotted.split("."):
-        if not isinstance(value, dict) or key not in value:
-            return None
-        value = value[key]
+        value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def put(config: dict[str, Any], dotted: str, value: Any) -> None:
+    """Sets the value under `a.b.c`; sections that are missing are made."""
+    *sections, key = dotted.split(".")
+    for section in sections:
+        config[section] = config.get(section) or {}
+        config = config[section]
+    config[key] = value
 
 
 def auto_keys(config: dict[str, Any], prefix: str = "") -> list[str]:
