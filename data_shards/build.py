@@ -25,7 +25,7 @@ from quincunx.data_shards.artefact import BEGUN, Work, artefact, read_begun, wor
 from quincunx.data_shards.build_merge import merge_tasks
 from quincunx.data_shards.build_settings import TRAIN_PREFIX, BuildSettings
 from quincunx.data_shards.build_task import TaskPlan, run_task
-from quincunx.data_shards.durable import file_digest
+from quincunx.data_shards.durable import file_digest, full_disk_is_named
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.generations import index_generations, list_generation_files
 from quincunx.data_shards.passages import document_texts
@@ -265,7 +265,8 @@ class TaskStep:
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         try:
-            run_task(self.plan, rank)
+            with full_disk_is_named(self.plan.work.path.parent):
+                run_task(self.plan, rank)
         except Exception as error:
             known = isinstance(error, (DataError, SettingsError))
             text = str(error) if known else f"{type(error).__name__}: {error} (see {self.plan.datatrove_folder}/logs)"

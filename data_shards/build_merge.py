@@ -30,17 +30,23 @@ def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str
         DataError: a corpus without passages or without training passages, duplicate passage ids, no natural queries
             for a probe or pairs that were asked for.
     """
-    results = [json.loads(plan.work.part_file(task).read_text()) for task in range(plan.num_tasks)]
+    tokenizer = load_tokenizer(str(plan.tokenizer_folder))
+    counter = StatisticsCounter(len(tokenizer), plan.content["num_buckets"])
     counts: Counter[str] = Counter()
-    fields = {split: Counter() for split in SPLITS}
-    for result in results:
+    fields: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
+    entries: list[ShardEntry] = []
+    examples: list[str] = []
+    for task in range(plan.num_tasks):
+        result = json.loads(plan.work.part_file(task).read_text())
         counts.update(result["counts"])
         for split in SPLITS:
             fields[split].update(result["fields"][split])
+        entries += map(ShardEntry.from_json, result["shards"])
+        examples += result["examples"]
+        counter.add_statistics(Statistics.from_bytes(plan.task_file(task, "statistics.npz").read_bytes()))
     if plan.generations.exists():
         with closing(Generations(plan.generations)) as generations:
             counts["unknown_generations"] = generations.counts["passages"] - counts["joined_generations"]
-    entries = [ShardEntry.from_json(shard) for result in results for shard in result["shards"]]
     shards = [shard for split in SPLITS for shard in entries if shard.split == split]
     if not shards:
         raise DataError(
@@ -48,11 +54,7 @@ def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str
             "empty passages): check the path and the format"
         )
     check_duplicates(plan, shards)
-    tokenizer = load_tokenizer(str(plan.tokenizer_folder))
-    counter = StatisticsCounter(len(tokenizer), plan.content["num_buckets"])
-    for task in range(plan.num_tasks):
-        counter.add_statistics(Statistics.from_bytes(plan.task_file(task, "statistics.npz").read_bytes()))
-    record = record | {"bad_record_examples": [example for result in results for example in result["examples"]]}
+    record = record | {"bad_record_examples": examples}
     if plan.content["probe_queries"]:
         write_probe(plan, plan.shards_folder / "probe")
     if plan.content.get("pairs"):
@@ -74,9 +76,9 @@ def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str
 def check_duplicates(plan: TaskPlan, shards: list[ShardEntry]) -> None:
     """Raises DataError naming passage ids that occur more than once in the corpus.
 
-    Takes 8 bytes a passage: the tasks' 64-bit hashes are sorted, and ids compared only if two hashes agree.
+    Takes 8 bytes a passage: 64-bit hashes are sorted, and ids compared only if two hashes agree.
     """
-    hashes = np.concatenate([np.fromfile(plan.task_file(task, "hashes.bin"), "<u8") for task in range(plan.num_tasks)])
+    hashes = np.fromiter(map(id_hash, read_passage_ids(plan, shards)), np.uint64)
     hashes.sort()
     suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
     if not suspects:

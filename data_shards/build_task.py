@@ -1,4 +1,4 @@
-"""One task of a build: reads its part of the corpus and writes its shards, counts and passage-id hashes.
+"""One task of a build: reads its part of the corpus and writes its shards and counts.
 
 A task depends on the plan and its number alone, so it gives the same bytes on any machine, alone or beside others. Its
 result is a part of the artefact and is written last: a task without one is run again from its start.
@@ -7,10 +7,8 @@ result is a part of the artefact and is written last: a task without one is run 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +16,17 @@ import numpy as np
 import xxhash
 
 from quincunx.data_shards.artefact import Work
-from quincunx.data_shards.durable import full_disk_is_named
 from quincunx.data_shards.generations import Generations
-from quincunx.data_shards.passages import Passage, read_passages
-from quincunx.data_shards.records import Document, ReadReport
+from quincunx.data_shards.passages import Passage, split_documents
+from quincunx.data_shards.readers import read_documents
+from quincunx.data_shards.records import ReadReport
 from quincunx.data_shards.shard_writer import Sample, StatisticsCounter, open_writers, shard_to_json, write_file
 from quincunx.data_shards.shards import SPLITS, Text
-from quincunx.data_shards.tasks import GENERATED
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.words import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-BATCH_DOCUMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -65,6 +60,12 @@ class TaskPlan:
         return self.work.scratch("generations.sqlite")
 
     @property
+    def kept_splits(self) -> list[str]:
+        """The splits whose texts the merge needs, for the probe or the pairs."""
+        pairs = self.content.get("pairs", False)
+        return ["train"] * pairs + ["heldout"] * bool(pairs or self.content["probe_queries"])
+
+    @property
     def datatrove_folder(self) -> str:
         """Where datatrove keeps logs and marks."""
         return str(self.work.scratch("datatrove"))
@@ -77,7 +78,7 @@ def run_task(plan: TaskPlan, task: int) -> None:
     """Runs task `task`; a finished one is left alone.
 
     Raises:
-        DataError: a bad record, a full disk.
+        DataError: a bad record.
         SettingsError: a tokenizer that cannot be loaded.
     """
     if plan.work.is_done(task):
@@ -90,52 +91,36 @@ def run_task(plan: TaskPlan, task: int) -> None:
     writers = open_writers(
         plan.shards_folder, task, counter, block_samples=content["block_samples"], shard_bytes=content["shard_bytes"]
     )
-    documents = read_passages(
-        content["format"],
-        plan.path,
-        tokenizer,
-        content["max_tokens"],
-        task,
-        plan.num_tasks,
-        content["on_bad_record"],
-        content["with_titles"],
-        report,
-    )
-    hashes: list[int] = []
-    counts: Counter[str] = Counter()
-    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    pairs = content.get("pairs", False)
-    kept = {"train": pairs, "heldout": pairs or content["probe_queries"]}
-    generated = closing(Generations(plan.generations)) if plan.generations.exists() else nullcontext()
-    with full_disk_is_named(plan.work.path.parent), generated as generations:
-        for document, passages, samples in make_samples(documents, tokenizer, generations, counts):
-            if not samples:
+    rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
+    documents = read_documents(content["format"], plan.path, task, plan.num_tasks, content["on_bad_record"], report)
+    split_up = split_documents(documents, tokenizer, content["max_tokens"], content["with_titles"], report)
+    with closing(Generations(plan.generations)) if plan.generations.exists() else nullcontext() as generations:
+        for document, passages in split_up:
+            if not passages:
                 continue
             split = "heldout" if is_held_out(document.doc_id, content["held_out_share"]) else "train"
-            writers[split].add_document(samples)
-            counts[f"{split}_documents"] += 1
-            hashes += [id_hash(sample.passage_id) for sample in samples]
-            if kept[split]:
-                texts[split] += [
-                    json.dumps({"passage_id": p.passage_id, "text": p.text, "query": p.query}) for p in passages
-                ]
-        counts += report.counts
-        for split, writer in writers.items():
-            writer.close()
-            counts["lost_neighbours"] += writer.num_lost_neighbours
-            for name, tokens in writer.field_tokens.items():
-                counts[f"{split}_{name}_tokens"] += tokens
-            write_file(plan.task_file(task, f"{split}.jsonl"), "".join(line + "\n" for line in texts[split]).encode())
-        write_file(plan.task_file(task, "hashes.bin"), np.array(hashes, "<u8").tobytes())
-        write_file(plan.task_file(task, "statistics.npz"), counter.to_bytes())
-        result = {
-            "shards": [shard_to_json(shard) for split in SPLITS for shard in writers[split].shards],
-            "fields": {split: writers[split].field_counts for split in SPLITS},
-            "counts": dict(counts),
-            "examples": report.examples,
-        }
-        with plan.work.part(task, ".result.json", published=False, mode="w") as file:
-            json.dump(result, file)
+            report.counts[f"{split}_documents"] += 1
+            writers[split].add_document(make_samples(passages, tokenizer, generations, report.counts))
+            if split in plan.kept_splits:
+                rows[split] += [{"passage_id": p.passage_id, "text": p.text, "query": p.query} for p in passages]
+    counts = +report.counts  # without zeros, which would change old sets' manifests
+    for split, writer in writers.items():
+        writer.close()
+        counts["lost_neighbours"] += writer.num_lost_neighbours
+        for name, tokens in writer.field_tokens.items():
+            counts[f"{split}_{name}_tokens"] += tokens
+    for split in plan.kept_splits:
+        text = "".join(json.dumps(row) + "\n" for row in rows[split])
+        write_file(plan.task_file(task, f"{split}.jsonl"), text.encode())
+    write_file(plan.task_file(task, "statistics.npz"), counter.to_bytes())
+    result = {
+        "shards": [shard_to_json(shard) for split in SPLITS for shard in writers[split].shards],
+        "fields": {split: writers[split].field_counts for split in SPLITS},
+        "counts": dict(counts),
+        "examples": report.examples,
+    }
+    with plan.work.part(task, ".result.json", published=False, mode="w") as file:
+        json.dump(result, file)
 
 
 def is_held_out(doc_id: str, share: float) -> bool:
@@ -152,48 +137,30 @@ def id_hash(identifier: str) -> int:
 
 
 def make_samples(
-    documents: Iterable[tuple[Document, list[Passage]]],
+    passages: list[Passage],
     tokenizer: "PreTrainedTokenizerFast",
     generations: Generations | None,
     counts: Counter[str],
-) -> Iterator[tuple[Document, list[Passage], list[Sample]]]:
-    """Each document with its passages and their samples; generated texts are joined by passage id and tokenised.
+) -> list[Sample]:
+    """A document's samples, with the generated texts of each passage by its id; counts `joined_generations`.
 
-    A passage without generated queries keeps its natural query, if it has one. Counts `joined_generations`.
+    A passage without generated queries keeps its natural query, if it has one.
     """
-    documents = iter(documents)
-    while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        found = []
-        for passage in chain.from_iterable(passages for _, passages in batch):
-            generated = generations.lookup(passage.passage_id) if generations else {}
-            counts["joined_generations"] += bool(generated)
-            found.append(({"queries": [passage.query]} if passage.query else {}) | generated)
-        texts = {
-            name: iter(_tokenize_lists(tokenizer, [of_passage.get(name, []) for of_passage in found]))
-            for name in GENERATED
-        }
-        for document, passages in batch:
-            samples = [
-                Sample(
-                    passage.passage_id,
-                    Text(passage.token_ids, passage.word_starts),
-                    **{name: next(column) for name, column in texts.items()},
-                )
-                for passage in passages
-            ]
-            yield document, passages, samples
+    samples = []
+    for passage in passages:
+        generated = generations.lookup(passage.passage_id) if generations else {}
+        counts["joined_generations"] += bool(generated)
+        given = ({"queries": [passage.query]} if passage.query else {}) | generated
+        companions = {name: join_texts(texts, tokenizer) for name, texts in given.items()}
+        samples.append(Sample(passage.passage_id, Text(passage.token_ids, passage.word_starts), **companions))
+    return samples
 
 
-def _tokenize_lists(tokenizer: "PreTrainedTokenizerFast", lists: list[list[str]]) -> list[Text | None]:
-    """One text for each list: its items' tokens with [SEP] between them; None if there are no tokens."""
-    flat = list(chain.from_iterable(lists))
-    tokenized = iter(tokenize(tokenizer, flat)) if flat else iter(())
+def join_texts(texts: list[str], tokenizer: "PreTrainedTokenizerFast") -> Text | None:
+    """The texts' tokens with [SEP] between them; None if there are no tokens."""
     separator = Text(np.array([tokenizer.sep_token_id], np.int32), np.array([True]))
-    texts: list[Text | None] = []
-    for items in lists:
-        parts: list[Text] = []
-        for tokens in islice(tokenized, len(items)):
-            if len(tokens.token_ids):
-                parts += [separator] * bool(parts) + [Text(tokens.token_ids, tokens.word_starts)]
-        texts.append(Text(*map(np.concatenate, zip(*parts))) if parts else None)
-    return texts
+    parts: list[Text] = []
+    for tokens in tokenize(tokenizer, texts):
+        if len(tokens.token_ids):
+            parts += [separator] * bool(parts) + [Text(tokens.token_ids, tokens.word_starts)]
+    return Text(*map(np.concatenate, zip(*parts))) if parts else None

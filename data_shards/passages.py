@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.readers import read_documents
 from quincunx.data_shards.records import Document, ReadReport
 from quincunx.data_shards.words import Tokens, sentence_starts, tokenize
 
@@ -97,12 +95,8 @@ def split_documents(
     Args:
         max_tokens: maximum number of tokens of a passage, [CLS] and [SEP] counted, 3 or more.
         report: counts `empty_passages` (no token), `cut_passages` (of a collection, too long) and `cut_words`.
-
-    Raises:
-        SettingsError: max_tokens below 3.
     """
-    if max_tokens < NUM_SPECIAL + 1:
-        raise SettingsError(f"max_tokens is {max_tokens}, with [CLS] and [SEP] counted: give 3 or more (144 is usual)")
+    assert max_tokens > NUM_SPECIAL
     report = report if report is not None else ReadReport()
     remaining = iter(documents)
     while batch := list(islice(remaining, BATCH_DOCUMENTS)):
@@ -148,23 +142,3 @@ def _cut_text(
             )
         )
     return passages
-
-
-def read_passages(
-    format: str,
-    path: str,
-    tokenizer: "PreTrainedTokenizerFast",
-    max_tokens: int,
-    task: int = 0,
-    num_tasks: int = 1,
-    on_bad_record: str = "stop",
-    with_titles: bool = True,
-    report: ReadReport | None = None,
-) -> Iterator[tuple[Document, list[Passage]]]:
-    """The documents of part `task` of `num_tasks` of a corpus, each with its passages: what shards are made of.
-
-    The parts are disjoint and together the corpus, whatever their number. Arguments as in `readers.read_documents`
-    and `split_documents`; so are the errors.
-    """
-    documents = read_documents(format, path, task, num_tasks, on_bad_record, report)
-    return split_documents(documents, tokenizer, max_tokens, with_titles, report)

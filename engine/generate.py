@@ -11,10 +11,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from quincunx.data_shards.artefact import artefact
+from quincunx.data_shards.build_settings import SHORTEST_PASSAGE
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.generations import KIND
-from quincunx.data_shards.passages import Passage, read_passages
-from quincunx.data_shards.readers import list_inputs
+from quincunx.data_shards.passages import Passage, split_documents
+from quincunx.data_shards.readers import list_inputs, read_documents
 from quincunx.data_shards.records import Input, ReadReport
 from quincunx.data_shards.setting import as_plain, setting
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
@@ -46,7 +47,7 @@ class GenerateSettings:
     """Folder for the parts and their manifest.json."""
     remake: bool = False
     """Make the output anew if it is there; what was there is moved aside."""
-    max_tokens: int = 144
+    max_tokens: int = setting(144, low=SHORTEST_PASSAGE)
     """Most tokens of a passage, [CLS] and [SEP] counted: the same as for build_shards.py."""
     with_titles: bool = True
     """Titles are part of the text: the same as for build_shards.py."""
@@ -119,18 +120,10 @@ def generate_corpus(settings: GenerateSettings, environment: Environment) -> dic
         if work is None:
             return counts
         for part in work.missing(num_parts):
-            documents = read_passages(
-                settings.format,
-                settings.path,
-                tokenizer,
-                settings.max_tokens,
-                part,
-                num_parts,
-                settings.on_bad_record,
-                settings.with_titles,
-                report,
-            )
-            passages = [passage for _, of_document in documents for passage in of_document]
+            bad_record = settings.on_bad_record
+            documents = read_documents(settings.format, settings.path, part, num_parts, bad_record, report)
+            split_up = split_documents(documents, tokenizer, settings.max_tokens, settings.with_titles, report)
+            passages = [passage for _, of_document in split_up for passage in of_document]
             label = f"part {part + 1} of {num_parts}" if environment.is_main else None
             texts = generate_part(generator, passages, settings, sampling, label)
             with work.part(part, ".jsonl", mode="w") as file:

@@ -93,7 +93,9 @@ def test_an_error_publishes_nothing_and_parts_that_were_finished_are_kept(tmp_pa
 def test_parts_of_other_work_are_not_mixed_in(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_parts(tmp_path / "x", die_at=2)
-    with pytest.raises(SettingsError, match=r"begun otherwise \(model was m and is left out; depth was left out and is 3\)"):
+    with pytest.raises(
+        SettingsError, match=r"begun otherwise \(model was m and is left out; depth was left out and is 3\)"
+    ):
         with artefact(tmp_path / "x", "embeddings", {"depth": 3}):
             pass
     with artefact(tmp_path / "x", "embeddings", {"depth": 3}, remake=True) as work:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.passages import Passage, document_texts, read_passages, split_documents
+from quincunx.data_shards.passages import Passage, document_texts, split_documents
+from quincunx.data_shards.readers import read_documents
 from quincunx.data_shards.records import Document, ReadReport
 from quincunx.data_shards.words import tokenize
 
@@ -123,8 +123,6 @@ def test_a_text_without_tokens_is_counted_and_gives_no_passage_and_one_token_is_
         bert.convert_tokens_to_ids(["fox"])
     ]
     assert report.counts["empty_passages"] == 1
-    with pytest.raises(SettingsError, match="give 3 or more"):
-        split_document(documents[1], bert, 2)
 
 
 def test_parts_of_a_corpus_give_the_passages_of_the_whole(bert, tmp_path: Path):
@@ -134,7 +132,8 @@ def test_parts_of_a_corpus_give_the_passages_of_the_whole(bert, tmp_path: Path):
     def passages(num_tasks: int) -> list[tuple[str, list[int]]]:
         found = []
         for task in range(num_tasks):
-            for _, of_document in read_passages("documents", str(tmp_path), bert, 12, task, num_tasks):
+            documents = read_documents("documents", str(tmp_path), task, num_tasks)
+            for _, of_document in split_documents(documents, bert, 12):
                 found += [(p.passage_id, p.token_ids.tolist()) for p in of_document]
         return found
 

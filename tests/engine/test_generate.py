@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.passages import read_passages
+from quincunx.data_shards.passages import split_documents
+from quincunx.data_shards.readers import read_documents
 from quincunx.data_shards.setting import find_problems
 from quincunx.data_shards.tokenizer import load_tokenizer, special_ids
 from quincunx.data_shards.tokenizer_training import train_wordpiece
@@ -145,7 +146,7 @@ def test_without_chance_the_text_is_that_of_hugging_faces_own_greedy_search(mode
 def test_every_passage_gets_its_texts_with_the_ids_that_shards_use(models, tokenizer, corpus, tmp_path):
     settings = make_settings(models, corpus, tmp_path / "queries", max_tokens=20)
     counts = generate_corpus(settings, place(0, 1))
-    split = read_passages("msmarco", str(corpus), load_tokenizer(tokenizer), 20)
+    split = split_documents(read_documents("msmarco", str(corpus)), load_tokenizer(tokenizer), 20)
     expected = [passage.passage_id for _, passages in split for passage in passages]
     found = records(tmp_path / "queries")
     assert [record["passage_id"] for record in found] == expected and len(expected) > 14

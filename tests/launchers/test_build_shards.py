@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from quincunx.data_shards.artefact import Work, work_folder
 from quincunx.data_shards.build import build_shards
 from quincunx.data_shards.build_merge import write_pairs
 from quincunx.data_shards.build_settings import BuildSettings
-from quincunx.data_shards.build_task import TaskPlan, is_held_out, make_samples, run_task
+from quincunx.data_shards.build_task import TaskPlan, is_held_out, run_task
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.passages import split_documents
 from quincunx.data_shards.records import Document
@@ -457,7 +456,7 @@ def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_querie
         documents.append(Document(ids[0], "", texts, ids, tuple(queries)))
     tokenizer = load_tokenizer(TOKENIZER)
     kept = {"train": [], "heldout": []}
-    for document, passages, _ in make_samples(split_documents(documents, tokenizer, 64), tokenizer, None, Counter()):
+    for document, passages in split_documents(documents, tokenizer, 64):
         split = "heldout" if is_held_out(document.doc_id, 0.3) else "train"
         kept[split] += [{"passage_id": p.passage_id, "text": p.text, "query": p.query} for p in passages]
     plan = TaskPlan("corpus", Work(tmp_path, tmp_path), {"tasks": 1, "pairs": True})
