@@ -30,7 +30,7 @@ from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.generations import index_generations, list_generation_files
 from quincunx.data_shards.passages import document_texts
 from quincunx.data_shards.readers import list_inputs, read_documents
-from quincunx.data_shards.records import Input
+from quincunx.data_shards.records import Input, ReadReport
 from quincunx.data_shards.shard_files import Files
 from quincunx.data_shards.shards import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, read_manifest
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
@@ -202,7 +202,7 @@ def sample_texts(settings: BuildSettings, tasks: int) -> Iterator[str]:
     budget = settings.tokenizer_megabytes * 10**6 // tasks
     for task in range(tasks):
         taken = 0
-        for document in read_documents(settings.format, settings.path, task, tasks, "skip"):
+        for document in read_documents(settings.format, settings.path, task, tasks, ReadReport("skip")):
             for text in document_texts(document, settings.with_titles):
                 yield text
                 taken += len(text)

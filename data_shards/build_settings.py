@@ -8,6 +8,7 @@ from quincunx.data_shards.setting import setting
 TRAIN_PREFIX = "train:"
 TRAINED_SIZES = range(300, 1_000_001)
 """Vocabulary sizes of a tokenizer trained on the corpus."""
+CorpusFormat = Literal["beir", "msmarco", "dpr", "documents", "parquet", "python_docs"]
 SHORTEST_PASSAGE = 4
 """Least max_tokens: [CLS], two tokens, [SEP]."""
 
@@ -16,8 +17,8 @@ SHORTEST_PASSAGE = 4
 class BuildSettings:
     """Settings of launchers/build_shards.py."""
 
-    format: str
-    """Format of the corpus: beir, msmarco, dpr, documents, parquet or python_docs (docs/corpora.md)."""
+    format: CorpusFormat
+    """Format of the corpus (docs/corpora.md)."""
     path: str
     """The corpus: a file, a folder or a pattern; for python_docs a list of packages or `default`."""
     output: str

@@ -86,13 +86,13 @@ def run_task(plan: TaskPlan, task: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a task is one core's work; tasks run beside each other
     content = plan.content
     tokenizer = load_tokenizer(str(plan.tokenizer_folder))
-    report = ReadReport()
+    report = ReadReport(content["on_bad_record"])
     counter = StatisticsCounter(len(tokenizer), content["num_buckets"])
     writers = open_writers(
         plan.shards_folder, task, counter, block_samples=content["block_samples"], shard_bytes=content["shard_bytes"]
     )
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
-    documents = read_documents(content["format"], plan.path, task, plan.num_tasks, content["on_bad_record"], report)
+    documents = read_documents(content["format"], plan.path, task, plan.num_tasks, report)
     split_up = split_documents(documents, tokenizer, content["max_tokens"], content["with_titles"], report)
     with closing(Generations(plan.generations)) if plan.generations.exists() else nullcontext() as generations:
         for document, passages in split_up:

@@ -5,21 +5,18 @@ Generation files (of `launchers/generate.py` or ready-made) hold records {"passa
 file, which any number of processes then reads; 10 M passages need about 5 GB of disk and 100 MB of memory.
 """
 
-import gzip
 import json
 import os
 import sqlite3
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from quincunx.data_shards.artefact import MANIFEST, open_artefact
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.records import BadRecordError, check_id, check_text, load_json
+from quincunx.data_shards.records import BadRecordError, check_id, check_text, read_records
 from quincunx.data_shards.tasks import GENERATED
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -72,17 +69,11 @@ def index_generations(paths: Sequence[str], index_file: Path) -> dict[str, int]:
 
 def _insert_file(connection: sqlite3.Connection, file: Path) -> None:
     insert = f"INSERT OR REPLACE INTO generations VALUES (?{', ?' * len(GENERATED)})"
-    for where, record in _records(file):
-        try:
-            passage_id, texts = parse_generation(record)
-        except BadRecordError as error:
-            raise DataError(f"{file.name}:{where}: {error}; fix or remove the record") from None
+    for where, (passage_id, texts) in read_records(file, parse_generation, columns=("passage_id", *GENERATED)):
         # A second file may bring the other field; the same field twice is a mix-up that must not be settled by order.
         before = _lookup(connection, passage_id)
         if twice := sorted(before.keys() & texts.keys()):
-            raise DataError(
-                f"{file.name}:{where}: {twice[0]} of passage {passage_id!r} are given twice; keep one of them"
-            )
+            raise DataError(f"{where}: {twice[0]} of passage {passage_id!r} are given twice; keep one of them")
         texts |= before
         columns = [json.dumps(texts[name], ensure_ascii=False) if name in texts else None for name in GENERATED]
         connection.execute(insert, (passage_id, *columns))
@@ -93,37 +84,9 @@ def _lookup(connection: sqlite3.Connection, passage_id: str) -> dict[str, list[s
     return {name: json.loads(texts) for row in rows for name, texts in zip(GENERATED, row) if texts}
 
 
-def _records(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line or row number from 1, record) of a generation file."""
-    if file.name.endswith(".parquet"):
-        import pyarrow.parquet as parquet
-        from pyarrow import ArrowException
-
-        try:
-            table = parquet.ParquetFile(file)
-            columns = [name for name in ("passage_id", *GENERATED) if name in table.schema_arrow.names]
-            batches = table.iter_batches(1024, columns=columns)
-            records = chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, record in enumerate(records, 1):
-                yield number, {name: value for name, value in record.items() if value is not None}
-        except ArrowException as error:
-            raise DataError(f"{file} is not a Parquet file that can be read ({error})") from None
-        return
-    try:
-        with (gzip.open if file.name.endswith(".gz") else open)(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = load_json(line.decode())
-                except (BadRecordError, UnicodeDecodeError) as error:
-                    raise DataError(f"{file.name}:{number}: {error}; fix or remove the line") from None
-                if record is not None:
-                    yield number, record
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{file.name} is a damaged gzip file ({error}): fetch or generate it again") from None
-
-
 def parse_generation(record: dict[str, Any]) -> tuple[str, dict[str, list[str]]]:
     """(passage id, its texts by field); blank texts are dropped, and a field without any."""
+    record = {name: value for name, value in record.items() if value is not None}  # a cell of a Parquet row
     if "passage_id" not in record or not GENERATED.keys() & record.keys():
         fields = " or ".join(GENERATED)
         raise BadRecordError(f"the fields are {sorted(record)}; passage_id and {fields} are needed")

@@ -116,7 +116,7 @@ def read_package(source: Input, report: ReadReport) -> Iterator[Document]:
                 warnings.simplefilter("ignore")  # invalid escapes in other people's sources
                 tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError, RecursionError) as error:
-            report.add_bad_record(f"{source.name}: {module}", f"not Python {sys.version_info[0]}: {error}")
+            report.skip(f"{source.name}: {module}", f"not Python {sys.version_info[0]}: {error}")
             continue
         for name, scope in _scopes(tree, module):
             document = _document_of(scope, name, source.name, seen, used, report)

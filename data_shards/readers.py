@@ -6,7 +6,6 @@ that the parts together give the same documents for every n. Parquet is cut at r
 piece, and python_docs is cut between packages.
 """
 
-import difflib
 import glob
 import gzip
 import os
@@ -16,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.python_docs import list_packages, read_package
 from quincunx.data_shards.records import PARSERS, BadRecordError, Document, Input, ReadReport, Row, parse_parquet_row
 
@@ -27,25 +26,17 @@ PATTERNS = {
     "documents": ("*.jsonl", "*.jsonl.gz"),
     "parquet": ("*.parquet",),
 }
-FORMATS = (*PATTERNS, "python_docs")
 LOOK_BACK_BYTES = 1 << 16
 
 
 def list_inputs(format: str, path: str) -> list[Input]:
     """The files of a corpus (or packages, for python_docs), sorted by name.
 
-    Args:
-        format: one of FORMATS.
-        path: a file, a folder, or a pattern like "part-*.jsonl.gz"; for python_docs see `python_docs.list_packages`.
+    path: a file, a folder, or a pattern like "part-*.jsonl.gz"; for python_docs see `python_docs.list_packages`.
 
     Raises:
-        SettingsError: an unknown format.
         DataError: no such file, or nothing in it.
     """
-    if format not in FORMATS:
-        near = difflib.get_close_matches(str(format), FORMATS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise SettingsError(f"the corpus format {format!r} is not known{hint}: give one of {', '.join(FORMATS)}")
     if format == "python_docs":
         return list_packages(path)
     given = Path(path).expanduser()
@@ -73,34 +64,27 @@ def read_documents(
     path: str,
     task: int = 0,
     num_tasks: int = 1,
-    on_bad_record: str = "stop",
     report: ReadReport | None = None,
 ) -> Iterator[Document]:
-    """The documents of part `task` of `num_tasks` of a corpus, in order.
+    """The documents of part `task` of `num_tasks` of a corpus, in order; empty records are left out and counted.
 
-    Args:
-        on_bad_record: "stop" raises at the first record that cannot be read, "skip" leaves it out and counts it.
-            Empty records are always left out and counted.
-        report: is filled with counts and the first bad records.
+    report: says what happens to bad records, and is filled.
 
     Raises:
-        SettingsError: an unknown format.
         DataError: no corpus there, or a bad record, named by file and line.
     """
-    report = report if report is not None else ReadReport()
+    report = report or ReadReport()
     inputs = list_inputs(format, path)
     if format == "parquet":
-        documents = _read_parquet(inputs, task, num_tasks, on_bad_record, report)
+        documents = _read_parquet(inputs, task, num_tasks, report)
     else:
-        documents = _read_inputs(format, inputs, task, num_tasks, on_bad_record, report)
+        documents = _read_inputs(format, inputs, task, num_tasks, report)
     for document in documents:
         report.counts["documents"] += 1
         yield document
 
 
-def _read_inputs(
-    format: str, inputs: list[Input], task: int, num_tasks: int, on_bad_record: str, report: ReadReport
-) -> Iterator[Document]:
+def _read_inputs(format: str, inputs: list[Input], task: int, num_tasks: int, report: ReadReport) -> Iterator[Document]:
     part = part_range(sum(source.bytes for source in inputs), task, num_tasks)
     position = 0
     for source in inputs:
@@ -116,18 +100,13 @@ def _read_inputs(
             owned = range(1 << 62)
         try:
             with (gzip.open if packed else open)(source.files[0], "rb") as file:
-                yield from _read_rows(source, file, owned, PARSERS[format], on_bad_record, report)
+                yield from _read_rows(source, file, owned, PARSERS[format], report)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{source.name} is a damaged gzip file ({error}): fetch it again") from None
 
 
 def _read_rows(
-    source: Input,
-    file: BinaryIO,
-    owned: range,
-    parse: Callable[[str], Row | None],
-    on_bad_record: str,
-    report: ReadReport,
+    source: Input, file: BinaryIO, owned: range, parse: Callable[[str], Row | None], report: ReadReport
 ) -> Iterator[Document]:
     """The documents whose first line begins at an owned byte. A blank, empty or bad line ends a document."""
     start = offset = _line_start_before(file, owned.start)  # where this document begins, and this line
@@ -140,7 +119,7 @@ def _read_rows(
         except BadRecordError as error:
             if offset in owned:
                 number = 1 + _count_lines(source, offset)
-                _handle_bad_record(f"{source.name}:{number}", str(error), on_bad_record, report)
+                report.refuse(f"{source.name}:{number}", str(error))
         if row and offset in owned:
             report.counts["records"] += 1
             report.counts["empty_passages"] += not row.document.paragraphs
@@ -157,12 +136,6 @@ def _read_rows(
         offset += len(line)
     if rows and start in owned:
         yield _join_rows(rows)
-
-
-def _handle_bad_record(where: str, reason: str, on_bad_record: str, report: ReadReport) -> None:
-    if on_bad_record == "stop":
-        raise DataError(f"{where}: {reason}; fix the record, or leave such records out with --on_bad_record skip")
-    report.add_bad_record(where, reason)
 
 
 def _line_start_before(file: BinaryIO, position: int) -> int:
@@ -204,9 +177,7 @@ def _join_rows(rows: list[Row]) -> Document:
     )
 
 
-def _read_parquet(
-    inputs: list[Input], task: int, num_tasks: int, on_bad_record: str, report: ReadReport
-) -> Iterator[Document]:
+def _read_parquet(inputs: list[Input], task: int, num_tasks: int, report: ReadReport) -> Iterator[Document]:
     """Row groups whose first row is in the part; columns doc_id, title, paragraphs or id, title, text."""
     import pyarrow.parquet as parquet
     from pyarrow import ArrowException
@@ -236,7 +207,7 @@ def _read_parquet(
                 try:
                     document = parse_parquet_row(record)
                 except BadRecordError as error:
-                    _handle_bad_record(f"{source.name}: row {row}", str(error), on_bad_record, report)
+                    report.refuse(f"{source.name}: row {row}", str(error))
                     continue
                 if document.paragraphs:
                     yield document

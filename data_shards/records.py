@@ -1,20 +1,25 @@
-"""What readers give, and one record of a corpus file to one document: the line formats of the field, and Parquet rows.
+"""Files of the field record by record (every complaint names file and line, row or record), and corpora's formats.
 
-A parser takes a line and gives a Row, or None for a blank line or a header; a record without text gives a document
-without paragraphs. docs/corpora.md shows a line of each format.
+A parser of a corpus takes a line and gives a Row, or None for a blank line or a header; a record without text gives a
+document without paragraphs. docs/corpora.md shows a line of each format.
 """
 
 import csv
+import gzip
 import json
+import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quincunx.data_shards.durable import file_digest
+from quincunx.data_shards.errors import DataError
 
 MAX_EXAMPLES = 20
+BATCH_ROWS = 4096
 DPR_HEADER = ["id", "text", "title"]
 
 
@@ -41,14 +46,22 @@ class Document:
 class ReadReport:
     """What was read and what was left out, and why; passed to a reader, which fills it.
 
-    counts    documents, records, bad_records, empty_passages, and what a format counts besides
-    examples  the first bad records, each as "file:line: reason"
+    on_bad_record  "stop" or "skip"
+    counts         documents, records, bad_records, empty_passages, and what a format counts besides
+    examples       the first bad records, each as "file:line: reason"
     """
 
+    on_bad_record: str = "stop"
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
-    def add_bad_record(self, where: str, reason: str) -> None:
+    def refuse(self, where: str, reason: str) -> None:
+        """Raises DataError for a record that cannot be read, or skips and counts it."""
+        if self.on_bad_record == "stop":
+            raise DataError(f"{where}: {reason}; fix the record, or leave such records out with --on_bad_record skip")
+        self.skip(where, reason)
+
+    def skip(self, where: str, reason: str) -> None:
         self.counts["bad_records"] += 1
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(f"{where}: {reason}")
@@ -121,6 +134,7 @@ def _passage(passage_id: str, title: str, text: str) -> Document:
 
 
 def load_json(line: str) -> dict | None:
+    """The object of a JSON line; None for a blank one."""
     if not line.strip():
         return None
     try:
@@ -130,6 +144,69 @@ def load_json(line: str) -> dict | None:
     if not isinstance(record, dict):
         raise BadRecordError(f"a JSON {type(record).__name__}, an object is needed")
     return record
+
+
+def read_lines(path: str | Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file (.gz: unpacked), line ends kept, a byte order mark removed.
+
+    Raises:
+        DataError: no such file, not UTF-8, or damaged gzip.
+    """
+    opener = gzip.open if str(path).endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                yield line.removeprefix("\ufeff") if number == 1 else line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is a damaged gzip file ({error}): fetch it again") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 after line {number} ({error.reason}): convert it") from None
+
+
+def read_records(
+    path: str | Path, parse: Callable[[Any], Any], *, json_lines: bool | None = None, columns: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """(where it stands, what `parse` makes of it) of each record, without the Nones.
+
+    A record is an object of a JSON-lines file (told by its ending, or by `json_lines`), a row of a .parquet file (of
+    `columns` those that it has; none given: all), else a line.
+
+    Raises:
+        DataError: as read_lines; a record for which `parse` raises BadRecordError.
+    """
+    records, place = read_lines(path), ":"
+    if str(path).endswith(".parquet"):
+        records, place = _parquet_rows(path, columns), ": row "
+    elif json_lines or (json_lines is None and str(path).removesuffix(".gz").endswith(".jsonl")):
+        own, parse = parse, lambda line: None if (record := load_json(line)) is None else own(record)
+    yield from parse_each(path, records, parse, place)
+
+
+def parse_each(path: str | Path, records: Iterable[Any], parse: Callable[[Any], Any], place: str) -> Iterator:
+    """As read_records, of `records` whose numbers stand after `place` in messages."""
+    for number, record in enumerate(records, 1):
+        try:
+            parsed = parse(record)
+        except BadRecordError as error:
+            raise DataError(f"{path}{place}{number}: {error}; fix or remove the record") from None
+        if parsed is not None:
+            yield f"{path}{place}{number}", parsed
+
+
+def _parquet_rows(path: str | Path, columns: Sequence[str]) -> Iterator[dict]:
+    import pyarrow.parquet as parquet
+    from pyarrow import ArrowException
+
+    try:
+        table = parquet.ParquetFile(path)
+        wanted = [name for name in columns if name in table.schema_arrow.names] or None
+        for batch in table.iter_batches(BATCH_ROWS, columns=wanted):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet ({error}): fetch it or make it again") from None
 
 
 def _field(record: dict, name: str) -> Any:

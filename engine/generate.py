@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from quincunx.data_shards.artefact import artefact
-from quincunx.data_shards.build_settings import SHORTEST_PASSAGE
+from quincunx.data_shards.build_settings import SHORTEST_PASSAGE, CorpusFormat
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.generations import KIND
 from quincunx.data_shards.passages import Passage, split_documents
@@ -37,8 +37,8 @@ class GenerateSettings:
     """What to write for each passage: queries (for the task dor) or one continuation (for gor)."""
     model: str
     """Sequence-to-sequence (doc2query) or causal (GPT-2) model: Hugging Face id, folder, or package:NAME/folder."""
-    format: str
-    """Corpus format: beir, msmarco, dpr, documents, parquet or python_docs."""
+    format: CorpusFormat
+    """Corpus format (docs/corpora.md)."""
     path: str
     """Corpus: file, folder or pattern; package names for python_docs."""
     tokenizer: str
@@ -113,15 +113,14 @@ def generate_corpus(settings: GenerateSettings, environment: Environment) -> dic
     )
     generator.prompt_limit(sampling.max_new_tokens)
     made_from = describe(settings, inputs, num_parts, tokenizer_digest(tokenizer), generator.digest, precision)
-    report = ReadReport()
+    report = ReadReport(settings.on_bad_record)
     counts = {"parts": 0, "passages": 0, "texts": 0, "empty_texts": 0, "cut_prompts": 0}
     place = {"rank": environment.rank, "world_size": environment.world_size}
     with artefact(settings.output, KIND, made_from, remake=settings.remake, **place) as work:
         if work is None:
             return counts
         for part in work.missing(num_parts):
-            bad_record = settings.on_bad_record
-            documents = read_documents(settings.format, settings.path, part, num_parts, bad_record, report)
+            documents = read_documents(settings.format, settings.path, part, num_parts, report)
             split_up = split_documents(documents, tokenizer, settings.max_tokens, settings.with_titles, report)
             passages = [passage for _, of_document in split_up for passage in of_document]
             label = f"part {part + 1} of {num_parts}" if environment.is_main else None

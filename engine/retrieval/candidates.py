@@ -16,8 +16,8 @@ from typing import Any
 from quincunx.data_shards.artefact import manifest_path, open_artefact
 from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.records import BadRecordError, check_id
-from quincunx.engine.retrieval.files import first_of, in_groups, read_records
+from quincunx.data_shards.records import BadRecordError, check_id, read_records
+from quincunx.engine.retrieval.files import first_of, in_groups
 
 CANDIDATES = "candidates"
 ENDINGS = (".jsonl", ".parquet")

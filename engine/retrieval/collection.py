@@ -14,8 +14,8 @@ import xxhash
 
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.readers import list_inputs
-from quincunx.data_shards.records import BadRecordError, check_id, check_text, parse_dpr
-from quincunx.engine.retrieval.files import first_of, in_groups, read_lines, read_questions, read_records
+from quincunx.data_shards.records import BadRecordError, check_id, check_text, parse_dpr, read_lines, read_records
+from quincunx.engine.retrieval.files import first_of, in_groups, read_questions
 
 PASSAGE_FORMATS = {"beir": "beir", "msmarco": "msmarco", "dpr": "dpr", "jsonl": "documents", "parquet": "parquet"}
 """Format of passages -> the format whose files `readers.list_inputs` finds."""

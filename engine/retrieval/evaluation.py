@@ -18,7 +18,7 @@ import numpy as np
 
 from quincunx.data_shards.durable import file_digest, written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.engine.retrieval.files import read_records
+from quincunx.data_shards.records import read_records
 from quincunx.engine.retrieval.trec import Qrels, Run
 
 ALIASES = {"MRR": "RR", "MAP": "AP", "Recall": "R", "Precision": "P", "NDCG": "nDCG", "ndcg": "nDCG"}

@@ -6,14 +6,14 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import BadRecordError, check_text, load_json
+from quincunx.data_shards.records import BadRecordError, check_text, parse_each, read_records
 
 Item = TypeVar("Item")
 BETWEEN = re.compile(r"[\s,]*")
@@ -21,68 +21,6 @@ CHUNK = 1 << 24
 MAX_RECORD = 1 << 28
 """Characters of one question with its passages; DPR's have about 100,000."""
 MAX_NAMED = 3
-
-
-def read_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file (.gz: unpacked), line ends kept, a byte order mark removed.
-
-    Raises:
-        DataError: no such file, not UTF-8, or damaged gzip.
-    """
-    opener = gzip.open if str(path).endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                yield line.removeprefix("\ufeff") if number == 1 else line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is a damaged gzip file ({error}): fetch it again") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 after line {number} ({error.reason}): convert it") from None
-
-
-def read_records(
-    path: str | Path, parse: Callable[[Any], Any], *, json_lines: bool | None = None, columns: Sequence[str] = ()
-) -> Iterator[tuple[str, Any]]:
-    """(where it stands, what `parse` makes of it) of each record, without the Nones.
-
-    A record is an object of a JSON-lines file (told by its ending, or by `json_lines`), a row of a .parquet file (of
-    `columns` those that it has; none given: all), else a line.
-
-    Raises:
-        DataError: as read_lines; a record for which `parse` raises BadRecordError.
-    """
-    records, place = read_lines(path), ":"
-    if str(path).endswith(".parquet"):
-        records, place = _parquet_rows(path, columns), ": row "
-    elif json_lines or (json_lines is None and str(path).removesuffix(".gz").endswith(".jsonl")):
-        own, parse = parse, lambda line: None if (record := load_json(line)) is None else own(record)
-    yield from _parsed(path, records, parse, place)
-
-
-def _parsed(path: str | Path, records: Iterable[Any], parse: Callable[[Any], Any], place: str) -> Iterator:
-    for number, record in enumerate(records, 1):
-        try:
-            parsed = parse(record)
-        except BadRecordError as error:
-            raise DataError(f"{path}{place}{number}: {error}; fix or remove the record") from None
-        if parsed is not None:
-            yield f"{path}{place}{number}", parsed
-
-
-def _parquet_rows(path: str | Path, columns: Sequence[str]) -> Iterator[dict]:
-    import pyarrow.parquet as parquet
-    from pyarrow import ArrowException
-
-    try:
-        table = parquet.ParquetFile(path)
-        wanted = [name for name in columns if name in table.schema_arrow.names] or None
-        for batch in table.iter_batches(columns=wanted):
-            yield from batch.to_pylist()
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet ({error}): fetch it or make it again") from None
 
 
 def read_questions(path: str | Path, parse: Callable[[dict], Any]) -> Iterator[tuple[str, Any]]:
@@ -112,7 +50,7 @@ def read_questions(path: str | Path, parse: Callable[[dict], Any]) -> Iterator[t
 
     if str(path).removesuffix(".gz").endswith(".csv"):
         return read_records(path, parse_line)
-    return _parsed(path, _json_list(path), parse_object, ": record ")
+    return parse_each(path, _json_list(path), parse_object, ": record ")
 
 
 def _json_list(path: str | Path) -> Iterator[Any]:

@@ -17,10 +17,9 @@ import numpy as np
 
 from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import BadRecordError, check_text
+from quincunx.data_shards.records import BadRecordError, check_text, read_lines, read_records
 from quincunx.data_shards.setting import setting
 from quincunx.engine.ranks import Environment, choose_device
-from quincunx.engine.retrieval.files import read_lines, read_records
 
 SPLITS = ("train", "dev", "test")
 

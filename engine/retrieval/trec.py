@@ -11,9 +11,9 @@ import numpy as np
 
 from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.records import BadRecordError, check_id
+from quincunx.data_shards.records import BadRecordError, check_id, read_records
 from quincunx.engine.retrieval.collection import Collection, make_collection
-from quincunx.engine.retrieval.files import first_of, read_questions, read_records
+from quincunx.engine.retrieval.files import first_of, read_questions
 
 Qrels = dict[str, dict[str, int]]
 """query id -> passage id -> grade; 0 or less: judged and not relevant"""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.readers import list_inputs, read_documents
 from quincunx.data_shards.records import Document, ReadReport
 
@@ -136,9 +136,9 @@ def test_parts_are_disjoint_and_together_the_corpus_for_any_number_of_tasks(
         with pytest.raises(DataError, match="is empty"):
             list_inputs("beir", str(pattern))
         return
-    whole, parts = ReadReport(), ReadReport()
-    expected = read_all("beir", pattern, on_bad_record="skip", report=whole)
-    assert read_all("beir", pattern, num_tasks, on_bad_record="skip", report=parts) == expected
+    whole, parts = ReadReport("skip"), ReadReport("skip")
+    expected = read_all("beir", pattern, report=whole)
+    assert read_all("beir", pattern, num_tasks, report=parts) == expected
     assert parts.counts == whole.counts
     assert sorted(parts.examples) == sorted(whole.examples)
 
@@ -175,8 +175,8 @@ def test_a_bad_record_stops_with_file_and_line_or_is_skipped_and_counted(tmp_pat
         with pytest.raises(DataError, match=r"^corpus\.file:3: .*--on_bad_record skip$") as stopped:
             read_all(format, path, num_tasks)
         assert reason in str(stopped.value)
-        report = ReadReport()
-        assert len(read_all(format, path, num_tasks, on_bad_record="skip", report=report)) == 3
+        report = ReadReport("skip")
+        assert len(read_all(format, path, num_tasks, report=report)) == 3
         assert report.counts["bad_records"] == 1
         assert report.examples[0].startswith("corpus.file:3: ")
 
@@ -200,8 +200,6 @@ def test_what_is_no_corpus_is_refused_in_one_sentence(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    with pytest.raises(SettingsError, match=r"'document' is not known \(did you mean 'documents'\?\)"):
-        list_inputs("document", str(tmp_path))
     with pytest.raises(DataError, match=r"no beir corpus at .* folder with corpus\.jsonl"):
         list_inputs("beir", str(tmp_path))
     (tmp_path / "corpus.jsonl").touch()

@@ -348,6 +348,7 @@ def test_an_empty_corpus_a_bad_line_and_a_missing_file_are_one_sentence_each(tmp
     [
         ({"max_tokens": 2, "num_buckets": 3}, "max_tokens is 2; .*num_buckets is 3; give a power of two"),
         ({"tokenizer_megabytes": 0}, "tokenizer_megabytes is 0; it must be at least 1"),
+        ({"format": "document"}, r"invalid choice 'document' for argument '--format'.*'documents'"),
         *(
             ({"tokenizer": name}, f"tokenizer is {name}; give train:N with N from 300 to 1000000")
             for name in ("train:0", "train:abc", "train:", "train:2000000")
@@ -436,7 +437,7 @@ def test_a_tokenizer_is_trained_and_a_probe_and_pairs_are_cut_from_docstrings(tm
         assert {row[1] for row in judged} <= ids[split]
         assert {row[0] for row in judged} == {row["_id"] for row in read_jsonl(output / name / "queries.jsonl")}
         assert len(judged) == 5 if name == "probe" else judged
-    with pytest.raises(SettingsError, match="pairs was True and is None"):
+    with pytest.raises(SettingsError, match="pairs was True and is left out"):
         build(replace(settings, pairs=False))
 
 
