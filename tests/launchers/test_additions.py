@@ -138,7 +138,7 @@ def test_a_sixth_task_and_a_loss_of_the_sentence_vectors_train(tmp_path, tiny_sh
     learned = ["--tasks", "mkp", "sixth", "--task_weights", "1", "0.5", "--sentence_losses", "contrastive:0.1"]
     machine = ["--global_batch", "8", "--steps", "12", "--log_every", "1", "--tracking", "none", "--no_export"]
     data = ["--shards", str(tiny_shards), "--output", str(tmp_path / "run"), "--held_out_every", "0", "--device", "cpu"]
-    rates = ["--learning_rate", "1e-2", "--decoder", "enhanced", "--recipe", "demo"]
+    rates = ["--recipe", "demo", "--probe", "None", "--micro_batch", "8", "--learning_rate", "1e-2"]
     folder = run(tmp_path, TASK_AND_LOSS, *rates, *sizes, *learned, *machine, *data)
     for name in ("mlm", "mkp", "sixth", "contrastive"):
         found = losses(folder, name)
