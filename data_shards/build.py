@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ from quincunx.data_shards.tokenizer_training import train_wordpiece
 KIND = "shards"
 TASK_BYTES = 8 * 2**20
 MAX_TASKS = 4096
+# Settings that decide the bytes of a set, in the order of its manifest.
+CONTENT = (
+    "format", "tokenizer", "tokenizer_megabytes", "max_tokens", "with_titles", "on_bad_record", "held_out_share",
+    "probe_queries", "tasks", "block_samples", "shard_bytes", "num_buckets",
+)  # fmt: skip
+RECORDED = ("quincunx", "datatrove", "tokenizers", "transformers", "numpy")
 # The pool's fork server imports these once, instead of every worker; transformers alone takes seconds.
 PRELOADED = [
     "quincunx.data_shards.build_task",
@@ -79,7 +86,7 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
             "command": [word for word in command if word != "--remake"],  # run again, it fixes the set
             "folder": os.getcwd(),
             "settings": asdict(settings),
-            "versions": versions(),
+            "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in RECORDED},
             "seconds": round(time.time() - started, 1),
         }
         return merge_tasks(plan, tuple(FileEntry(**source) for source in made_from["corpus"]), record)
@@ -87,33 +94,21 @@ def build_shards(settings: BuildSettings, command: list[str], say: Callable[[str
 
 def identify(settings: BuildSettings, inputs: list[Input]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that decide the bytes of the set, and all that does: also the sources and a given tokenizer."""
-    trained = settings.tokenizer.startswith(TRAIN_PREFIX)
     files = list_generation_files(settings.generations)
     sources = [*inputs, *(Input(path.name, (path,), path.stat().st_size) for path in files)]
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(lambda source: source.digest, sources))
-    input_bytes = sum(source.bytes for source in inputs)
-    content = {
-        "format": settings.format,
-        "tokenizer": settings.tokenizer if trained else "given",
-        "tokenizer_megabytes": settings.tokenizer_megabytes if trained else 0,
-        "max_tokens": settings.max_tokens,
-        "with_titles": settings.with_titles,
-        "on_bad_record": settings.on_bad_record,
-        "held_out_share": settings.held_out_share,
-        "probe_queries": settings.probe_queries,
-        "tasks": settings.tasks or max(1, min(MAX_TASKS, -(-input_bytes // TASK_BYTES))),
-        "block_samples": settings.block_samples,
-        "shard_bytes": settings.shard_bytes,
-        "num_buckets": settings.num_buckets,
-        "num_generation_files": len(files),
-        "block_version": 1,
-        "schema_version": SCHEMA_VERSION,
-    } | ({"pairs": True} if settings.pairs else {})  # absent otherwise: sets from before it keep their identity
-    return content, content | {
-        "corpus": [{"name": s.name, "bytes": s.bytes, "digest": digest} for s, digest in zip(sources, digests)],
-        "tokenizer_digest": "" if trained else tokenizer_digest(load_tokenizer(settings.tokenizer)),
-    }
+    content = {name: getattr(settings, name) for name in CONTENT}
+    content["tasks"] = settings.tasks or max(1, min(MAX_TASKS, -(-sum(s.bytes for s in inputs) // TASK_BYTES)))
+    given_digest = ""
+    if not settings.tokenizer.startswith(TRAIN_PREFIX):
+        content |= {"tokenizer": "given", "tokenizer_megabytes": 0}
+        given_digest = tokenizer_digest(load_tokenizer(settings.tokenizer))
+    content |= {"num_generation_files": len(files), "block_version": 1, "schema_version": SCHEMA_VERSION}
+    if settings.pairs:  # absent otherwise: sets from before it keep their identity
+        content["pairs"] = True
+    corpus = [{"name": s.name, "bytes": s.bytes, "digest": digest} for s, digest in zip(sources, digests)]
+    return content, content | {"corpus": corpus, "tokenizer_digest": given_digest}
 
 
 def read_made_from(output: Path) -> dict[str, Any] | None:
@@ -210,14 +205,6 @@ def sample_texts(settings: BuildSettings, tasks: int) -> Iterator[str]:
                 break
 
 
-def versions() -> dict[str, str]:
-    """Of what decides how a build behaves."""
-    from importlib.metadata import version
-
-    names = ("quincunx", "datatrove", "tokenizers", "transformers", "numpy")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
-
-
 def run_tasks(plan: TaskPlan, settings: BuildSettings) -> bool:
     """Runs every unfinished task; returns whether all are finished now (Slurm jobs may take their time).
 
@@ -226,53 +213,52 @@ def run_tasks(plan: TaskPlan, settings: BuildSettings) -> bool:
         DataError: what a task failed with.
     """
     missing = [task for task in range(plan.num_tasks) if not plan.work.is_done(task)]
-    if missing and settings.executor == "local":
-        run_locally(plan, missing, settings.workers or len(os.sched_getaffinity(0)), settings.progress)
-    elif missing:
-        for task in missing:  # a marker of datatrove's may have outlived its files in a crash
-            Path(plan.datatrove_folder, "completions", f"{task:05d}").unlink(missing_ok=True)
-        run = run_on_ray if settings.executor == "ray" else submit_to_slurm
-        return run(plan, settings, len(missing))
-    return True
+    if not missing:
+        return True
+    if settings.executor == "local":
+        run_locally(plan, missing, settings)
+        return True
+    for task in missing:  # a marker of datatrove's may have outlived its files in a crash
+        Path(plan.datatrove_folder, "completions", f"{task:05d}").unlink(missing_ok=True)
+    if settings.executor == "ray":
+        run_on_ray(plan, settings)
+        return True
+    submit_to_slurm(plan, settings, len(missing))
+    return False
 
 
-def run_locally(plan: TaskPlan, tasks: list[int], workers: int, show_progress: bool) -> None:
+def run_locally(plan: TaskPlan, tasks: list[int], settings: BuildSettings) -> None:
     """Runs tasks on this machine's cores, a bar of finished tasks on stderr."""
+    workers = min(settings.workers or len(os.sched_getaffinity(0)), len(tasks))
     run = partial(run_task, plan)
-    with contextlib.ExitStack() as stack:
-        seconds = 0.1 if sys.stderr.isatty() else 30  # a log file gets a line now and then
-        bar = tqdm(
-            total=plan.num_tasks, initial=plan.num_tasks - len(tasks), desc="shards", unit="task", mininterval=seconds,
-            disable=not show_progress,
-        )  # fmt: skip
-        stack.enter_context(bar)
-        if min(workers, len(tasks)) == 1:
-            results = map(run, tasks)
-        else:
-            context = multiprocessing.get_context("forkserver")  # a killed builder's workers end after their task
-            context.set_forkserver_preload(PRELOADED)
-            pool = stack.enter_context(context.Pool(min(workers, len(tasks))))
-            results = pool.imap_unordered(run, tasks)
-        for _ in results:
-            bar.update()
+    bar = partial(
+        tqdm, total=plan.num_tasks, initial=plan.num_tasks - len(tasks), desc="shards", unit="task",
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
+        disable=not settings.progress,
+    )  # fmt: skip
+    if workers == 1:
+        for _ in bar(map(run, tasks)):
+            pass
+        return
+    context = multiprocessing.get_context("forkserver")  # a killed builder's workers end after their task
+    context.set_forkserver_preload(PRELOADED)
+    with context.Pool(workers) as pool:
+        for _ in bar(pool.imap_unordered(run, tasks)):
+            pass
 
 
-class TaskStep:
-    """A datatrove pipeline of one step: run task `rank` of the plan; leaves what it fails with for the builder."""
-
-    def __init__(self, plan: TaskPlan):
-        self.plan = plan
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> None:
-        try:
-            with full_disk_is_named(self.plan.work.path.parent):
-                run_task(self.plan, rank)
-        except Exception as error:
-            known = isinstance(error, (DataError, SettingsError))
-            text = str(error) if known else f"{type(error).__name__}: {error} (see {self.plan.datatrove_folder}/logs)"
-            with contextlib.suppress(OSError):  # a full disk, say, which is what the task failed with
-                self.plan.task_file(rank, "error").write_text(text)
-            raise
+def run_elsewhere(plan: TaskPlan, data: Any, rank: int, world_size: int) -> None:
+    """A step of a datatrove pipeline: runs task `rank`, and leaves what it fails with for the builder."""
+    try:
+        with full_disk_is_named(plan.work.path.parent):
+            run_task(plan, rank)
+    except Exception as error:
+        known = isinstance(error, (DataError, SettingsError))
+        text = str(error) if known else f"{type(error).__name__}: {error} (see {plan.datatrove_folder}/logs)"
+        with contextlib.suppress(OSError):  # a full disk, say, which is what the task failed with
+            plan.task_file(rank, "error").parent.mkdir(exist_ok=True)
+            plan.task_file(rank, "error").write_text(text)
+        raise
 
 
 def raise_errors(plan: TaskPlan) -> None:
@@ -286,23 +272,20 @@ def raise_errors(plan: TaskPlan) -> None:
         raise DataError(errors[0] + more)
 
 
-def run_on_ray(plan: TaskPlan, settings: BuildSettings, num_missing: int) -> bool:
+def run_on_ray(plan: TaskPlan, settings: BuildSettings) -> None:
     try:
         import ray  # noqa: F401
         from datatrove.executor.ray import RayPipelineExecutor
     except ImportError:
         raise SettingsError("executor ray needs ray: pip install 'quincunx[ray]', or give --executor local") from None
-    executor = RayPipelineExecutor(
-        [TaskStep(plan)], plan.num_tasks, settings.workers or -1, logging_dir=plan.datatrove_folder
-    )
-    executor.run()
+    steps, workers = [partial(run_elsewhere, plan)], settings.workers or -1
+    RayPipelineExecutor(steps, plan.num_tasks, workers, logging_dir=plan.datatrove_folder).run()
     raise_errors(plan)
     if not all(plan.work.is_done(task) for task in range(plan.num_tasks)):
         raise DataError(f"tasks ended without a result: see {plan.datatrove_folder}, and run the same command again")
-    return True
 
 
-def submit_to_slurm(plan: TaskPlan, settings: BuildSettings, num_missing: int) -> bool:
+def submit_to_slurm(plan: TaskPlan, settings: BuildSettings, num_missing: int) -> None:
     """Submits a job array of the unfinished tasks, unless the one submitted before is still in the queue."""
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
@@ -315,10 +298,10 @@ def submit_to_slurm(plan: TaskPlan, settings: BuildSettings, num_missing: int) -
             if queue.strip():
                 finished = plan.num_tasks - num_missing
                 print(f"Slurm job {job} is in the queue, {finished} of {plan.num_tasks} tasks are finished.")
-                return False
+                return
             raise_errors(plan)
         executor = SlurmPipelineExecutor(
-            [TaskStep(plan)],
+            [partial(run_elsewhere, plan)],
             plan.num_tasks,
             time=settings.slurm_time,
             partition=settings.slurm_partition,
@@ -340,4 +323,3 @@ def submit_to_slurm(plan: TaskPlan, settings: BuildSettings, num_missing: int) -
         ) from None
     job_file.write_text(str(executor.job_id))
     print(f"Submitted {num_missing} tasks as Slurm job {executor.job_id}.")
-    return False

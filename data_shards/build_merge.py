@@ -9,13 +9,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quincunx.data_shards.build_task import TaskPlan, id_hash
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.generations import Generations
 from quincunx.data_shards.shard_writer import StatisticsCounter, finish_shard_set, write_file
@@ -110,17 +111,13 @@ def write_probe(plan: TaskPlan, folder: Path) -> None:
     """
     limit = plan.content["probe_queries"]
     passages = list(read_texts(plan, "heldout"))
-    asked = sorted(
-        (passage for passage in passages if passage["query"]),
-        key=lambda passage: id_hash(passage["passage_id"]),
-    )[:limit]
+    asked = sorted((p for p in passages if p["query"]), key=lambda passage: id_hash(passage["passage_id"]))
     if not asked:
         raise DataError(
             f"probe_queries is {limit}, but no held-out passage of {plan.path} has a natural query: give 0, a format "
             "with queries (python_docs), or a larger held_out_share"
         )
-    judged = [(query_id(passage), passage["passage_id"]) for passage in asked]
-    write_beir(folder, passages, {query_id(passage): passage["query"] for passage in asked}, {"test": judged})
+    write_beir(folder, passages, [[passage] for passage in asked[:limit]], "test")
 
 
 def write_pairs(plan: TaskPlan, folder: Path) -> dict[str, int]:
@@ -140,10 +137,8 @@ def write_pairs(plan: TaskPlan, folder: Path) -> dict[str, int]:
             f"pairs were asked for, but no training passage of {plan.path} has a natural query: leave --pairs out, or "
             "give a format with queries (python_docs)"
         )
-    judged = [(query_id(group[0]), passage["passage_id"]) for group in groups for passage in group]
-    queries = {query_id(group[0]): group[0]["query"] for group in groups}
-    write_beir(folder, read_texts(plan, "train"), queries, {"train": judged})
-    return {"queries": len(queries), "judgements": len(judged), "left_out": len(asked) - len(groups)}
+    write_beir(folder, read_texts(plan, "train"), groups, "train")
+    return {"queries": len(groups), "judgements": sum(map(len, groups)), "left_out": len(asked) - len(groups)}
 
 
 def folded(query: str) -> str:
@@ -158,19 +153,18 @@ def read_texts(plan: TaskPlan, split: str) -> Iterator[dict[str, str]]:
             yield from map(json.loads, lines)
 
 
-def query_id(passage: dict[str, str]) -> str:
-    return f"q-{passage['passage_id']}"
-
-
 def write_beir(
-    folder: Path, passages: Iterable[dict[str, str]], queries: dict[str, str], qrels: dict[str, list[tuple[str, str]]]
+    folder: Path, passages: Iterable[dict[str, str]], groups: list[list[dict[str, str]]], split: str
 ) -> None:
-    """Writes a BEIR folder. queries: text by id; qrels: (query id, passage id) by split, all of grade 1."""
-    corpus = ({"_id": p["passage_id"], "title": "", "text": p["text"]} for p in passages)
-    asked = ({"_id": query, "text": text} for query, text in queries.items())
+    """Writes a BEIR folder; a group's passages are all judged, with grade 1, to answer the query of its first."""
+    asked = [(f"q-{group[0]['passage_id']}", group) for group in groups]
+    judged = (f"{query}\t{passage['passage_id']}\t1" for query, group in asked for passage in group)
+    files: dict[str, Iterable[str]] = {
+        "corpus.jsonl": (json.dumps({"_id": p["passage_id"], "title": "", "text": p["text"]}) for p in passages),
+        "queries.jsonl": (json.dumps({"_id": query, "text": group[0]["query"]}) for query, group in asked),
+        f"qrels/{split}.tsv": chain(["query-id\tcorpus-id\tscore"], judged),
+    }
     shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
-    for name, rows in (("corpus.jsonl", corpus), ("queries.jsonl", asked)):
-        write_file(folder / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    for split, judged in qrels.items():
-        lines = ["query-id\tcorpus-id\tscore", *(f"{query}\t{passage}\t1" for query, passage in judged)]
-        write_file(folder / "qrels" / f"{split}.tsv", ("\n".join(lines) + "\n").encode())
+    for name, lines in files.items():
+        with written_whole(folder / name) as file:
+            file.writelines(f"{line}\n" for line in lines)

@@ -23,30 +23,24 @@ from quincunx.data_shards.shards import (
     decode_block,
     read_manifest,
 )
-from quincunx.data_shards.tokenizer import load_tokenizer, special_ids, tokenizer_digest
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The state of one file of a set: `problems` is empty if it is sound."""
-
-    name: str
-    problems: list[str]
-    entry: ShardEntry | FileEntry | None = None
-    """What the manifest says of it."""
+from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify_shards` found; `command` is what built the set, "" if that is not known."""
+    """What `verify_shards` found.
+
+    problems  what is wrong with each file, by name; [] if it is sound
+    command   what built the set, "" if that is not known
+    """
 
     manifest: Manifest
-    findings: list[Finding]
+    problems: dict[str, list[str]]
     command: str
 
     @property
-    def damaged(self) -> list[Finding]:
-        return [finding for finding in self.findings if finding.problems]
+    def damaged(self) -> dict[str, list[str]]:
+        return {name: found for name, found in self.problems.items() if found}
 
 
 def verify_shards(path: str) -> Report:
@@ -61,30 +55,29 @@ def verify_shards(path: str) -> Report:
     files = Files(path)
     manifest = read_manifest(files)
     counter = StatisticsCounter(manifest.vocab_size, int(manifest.settings["num_buckets"]))
-    findings: list[Finding] = []
+    problems: dict[str, list[str]] = {}
     for name, entry in tqdm(manifest.files.items(), desc="verify", unit="file", disable=None):
         data = files.read_all(name)
         if data is None:
-            problems = ["is missing"]
+            problems[name] = ["is missing"]
         elif isinstance(entry, ShardEntry):
-            problems = check_shard(data, entry, manifest.vocab_size, counter)
+            problems[name] = check_shard(data, entry, manifest.vocab_size, counter)
         else:
-            problems = check_bytes(data, entry)
-        sound = not any([problems, *(finding.problems for finding in findings)])
-        if entry is manifest.statistics and sound and counter.to_bytes() != data:
-            problems = ["differs from a recount over the shards"]
-        findings.append(Finding(name, problems, entry))
-    if files.folder and not any(f.problems for f in findings if f.name.startswith(TOKENIZER_FOLDER)):
-        problems = check_tokenizer(str(files.folder / TOKENIZER_FOLDER), manifest)
-        findings.append(Finding(f"{TOKENIZER_FOLDER} (as loaded)", problems))
+            problems[name] = check_bytes(data, entry)
+        if entry is manifest.statistics and not any(problems.values()) and counter.to_bytes() != data:
+            problems[name] = ["differs from a recount over the shards"]
+    if files.folder and not any(found for name, found in problems.items() if name.startswith(TOKENIZER_FOLDER)):
+        digest = tokenizer_digest(load_tokenizer(str(files.folder / TOKENIZER_FOLDER)))
+        other = ["loads with another digest than the manifest's"] * (digest != manifest.tokenizer_digest)
+        problems[f"{TOKENIZER_FOLDER} (as loaded)"] = other
     command = ""
     if (record := files.read_all("build.json")) is not None:
         try:
             command = shlex.join(json.loads(record)["command"])
         except (ValueError, KeyError, TypeError):
             problem = "is damaged, so how the set was built is not known: copy it again, or build the set anew"
-            findings.append(Finding("build.json", [problem]))
-    return Report(manifest, findings, command)
+            problems["build.json"] = [problem]
+    return Report(manifest, problems, command)
 
 
 def check_bytes(data: bytes, entry: ShardEntry | FileEntry) -> list[str]:
@@ -102,11 +95,9 @@ def check_shard(data: bytes, shard: ShardEntry, vocab_size: int, counter: Statis
             block = check_block(data, entry, vocab_size)
         except DataError as error:
             problems.append(f"block {number} {error}")
-            continue
-        if shard.split == "train":
-            counter.add_block(block)
-    if sum(block.samples for block in shard.blocks) != shard.samples:
-        problems.append(f"is said to hold {shard.samples} samples, its blocks hold another number")
+        else:
+            if shard.split == "train":
+                counter.add_block(block)
     if len(data) != shard.bytes or not problems:
         problems = check_bytes(data, shard) + problems
     if not problems:
@@ -119,10 +110,8 @@ def check_shard(data: bytes, shard: ShardEntry, vocab_size: int, counter: Statis
 
 def check_block(data: bytes, entry: BlockEntry, vocab_size: int) -> Block:
     """The decoded block; raises DataError with what is wrong."""
-    for offset, size, digest in (
-        (entry.offset, entry.size, entry.digest),
-        (entry.ids_offset, entry.ids_size, entry.ids_digest),
-    ):
+    ids = (entry.ids_offset, entry.ids_size, entry.ids_digest)
+    for offset, size, digest in ((entry.offset, entry.size, entry.digest), ids):
         member = data[offset - TAR_HEADER_BYTES : offset + size]
         if len(member) != size + TAR_HEADER_BYTES:
             raise DataError("is cut off")
@@ -139,14 +128,3 @@ def check_block(data: bytes, entry: BlockEntry, vocab_size: int) -> Block:
     if num_ids != entry.samples:
         raise DataError(f"has {num_ids} passage ids for {entry.samples} samples")
     return block
-
-
-def check_tokenizer(folder: str, manifest: Manifest) -> list[str]:
-    """Whether the tokenizer in the set, loaded as training loads it, is the one that the manifest names."""
-    tokenizer = load_tokenizer(folder)
-    problems = []
-    if tokenizer_digest(tokenizer) != manifest.tokenizer_digest:
-        problems.append("loads with another digest than the manifest's")
-    if special_ids(tokenizer) != manifest.special_ids or len(tokenizer) != manifest.vocab_size:
-        problems.append("has other special ids or another vocabulary size than the manifest")
-    return problems

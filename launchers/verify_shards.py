@@ -30,7 +30,7 @@ def main() -> int:
     report = verify_shards(settings.shards)
     print(table(report))
     if report.damaged:
-        names = ", ".join(finding.name for finding in report.damaged)
+        names = ", ".join(report.damaged)
         rebuild = (
             f", or delete the damaged shards and run `{report.command}` again, which makes only these (with --remake, "
             "the whole set)"
@@ -41,19 +41,19 @@ def main() -> int:
 
 def table(report) -> str:
     """One line for each file, and what is wrong with it below."""
-    width = max(len(finding.name) for finding in report.findings)
+    width = max(map(len, report.problems))
     lines = [f"{'file':<{width}}  {'bytes':>14}  {'blocks':>7}  {'samples':>11}  state"]
-    for finding in report.findings:
-        entry = finding.entry
+    for name, problems in report.problems.items():
+        entry = report.manifest.files.get(name)
         counts = [] if entry is None else [entry.bytes]
         counts += [len(entry.blocks), entry.samples] if hasattr(entry, "blocks") else []
         numbers = [*(f"{count:,}" for count in counts), "", "", ""]
         cells = "  ".join(f"{number:>{size}}" for number, size in zip(numbers, (14, 7, 11)))
-        lines.append(f"{finding.name:<{width}}  {cells}  {'DAMAGED' if finding.problems else 'ok'}")
-        lines += [f"  {finding.name} {problem}" for problem in finding.problems]
+        lines.append(f"{name:<{width}}  {cells}  {'DAMAGED' if problems else 'ok'}")
+        lines += [f"  {name} {problem}" for problem in problems]
     manifest = report.manifest
     lines.append(
-        f"{len(report.findings)} files, {len(report.damaged)} damaged; {manifest.num_samples('train'):,} training and "
+        f"{len(report.problems)} files, {len(report.damaged)} damaged; {manifest.num_samples('train'):,} training and "
         f"{manifest.num_samples('heldout'):,} held-out samples; dataset id {manifest.dataset_id}"
     )
     return "\n".join(lines)

@@ -116,7 +116,7 @@ def test_a_damaged_cache_file_is_fetched_again_and_a_damaged_remote_block_is_ref
     ):
         shards.read_block("train", 1)
     damaged = verify_shards(memory_set).damaged
-    assert [finding.problems for finding in damaged] == [["block 1 does not match its digest"]]
+    assert list(damaged.values()) == [["block 1 does not match its digest"]]
 
 
 def test_a_disk_without_room_for_another_file_costs_the_cache_and_not_the_run(local_set, memory_set, small_disk):

@@ -190,7 +190,7 @@ def test_a_mutilated_shard_is_refused_by_training_and_by_verify_with_shard_block
         assert f"block {block}" in message
     with pytest.raises(DataError, match=rf"block {block or 0} of shard {shard.name}.*verify_shards\.py"):
         running.read_block("train", first_block + (block or 0))
-    findings = {finding.name: finding.problems for finding in verify_shards(str(damaged)).damaged}
+    findings = verify_shards(str(damaged)).damaged
     assert shard.name in findings
     if block is not None:
         assert any(f"block {block}" in problem for problem in findings[shard.name])
@@ -208,7 +208,7 @@ def test_a_damaged_companion_is_refused(damaged, name):
     flip(damaged / name, 1000)
     with pytest.raises(DataError, match=rf"{name} in .* does not match its digest.*: copy the file again"):
         open_shards(damaged)
-    assert name in {finding.name for finding in verify_shards(str(damaged)).damaged}
+    assert name in verify_shards(str(damaged)).damaged
     (damaged / name).unlink()
     with pytest.raises(DataError, match=rf"{name} in .* is missing"):
         open_shards(damaged)
@@ -229,7 +229,7 @@ def test_ids_beyond_the_vocabulary_are_refused_even_where_every_digest_holds(dam
     (damaged / "manifest.json").write_text(manifest_text(narrow))
     with pytest.raises(DataError, match=r"block 0 of shard train-00000-000.tar .* beyond the vocabulary of 2000"):
         read_all_blocks(damaged)
-    assert "train-00000-000.tar" in {finding.name for finding in verify_shards(str(damaged)).damaged}
+    assert "train-00000-000.tar" in verify_shards(str(damaged)).damaged
 
 
 def test_ids_beyond_the_vocabulary_are_refused_by_the_writer(tmp_path):
