@@ -140,12 +140,17 @@ class Work:
         made = self.folder / "made"
         for left in made.rglob(".*.tmp*"):  # of processes that were killed
             left.unlink()
-        files = {} if own_manifest else self._list_files(made)
+        if not own_manifest:
+            paths = [path for path in sorted(made.rglob("*")) if path.is_file() and path != made / MANIFEST]
+            files = {
+                str(path.relative_to(made)): {"bytes": path.stat().st_size, "digest": file_digest(path)}
+                for path in paths
+            }
+            manifest = {"schema": SCHEMA_VERSION, **begun, "details": self.details, "files": files}
         if self.single:
             os.replace(made / self.path.name, self.path)
             sync_folder(self.path.parent)
         if not own_manifest:
-            manifest = {"schema": SCHEMA_VERSION, **begun, "details": self.details, "files": files}
             with written_whole(manifest_path(self.path) if self.single else made / MANIFEST) as file:
                 file.write(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         if not self.single:
@@ -153,12 +158,6 @@ class Work:
         sync_folder(self.path.parent)
         (self.folder / BEGUN).unlink(missing_ok=True)  # first, so that nothing goes on with a half of what follows
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _list_files(self, made: Path) -> dict[str, dict[str, Any]]:
-        paths = [path for path in sorted(made.rglob("*")) if path.is_file() and path != made / MANIFEST]
-        return {
-            str(path.relative_to(made)): {"bytes": path.stat().st_size, "digest": file_digest(path)} for path in paths
-        }
 
 
 @contextlib.contextmanager
@@ -196,13 +195,12 @@ def artefact(
         except OSError as error:
             raise cannot_write(path, error) from None
         with full_disk_is_named(path.parent), held(folder, path) if rank == 0 else contextlib.nullcontext():
-            found = take_up(path, folder, begun, rank)
+            take_up(path, folder, begun, rank)
             if not is_made(path, begun, read, single):  # by another process meanwhile
-                if found is None:
-                    own = folder / f"begun-by-{rank}.json"  # all ranks write the same, and none waits for another
-                    with written_whole(own) as file:
-                        json.dump(begun, file)
-                    os.replace(own, folder / BEGUN)
+                own = folder / f"begun-by-{rank}.json"  # all ranks write the same, and none waits for another
+                with written_whole(own) as file:
+                    json.dump(begun, file)
+                os.replace(own, folder / BEGUN)
                 work = Work(path, folder, single, rank, world_size)
                 try:
                     yield work
@@ -223,8 +221,8 @@ def work_folder(path: Path) -> Path:
     return path.with_name(f".{path.name}.work")
 
 
-def take_up(path: Path, folder: Path, begun: dict[str, Any], rank: int) -> dict[str, Any] | None:
-    """What begun.json says, once it says nothing else than `begun`. Raises SettingsError for parts of other work."""
+def take_up(path: Path, folder: Path, begun: dict[str, Any], rank: int) -> None:
+    """Returns once begun.json says nothing else than `begun`. Raises SettingsError for parts of other work."""
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     while (found := read_begun(folder)) not in (None, begun):
         if has_parts(folder) or time.monotonic() > deadline:
@@ -239,7 +237,6 @@ def take_up(path: Path, folder: Path, begun: dict[str, Any], rank: int) -> dict[
             (folder / BEGUN).unlink()
         else:
             time.sleep(POLL_SECONDS)
-    return found
 
 
 def has_parts(folder: Path) -> bool:

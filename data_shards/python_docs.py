@@ -31,7 +31,6 @@ from quincunx.data_shards.records import Document, Input, ReadReport
 from quincunx.data_shards.words import sentence_starts
 
 STDLIB = "stdlib"
-INSTALLED = "installed"
 # Direct dependencies of ours, so that every machine has them: about 24,000 passages, 20,000 of them with a query.
 DEFAULT_PACKAGES = (STDLIB, "datatrove", "deepspeed", "matplotlib", "numpy", "torch", "transformers")
 SKIPPED_FOLDERS = {
@@ -48,44 +47,33 @@ Scope = ast.Module | ast.ClassDef
 def list_packages(names: str) -> list[Input]:
     """The packages to read, in order of name; their files in order of path.
 
-    Args:
-        names: "default" (DEFAULT_PACKAGES), "installed" (the standard library and every installed distribution), or
-            names separated by commas: "stdlib,numpy,torch". A file of two distributions counts for the first.
+    names: "default" (DEFAULT_PACKAGES), or names separated by commas: "stdlib,numpy,torch".
 
     Raises:
         SettingsError: a name that is not installed. DataError: no Python file in all of them.
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    distributions = {
-        _normal_name(distribution.metadata["Name"]): distribution
-        for distribution in importlib.metadata.distributions()
-        if distribution.metadata["Name"]
-    }
-    if wanted == ["default"]:
-        wanted = list(DEFAULT_PACKAGES)
-    elif wanted == [INSTALLED]:
-        wanted = [STDLIB, *distributions]
+    wanted = {re.sub(r"[-_.]+", "-", name.strip()).lower() for name in names.split(",") if name.strip()}
     inputs: list[Input] = []
-    taken: set[Path] = set()
-    for name in sorted({_normal_name(name) for name in wanted}):
-        if name == STDLIB:
-            roots = _stdlib_files()
-        elif name in distributions:
-            listed = [file for file in distributions[name].files or [] if file.suffix == ".py"]
-            roots = sorted((file.as_posix(), Path(str(distributions[name].locate_file(file)))) for file in listed)
-        else:
-            raise SettingsError(
-                f"the package {name!r} is not installed: give default, {INSTALLED}, {STDLIB}, or names "
-                "that `pip list` shows, separated by commas"
-            )
-        kept = [file for path, file in roots if not SKIPPED_FOLDERS & set(path.split("/")[:-1]) and file.is_file()]
-        kept = [file for file in kept if file not in taken]
-        taken.update(kept)
+    for name in sorted(DEFAULT_PACKAGES if wanted == {"default"} else wanted):
+        files = _stdlib_files() if name == STDLIB else _distribution_files(name)
+        kept = [file for path, file in files if not SKIPPED_FOLDERS & set(path.split("/")[:-1]) and file.is_file()]
         if kept:
             inputs.append(Input(name, tuple(kept), sum(file.stat().st_size for file in kept)))
     if not inputs:
         raise DataError(f"no Python source file in {names!r}: name packages that are written in Python, or {STDLIB}")
     return inputs
+
+
+def _distribution_files(name: str) -> list[tuple[str, Path]]:
+    """(path in its folder, file) of the Python files of an installed distribution, sorted."""
+    try:
+        files = importlib.metadata.distribution(name).files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise SettingsError(
+            f"the package {name!r} is not installed: give default, {STDLIB}, or names that `pip list` shows, separated "
+            "by commas"
+        ) from None
+    return sorted((file.as_posix(), Path(str(file.locate()))) for file in files if file.suffix == ".py")
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
@@ -211,7 +199,3 @@ def _module_name(file: Path) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _normal_name(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()

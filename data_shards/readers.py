@@ -60,11 +60,7 @@ def part_range(total: int, task: int, num_tasks: int) -> range:
 
 
 def read_documents(
-    format: str,
-    path: str,
-    task: int = 0,
-    num_tasks: int = 1,
-    report: ReadReport | None = None,
+    format: str, path: str, task: int = 0, num_tasks: int = 1, report: ReadReport | None = None
 ) -> Iterator[Document]:
     """The documents of part `task` of `num_tasks` of a corpus, in order; empty records are left out and counted.
 
@@ -99,7 +95,7 @@ def _read_inputs(format: str, inputs: list[Input], task: int, num_tasks: int, re
         if packed:
             owned = range(1 << 62)
         try:
-            with (gzip.open if packed else open)(source.files[0], "rb") as file:
+            with _open(source) as file:
                 yield from _read_rows(source, file, owned, PARSERS[format], report)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{source.name} is a damaged gzip file ({error}): fetch it again") from None
@@ -118,8 +114,7 @@ def _read_rows(
             row = parse(_decode(line, offset))
         except BadRecordError as error:
             if offset in owned:
-                number = 1 + _count_lines(source, offset)
-                report.refuse(f"{source.name}:{number}", str(error))
+                report.refuse(f"{source.name}:{_line_number(source, offset)}", str(error))
         if row and offset in owned:
             report.counts["records"] += 1
             report.counts["empty_passages"] += not row.document.paragraphs
@@ -151,14 +146,18 @@ def _line_start_before(file: BinaryIO, position: int) -> int:
     return 0
 
 
-def _count_lines(source: Input, offset: int) -> int:
-    """Lines before byte `offset` of the (unpacked) file; read only to name a bad record."""
-    count = 0
-    with (gzip.open if source.name.endswith(".gz") else open)(source.files[0], "rb") as file:
-        while offset > 0 and (chunk := file.read(min(1 << 22, offset))):
-            count += chunk.count(b"\n")
-            offset -= len(chunk)
-    return count
+def _line_number(source: Input, offset: int) -> int:
+    """The number of the line at byte `offset` of the (unpacked) file; read only to name a bad record."""
+    with _open(source) as file:
+        for number, line in enumerate(file, 1):
+            offset -= len(line)
+            if offset < 0:
+                return number
+
+
+def _open(source: Input) -> BinaryIO:
+    """The file of an input, unpacked."""
+    return (gzip.open if source.name.endswith(".gz") else open)(source.files[0], "rb")
 
 
 def _decode(line: bytes, offset: int) -> str:

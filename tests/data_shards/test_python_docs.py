@@ -1,6 +1,5 @@
 """The documentation installed on this machine as a corpus."""
 
-import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -142,12 +141,10 @@ def test_the_standard_library_is_a_corpus_in_a_fixed_order():
 def test_packages_are_listed_by_name_and_an_unknown_one_is_refused():
     names = [source.name for source in list_packages("stdlib, xxhash,Jinja2")]
     assert names == ["jinja2", "stdlib", "xxhash"]
-    everything = list_packages("installed")
-    assert {"stdlib", "numpy", "jinja2"} <= {source.name for source in everything}
-    assert len(everything) <= 1 + len({d.metadata["Name"] for d in importlib.metadata.distributions()})
-    files = [file for source in everything for file in source.files]
+    default = list_packages("default")
+    assert {source.name for source in default} >= {"stdlib", "numpy", "torch"}
+    files = [file for source in default for file in source.files]
     assert len(files) == len(set(files)) and not [file for file in files if "tests" in file.parts]
-    assert {source.name for source in list_packages("default")} >= {"stdlib", "numpy", "torch"}
     with pytest.raises(SettingsError, match="'no-such-package' is not installed"):
         list_packages("stdlib,no_such_package")
 
