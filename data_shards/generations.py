@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from quincunx.data_shards.artefact import MANIFEST, open_artefact
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.records import BadRecordError, check_id, check_text, read_records
+from quincunx.data_shards.records import BadRecordError, check_id, check_text, parse_objects
 from quincunx.data_shards.tasks import GENERATED
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
@@ -69,7 +69,7 @@ def index_generations(paths: Sequence[str], index_file: Path) -> dict[str, int]:
 
 def _insert_file(connection: sqlite3.Connection, file: Path) -> None:
     insert = f"INSERT OR REPLACE INTO generations VALUES (?{', ?' * len(GENERATED)})"
-    for where, (passage_id, texts) in read_records(file, parse_generation, columns=("passage_id", *GENERATED)):
+    for where, (passage_id, texts) in parse_objects(file, parse_generation, columns=("passage_id", *GENERATED)):
         # A second file may bring the other field; the same field twice is a mix-up that must not be settled by order.
         before = _lookup(connection, passage_id)
         if twice := sorted(before.keys() & texts.keys()):

@@ -166,27 +166,29 @@ def read_lines(path: str | Path) -> Iterator[str]:
         raise DataError(f"{path} is not UTF-8 after line {number} ({error.reason}): convert it") from None
 
 
-def read_records(
-    path: str | Path, parse: Callable[[Any], Any], *, json_lines: bool | None = None, columns: Sequence[str] = ()
-) -> Iterator[tuple[str, Any]]:
-    """(where it stands, what `parse` makes of it) of each record, without the Nones.
-
-    A record is an object of a JSON-lines file (told by its ending, or by `json_lines`), a row of a .parquet file (of
-    `columns` those that it has; none given: all), else a line.
+def parse_lines(path: str | Path, parse: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+    """(where it stands, what `parse` makes of it) of each line, without the Nones.
 
     Raises:
-        DataError: as read_lines; a record for which `parse` raises BadRecordError.
+        DataError: as read_lines; a line for which `parse` raises BadRecordError.
     """
-    records, place = read_lines(path), ":"
+    return parse_each(path, read_lines(path), parse, ":")
+
+
+def parse_objects(
+    path: str | Path, parse: Callable[[dict], Any], columns: Sequence[str] = ()
+) -> Iterator[tuple[str, Any]]:
+    """parse_lines of objects: the rows of a .parquet file, else the lines of JSON.
+
+    columns: those that are read of a .parquet file, if it has them; none given: all.
+    """
     if str(path).endswith(".parquet"):
-        records, place = _parquet_rows(path, columns), ": row "
-    elif json_lines or (json_lines is None and str(path).removesuffix(".gz").endswith(".jsonl")):
-        own, parse = parse, lambda line: None if (record := load_json(line)) is None else own(record)
-    yield from parse_each(path, records, parse, place)
+        return parse_each(path, _parquet_rows(path, columns), parse, ": row ")
+    return parse_lines(path, lambda line: None if (record := load_json(line)) is None else parse(record))
 
 
 def parse_each(path: str | Path, records: Iterable[Any], parse: Callable[[Any], Any], place: str) -> Iterator:
-    """As read_records, of `records` whose numbers stand after `place` in messages."""
+    """As parse_lines, of `records` whose numbers stand after `place` in messages."""
     for number, record in enumerate(records, 1):
         try:
             parsed = parse(record)

@@ -75,10 +75,11 @@ def main() -> None:
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.files import refuse_input
 
-    measures = [evaluation.measure_name(name, settings.relevant_from) for name in settings.measures]
+    for name in settings.measures:
+        evaluation.find_measure(name)
     inputs = {name: getattr(settings, name) for name in ("run", "qrels", "compare", "answers", "queries", "corpus")}
     for written in filter(None, (settings.output, settings.per_query)):
-        refuse_input(written, inputs)
+        refuse_input(written, settings)
     queries = read_queries(settings.queries) if settings.queries is not None else None
     # Answers are searched in the text alone, as DPR does; for ids it makes no difference.
     passages = read_passages(settings.corpus, titles=False) if settings.corpus is not None else None
@@ -102,7 +103,7 @@ def main() -> None:
             dropped[name]["identical_ids"] = sum(scores.pop(id, None) is not None for id, scores in run.items())
         parts = []
         if qrels is not None:
-            parts.append(evaluation.evaluate(run, qrels, measures, settings.relevant_from))
+            parts.append(evaluation.evaluate(run, qrels, settings.measures, settings.relevant_from))
         if answers is not None:
             parts.append(answer_hits(run, answers, passages, settings.answer_depths, settings.answer_regex))
         results.append(evaluation.joined(parts))

@@ -51,8 +51,7 @@ class MineSettings(MiningRules):
 
 def main() -> None:
     settings = parse_settings(MineSettings, __doc__.split("\n")[0])
-    read = ("run", "qrels", "corpus", "queries", "answers", "teacher_scores")
-    refuse_input(settings.output, {name: getattr(settings, name) for name in read})
+    refuse_input(settings.output, settings)
     from quincunx.data_shards.artefact import artefact
     from quincunx.engine.retrieval.candidates import iterate_candidates, write_candidates
     from quincunx.engine.retrieval.collection import read_passages, read_queries

@@ -157,7 +157,7 @@ def main() -> None:
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the prompt quietly
             search_on_terminal(finder, depth)
         return
-    refuse_input(settings.output, {name: getattr(settings, name) for name in ("queries", "qrels", "corpus")})
+    refuse_input(settings.output, settings)
     queries, depth = read_queries(settings.queries), settings.depth or DEPTH_OF_A_RUN
     if settings.qrels is not None:
         queries = judged_queries(queries, read_qrels(settings.qrels), settings.qrels)

@@ -23,7 +23,7 @@ from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tasks import TASKS
 from quincunx.engine.generate import GenerateSettings
-from quincunx.engine.retrieval.evaluation import measure_name
+from quincunx.engine.retrieval.evaluation import find_measure
 from quincunx.engine.retrieval.finetuning import FinetuneSettings
 from quincunx.engine.settings import PretrainSettings
 from quincunx.launchers import finetune, pretrain
@@ -178,7 +178,7 @@ def check(recipe: Recipe) -> None:
     """Parses the settings of every command as the command itself will."""
     need(bool(recipe.measures), "measures is empty; name at least one, the first is tested")
     for name in recipe.measures:
-        measure_name(name)
+        find_measure(name)
     unknown = [name for name in recipe.against if name not in recipe.variants]
     need(not unknown, f"against names {', '.join(unknown)}; the variants are {', '.join(recipe.variants)}")
     seeds = recipe.seeds

@@ -5,6 +5,7 @@ are normalised to NFD, cut into words (letters, digits and marks) and single oth
 matches where its words follow each other in the text. The title is not searched.
 """
 
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -20,19 +21,16 @@ from quincunx.engine.retrieval.trec import Run, best_first
 WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
 
-def words(text: str) -> list[str]:
-    """Lower-cased words and single other characters of the NFD-normalised text."""
-    return [word.lower() for word in WORD.findall(unicodedata.normalize("NFD", text))]
+def as_phrase(text: str) -> str:
+    """Lower-cased words and single other characters of the NFD-normalised text, single spaces between and at both ends.
+
+    No word holds a space, so that one phrase contains another where its words follow each other.
+    """
+    words = (word.lower() for word in WORD.findall(unicodedata.normalize("NFD", text)))
+    return f" {' '.join(words)} "
 
 
-def _as_phrase(text: str) -> str:
-    """The words between single spaces, a space at both ends; no word holds a space, so containment is exact."""
-    return f" {' '.join(words(text))} "
-
-
-@lru_cache(maxsize=1 << 16)
-def _answer_phrase(answer: str) -> str:
-    return _as_phrase(answer)
+_answer_phrase = lru_cache(maxsize=1 << 16)(as_phrase)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -55,28 +53,8 @@ def has_answer(text: str, answers: Iterable[str], is_regex: bool = False) -> boo
     if is_regex:
         normal = unicodedata.normalize("NFD", text)
         return any(_answer_pattern(answer).search(normal) is not None for answer in answers)
-    phrase = _as_phrase(text)
+    phrase = as_phrase(text)
     return any(wanted in phrase for answer in answers if (wanted := _answer_phrase(answer)).strip())
-
-
-def answer_ranks(
-    run: Run, answers: Mapping[str, Sequence[str]], passages: Collection, depth: int, is_regex: bool = False
-) -> dict[str, int | None]:
-    """For each question the rank (from 1) of the first passage with an answer among the best `depth`, else None.
-
-    A question that the run does not answer has None. Equal scores are ordered by passage id.
-
-    passages: read with titles=False.
-
-    Raises:
-        DataError: the run names a passage that is not there.
-    """
-    ranks: dict[str, int | None] = {}
-    for query_id, wanted in answers.items():
-        best = best_first(run.get(query_id, {}), depth)
-        texts = map(passages.text_at, passages.known_rows(best, "passages", "the run"))
-        ranks[query_id] = next((rank for rank, text in enumerate(texts, 1) if has_answer(text, wanted, is_regex)), None)
-    return ranks
 
 
 def answer_hits(
@@ -88,13 +66,21 @@ def answer_hits(
 ) -> Evaluation:
     """AnswerHit@d for each depth d: is an answer in one of the best d passages (1 or 0), per question and on average.
 
-    See answer_ranks for arguments and errors; DataError too if the run answers none of the questions.
+    Equal scores are ordered by passage id. A question that the run does not answer counts 0.
+
+    passages: read with titles=False.
+
+    Raises:
+        DataError: the run names a passage that is not there, or answers none of the questions.
     """
     counts = count_queries(run, answers)
-    ranks = answer_ranks(run, answers, passages, max(depths), is_regex)
-    per_query = {
-        f"AnswerHit@{depth}": {id: float(rank is not None and rank <= depth) for id, rank in ranks.items()}
-        for depth in depths
-    }
+    per_query: dict[str, dict[str, float]] = {f"AnswerHit@{depth}": {} for depth in depths}
+    for query_id, wanted in answers.items():
+        best = best_first(run.get(query_id, {}), max(depths))
+        texts = map(passages.text_at, passages.known_rows(best, "passages", "the run"))
+        ranks = (rank for rank, text in enumerate(texts, 1) if has_answer(text, wanted, is_regex))
+        first = next(ranks, math.inf)
+        for depth in depths:
+            per_query[f"AnswerHit@{depth}"][query_id] = float(first <= depth)
     means = {name: sum(values.values()) / len(values) for name, values in per_query.items()}
     return Evaluation(means, per_query, counts)

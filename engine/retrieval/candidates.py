@@ -16,7 +16,7 @@ from typing import Any
 from quincunx.data_shards.artefact import manifest_path, open_artefact
 from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.records import BadRecordError, check_id, read_records
+from quincunx.data_shards.records import BadRecordError, check_id, parse_objects
 from quincunx.engine.retrieval.files import first_of, in_groups
 
 CANDIDATES = "candidates"
@@ -148,8 +148,7 @@ def iterate_candidates(path: str | Path) -> Iterator[Candidates]:
         seen.add(row.query_id)
         return row
 
-    is_parquet = str(path).endswith(".parquet")
-    for _, row in read_records(path, parse, json_lines=not is_parquet):
+    for _, row in parse_objects(path, parse):
         yield row
 
 

@@ -4,7 +4,7 @@ The formats, one example line each, stand in docs/evaluation.md. The parsers of 
 (data_shards/records.py); here every passage stays, an empty one too, because its id may be judged.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,16 @@ import xxhash
 
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.readers import list_inputs
-from quincunx.data_shards.records import BadRecordError, check_id, check_text, parse_dpr, read_lines, read_records
+from quincunx.data_shards.records import (
+    PARSERS,
+    BadRecordError,
+    Row,
+    check_id,
+    check_text,
+    parse_lines,
+    parse_objects,
+    read_lines,
+)
 from quincunx.engine.retrieval.files import first_of, in_groups, read_questions
 
 PASSAGE_FORMATS = {"beir": "beir", "msmarco": "msmarco", "dpr": "dpr", "jsonl": "documents", "parquet": "parquet"}
@@ -57,16 +66,12 @@ class Collection:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def ids(self) -> list[str]:
-        """All ids in order."""
-        return self._ids.to_pylist()
+    def ids(self, rows: Sequence[int] | np.ndarray | None = None) -> list[str]:
+        """The ids of some rows, in the order given; None: all."""
+        return (self._ids if rows is None else self._ids.take(_indices(rows))).to_pylist()
 
     def id_at(self, row: int) -> str:
         return self._ids[int(row)].as_py()
-
-    def ids_at(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The ids of some rows, in the order given."""
-        return self._ids.take(_indices(rows)).to_pylist()
 
     def texts(self, rows: Sequence[int] | np.ndarray | None = None) -> list[str]:
         """The texts of some rows, in the order given; None: all."""
@@ -87,13 +92,16 @@ class Collection:
         equal = compute.equal(self._ids.take(_indices(rows)), _string_array(ids))
         return np.where(equal.to_numpy(zero_copy_only=False), rows, -1)
 
-    def known_rows(self, ids: Sequence[str], what: str, source: str) -> np.ndarray:
-        """int64, the row of each id. Raises DataError if one of the `what` (queries, ...) of `source` is unknown."""
+    def known_rows(self, ids: Sequence[str], what: str, source: str, hint: str = "") -> np.ndarray:
+        """int64, the row of each id. Raises DataError if one of the `what` (queries, ...) of `source` is unknown.
+
+        hint: for its message, a remedy besides other files.
+        """
         rows = self.rows(ids)
         if unknown := [ids[at] for at in np.flatnonzero(rows < 0)]:
             raise DataError(
                 f"{source} names {len(unknown)} {what} that {self.name} does not have {first_of(unknown)}: give the "
-                "files that belong together"
+                f"files that belong together{hint}"
             )
         return rows
 
@@ -168,11 +176,12 @@ def read_passages(path: str | Path, *, format: str | None = None, titles: bool =
     format = format or _guess_passage_format(path)
     if format not in PASSAGE_FORMATS:
         raise SettingsError(f"the format of passages {format!r} is not known: give one of {', '.join(PASSAGE_FORMATS)}")
-    parse = partial({"msmarco": _msmarco_passage, "dpr": _dpr_passage}.get(format, _json_passage), titles)
-    is_json = format in ("beir", "jsonl")
+    if format in ("msmarco", "dpr"):
+        read = partial(parse_lines, parse=partial(_line_passage, PARSERS[format], titles))
+    else:
+        read = partial(parse_objects, parse=partial(_json_passage, titles), columns=PASSAGE_COLUMNS)
     files = [file for source in list_inputs(PASSAGE_FORMATS[format], path) for file in source.files]
-    records = (read_records(file, parse, json_lines=is_json, columns=PASSAGE_COLUMNS) for file in files)
-    return _collect((passage for own in records for _, passage in own), path)
+    return _collect((passage for file in files for _, passage in read(file)), path)
 
 
 def _guess_passage_format(path: str) -> str:
@@ -196,21 +205,9 @@ def _passage(titles: bool, id: str, title: str, text: str) -> tuple[str, str]:
     return id, (f"{title} {text}" if titles and title and text else text or title)
 
 
-def _msmarco_passage(titles: bool, line: str) -> tuple[str, str] | None:
-    """What records.parse_msmarco reads, without its Document, which would be most of the time of 8.8 M lines."""
-    if not line.strip():
-        return None
-    columns = line.split("\t")
-    if len(columns) not in (2, 3):
-        raise BadRecordError(f"{len(columns)} tab-separated columns, 2 (pid, text) or 3 (pid, title, text) are needed")
-    return _passage(titles, check_id(columns[0], "pid"), "".join(columns[1:-1]).strip(), columns[-1].strip())
-
-
-def _dpr_passage(titles: bool, line: str) -> tuple[str, str] | None:
-    row = parse_dpr(line)
-    if row is None:
-        return None
-    return _passage(titles, row.document.doc_id, row.document.title, "".join(row.document.paragraphs))
+def _line_passage(parse: Callable[[str], Row | None], titles: bool, line: str) -> tuple[str, str] | None:
+    row = parse(line)
+    return row and _passage(titles, row.document.doc_id, row.document.title, "".join(row.document.paragraphs))
 
 
 def _json_passage(titles: bool, record: dict) -> tuple[str, str]:
@@ -249,8 +246,8 @@ def read_queries(path: str | Path, format: str | None = None) -> Collection:
     if format == "dpr":
         questions = read_questions(given, lambda record: record["question"])
         return _collect(((str(number), text) for number, (_, text) in enumerate(questions)), str(path))
-    parse = _tsv_query if format == "tsv" else _json_query
-    return _collect((query for _, query in read_records(given, parse, json_lines=format != "tsv")), str(path))
+    found = parse_lines(given, _tsv_query) if format == "tsv" else parse_objects(given, _json_query)
+    return _collect((query for _, query in found), str(path))
 
 
 def _json_query(record: dict) -> tuple[str, str]:

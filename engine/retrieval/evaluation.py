@@ -18,7 +18,8 @@ import numpy as np
 
 from quincunx.data_shards.durable import file_digest, written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import read_records
+from quincunx.data_shards.records import parse_objects
+from quincunx.engine.retrieval.files import write_json_lines
 from quincunx.engine.retrieval.trec import Qrels, Run
 
 ALIASES = {"MRR": "RR", "MAP": "AP", "Recall": "R", "Precision": "P", "NDCG": "nDCG", "ndcg": "nDCG"}
@@ -67,8 +68,8 @@ class Comparison:
     ties: int
 
 
-def measure_name(name: str, relevant_from: int = 1) -> str:
-    """The name ir-measures uses: MRR@10 is RR@10, MAP is AP, Recall@100 is R@100.
+def find_measure(name: str, relevant_from: int = 1) -> Any:
+    """The measure of ir-measures (str() gives its name there): MRR@10 is RR@10, MAP is AP, Recall@100 is R@100.
 
     relevant_from: the lowest grade that counts as relevant wherever a measure knows only relevant or not (RR, AP, R, P,
         Success; TREC DL: 2). nDCG uses the grades themselves. A name with a rel of its own keeps it.
@@ -76,10 +77,6 @@ def measure_name(name: str, relevant_from: int = 1) -> str:
     Raises:
         SettingsError: not a measure, or one that the installed ir-measures cannot compute.
     """
-    return str(_measure(name, relevant_from))
-
-
-def _measure(name: str, relevant_from: int) -> Any:
     import ir_measures
 
     word = re.match(r"\w+", name)
@@ -107,7 +104,7 @@ def evaluate(run: Run, qrels: Qrels, measures: Sequence[str], relevant_from: int
     """Values of a run under ir-measures' names, per judged query and on average.
 
     A judged query that the run does not answer counts 0; a query without judgements does not count. relevant_from: as
-    in measure_name.
+    in find_measure.
 
     Raises:
         SettingsError: an unknown measure, or one that cannot be computed on these files.
@@ -115,7 +112,7 @@ def evaluate(run: Run, qrels: Qrels, measures: Sequence[str], relevant_from: int
     """
     import ir_measures
 
-    parsed = list(dict.fromkeys(_measure(name, relevant_from) for name in measures))
+    parsed = list(dict.fromkeys(find_measure(name, relevant_from) for name in measures))
     counts = count_queries(run, qrels)
     below = sum(max(grades.values()) < relevant_from for grades in qrels.values())
     if below == len(qrels) and relevant_from > 1:
@@ -296,19 +293,20 @@ def write_per_query(path: str | Path, evaluation: Evaluation, other: Evaluation 
     """
     sides = {"values": evaluation.per_query} | ({"other": other.per_query} if other is not None else {})
     queries = dict.fromkeys(query_id for values in evaluation.per_query.values() for query_id in values)
-    with written_whole(path) as file:
-        if Path(path).suffix == ".tsv":
-            names = [name if side == "values" else f"other {name}" for side, of in sides.items() for name in of]
-            columns = [values for of in sides.values() for values in of.values()]
+    if Path(path).suffix == ".tsv":
+        names = [name if side == "values" else f"other {name}" for side, of in sides.items() for name in of]
+        columns = [values for of in sides.values() for values in of.values()]
+        with written_whole(path) as file:
             file.write("\t".join(["query_id", *names]) + "\n")
             for query_id in queries:
                 file.write("\t".join([query_id, *(str(values.get(query_id, "")) for values in columns)]) + "\n")
-            return
-        for query_id in queries:
-            line: dict[str, Any] = {"query_id": query_id}
-            for side, of in sides.items():
-                line[side] = {name: values[query_id] for name, values in of.items() if query_id in values}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return
+
+    def judged(of: dict[str, dict[str, float]], query_id: str) -> dict[str, float]:
+        return {name: values[query_id] for name, values in of.items() if query_id in values}
+
+    lines = ({"query_id": id, **{side: judged(of, id) for side, of in sides.items()}} for id in queries)
+    write_json_lines(path, lines)
 
 
 def read_results(record_file: str | Path, per_query_file: str | Path) -> tuple[dict[str, Any], Evaluation]:
@@ -318,7 +316,7 @@ def read_results(record_file: str | Path, per_query_file: str | Path) -> tuple[d
         values: dict[str, dict[str, float]] = {name: {} for name in record["measures"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{record_file} is not a record of evaluate.py: evaluate again") from None
-    for _, query in read_records(per_query_file, lambda record: record):
+    for _, query in parse_objects(per_query_file, lambda record: record):
         for name, value in query["values"].items():
             values[name][query["query_id"]] = value
     return record, Evaluation({name: found["mean"] for name, found in record["measures"].items()}, values)

@@ -248,7 +248,7 @@ class GroupPacker:
 
     def names(self, rows: Rows) -> dict[str, list]:
         """The ids of the queries of some rows."""
-        return {"query_ids": self.groups.queries.ids_at(self.groups.query_rows[rows.sample_ids])}
+        return {"query_ids": self.groups.queries.ids(self.groups.query_rows[rows.sample_ids])}
 
 
 class RetrieverPacker(GroupPacker):

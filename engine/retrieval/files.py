@@ -11,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quincunx.data_shards.durable import file_digest
+from quincunx.data_shards.durable import file_digest, written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import BadRecordError, check_text, parse_each, read_records
+from quincunx.data_shards.records import BadRecordError, check_text, parse_each, parse_lines
+from quincunx.data_shards.setting import names_of
 
 Item = TypeVar("Item")
 BETWEEN = re.compile(r"[\s,]*")
@@ -49,7 +50,7 @@ def read_questions(path: str | Path, parse: Callable[[dict], Any]) -> Iterator[t
         return parse(record)
 
     if str(path).removesuffix(".gz").endswith(".csv"):
-        return read_records(path, parse_line)
+        return parse_lines(path, parse_line)
     return parse_each(path, _json_list(path), parse_object, ": record ")
 
 
@@ -80,6 +81,12 @@ def _json_list(path: str | Path) -> Iterator[Any]:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def write_json_lines(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes an object a line, the file whole or not at all."""
+    with written_whole(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def in_groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """The items in lists of `size`; the last one may be shorter."""
     rest = iter(items)
@@ -92,9 +99,10 @@ def first_of(names: Iterable[str]) -> str:
     return f"(first: {', '.join(list(names)[:MAX_NAMED])})"
 
 
-def refuse_input(output: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
-    """Raises SettingsError if an output is one of the inputs (by the names of their flags)."""
-    for name, path in inputs.items():
+def refuse_input(output: str | Path, settings: Any) -> None:
+    """Raises SettingsError if an output is one of the files that the settings name as data."""
+    for name in names_of(settings, "data"):
+        path = getattr(settings, name)
         if path is not None and Path(output).resolve() == Path(path).resolve():
             raise SettingsError(f"{output} is the {name} itself: give another name to write to")
 

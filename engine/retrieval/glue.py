@@ -17,7 +17,7 @@ import numpy as np
 
 from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import BadRecordError, check_text, read_lines, read_records
+from quincunx.data_shards.records import BadRecordError, check_text, parse_objects, read_lines
 from quincunx.data_shards.setting import setting
 from quincunx.engine.ranks import Environment, choose_device
 
@@ -247,7 +247,7 @@ def _jsonl_rows(task: Task, path: Path) -> Iterator[tuple[str, list[str], Any]]:
             raise BadRecordError(f"a sentence2, and {task.title} reads one sentence")
         return [check_text(record.get(name), name) for name in names], record.get("label")
 
-    for place, row in read_records(path, parse):
+    for place, row in parse_objects(path, parse):
         yield place, *row
 
 

@@ -149,4 +149,4 @@ def judged_queries(queries: Collection, qrels: Qrels, name: str) -> Collection:
     """The queries that the judgements name, in file order. Raises DataError if they name unknown ones."""
     check_against(qrels, queries, None, name)
     rows = np.sort(queries.rows(qrels))
-    return make_collection(queries.ids_at(rows), queries.texts(rows), queries.name)
+    return make_collection(queries.ids(rows), queries.texts(rows), queries.name)

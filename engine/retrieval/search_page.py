@@ -42,7 +42,7 @@ def ask(finder: Finder, query: str, depth: int) -> tuple[list[dict[str, Any]], f
     (scores,), (rows,) = finder.find([query], depth)
     seconds = time.perf_counter() - begun
     scores, rows = scores[rows >= 0].tolist(), rows[rows >= 0]
-    found = zip(scores, finder.passages.ids_at(rows), finder.passages.texts(rows), strict=True)
+    found = zip(scores, finder.passages.ids(rows), finder.passages.texts(rows), strict=True)
     return [
         {"rank": n, "score": score, "id": id, "text": text} for n, (score, id, text) in enumerate(found, 1)
     ], seconds

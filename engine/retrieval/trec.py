@@ -4,6 +4,7 @@ The formats, one example line each, stand in docs/evaluation.md. Every complaint
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.records import BadRecordError, check_id, read_records
+from quincunx.data_shards.records import BadRecordError, check_id, parse_lines, parse_objects
 from quincunx.engine.retrieval.collection import Collection, make_collection
 from quincunx.engine.retrieval.files import first_of, read_questions
 
@@ -25,6 +26,7 @@ RUN = "run"
 """Kind of artefact."""
 BEIR_HEADER = ["query-id", "corpus-id", "score"]
 MAX_GRADE = 10**6
+NO_RESULTS = "{} holds no results: give a run with at least one line"
 UNKNOWN_IDS = ", or leave such lines out with --unknown_ids drop"
 
 
@@ -53,7 +55,7 @@ def read_qrels(path: str | Path) -> Qrels:
         if (before := qrels.setdefault(query_id, {}).setdefault(passage_id, grade)) != grade:
             raise BadRecordError(f"passage {passage_id} of query {query_id} is judged {grade} here and {before} before")
 
-    for _ in read_records(path, add, json_lines=False):
+    for _ in parse_lines(path, add):
         pass
     if not qrels:
         raise DataError(f"{path} holds no judgements: give qrels with at least one line")
@@ -68,26 +70,36 @@ def load_qrels(
     without_positives: str,
     hint: str,
 ) -> tuple[Qrels, dict[str, int]]:
-    """Qrels whose ids are known (None: not compared) and whose queries have positives, and the counts of the others.
-
-    without_positives: what to do with queries that no passage of grade 1 or more is judged for: stop refuses the file,
-        keep leaves them in, drop leaves them out. hint: the choices besides stop, for the message.
+    """Qrels whose ids are known (None: not compared), as keep_positives leaves them, and the counts of the others.
 
     Raises:
-        DataError: as read_qrels and check_against; queries without positives, or nothing left.
+        DataError: as read_qrels, check_against and keep_positives.
     """
     qrels, dropped = check_against(read_qrels(path), queries, passages, path, drop_unknown)
-    lacking = dict.fromkeys(query_id for query_id, grades in qrels.items() if max(grades.values()) < 1)
+    qrels, num_lacking = keep_positives(qrels, path, without_positives, hint)
+    return qrels, {**dropped, "queries_without_positives": num_lacking}
+
+
+def keep_positives(qrels: Qrels, name: str, without_positives: str, hint: str) -> tuple[Qrels, int]:
+    """(qrels, number of queries that no passage of grade 1 or more is judged for).
+
+    without_positives: what to do with those queries: stop refuses the file, keep leaves them in, drop leaves them out.
+    hint: the choices besides stop, for the message.
+
+    Raises:
+        DataError: queries without positives, or nothing left.
+    """
+    lacking = dict.fromkeys(query_id for query_id, grades in qrels.items() if max(grades.values(), default=0) < 1)
     if lacking and without_positives == "stop":
         raise DataError(
-            f"{path} judges no passage as relevant to {len(lacking)} of {len(qrels)} queries {first_of(lacking)}: "
+            f"{name} judges no passage as relevant to {len(lacking)} of {len(qrels)} queries {first_of(lacking)}: "
             f"remove these queries, or {hint}"
         )
     if without_positives == "drop":
+        if len(lacking) == len(qrels):
+            raise DataError(f"{name} judges no passage as relevant to any query: give other qrels")
         qrels = {query_id: grades for query_id, grades in qrels.items() if query_id not in lacking}
-        if not qrels:
-            raise DataError(f"{path} judges no passage as relevant to any query: give other qrels")
-    return qrels, {**dropped, "queries_without_positives": len(lacking)}
+    return qrels, len(lacking)
 
 
 def write_qrels(path: str | Path, qrels: Qrels) -> None:
@@ -102,37 +114,15 @@ def read_run(path: str | Path) -> Run:
     """A ranking in TREC's form: qid Q0 pid rank score tag. Ranks are not read: scores order a run, as in trec_eval.
 
     Raises:
-        DataError: as iterate_run, and a passage twice for one query whose lines stand apart.
-    """
-    run: Run = {}
-    for place, query_id, scores in iterate_run(path):
-        earlier = run.setdefault(query_id, scores)
-        if earlier is not scores:
-            if both := earlier.keys() & scores.keys():
-                raise DataError(f"{place}: passage {min(both)} stands a second time for query {query_id}: remove one")
-            earlier.update(scores)
-    return run
-
-
-def iterate_run(path: str | Path) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """(where it begins, query id, score by passage id) of each stretch of lines of one query in a TREC run, in order.
-
-    Raises:
         DataError: no such file, a malformed line, a passage twice for one query, a score that is not finite, or nothing
             in it.
     """
-    current, first, scores = None, "", {}
-    for place, (query_id, passage_id, score) in read_records(path, _parse_result, json_lines=False):
-        if query_id != current:
-            if current is not None:
-                yield first, current, scores
-            current, first, scores = query_id, place, {}
-        if passage_id in scores:
-            raise DataError(f"{place}: passage {passage_id} stands a second time for query {query_id}: remove one")
-        scores[passage_id] = score
-    if current is None:
-        raise DataError(f"{path} holds no results: give a run with at least one line")
-    yield first, current, scores
+    run: Run = {}
+    for place, (query_id, passage_id, score) in parse_lines(path, _parse_result):
+        _add_result(run.setdefault(query_id, {}), place, query_id, passage_id, score)
+    if not run:
+        raise DataError(NO_RESULTS.format(path))
+    return run
 
 
 def _parse_result(line: str) -> tuple[str, str, float] | None:
@@ -148,18 +138,29 @@ def _parse_result(line: str) -> tuple[str, str, float] | None:
     return query_id, passage_id, score
 
 
+def _add_result(scores: dict[str, float], place: str, query_id: str, passage_id: str, score: float) -> None:
+    if passage_id in scores:
+        raise DataError(f"{place}: passage {passage_id} stands a second time for query {query_id}: remove one")
+    scores[passage_id] = score
+
+
 def stream_run(path: str | Path, depth: int | None = None) -> Iterator[tuple[str, list[str]]]:
     """(query id, its `depth` best passage ids, best first; equal scores by id) of a TREC run, query by query.
 
     Raises:
-        DataError: as iterate_run, or lines of one query apart from each other.
+        DataError: as read_run, or lines of one query apart from each other.
     """
     seen: set[str] = set()
-    for place, query_id, scores in iterate_run(path):
-        if query_id in seen:
-            raise DataError(f"{place}: query {query_id} goes on after others: sort the run by query")
+    for query_id, lines in groupby(parse_lines(path, _parse_result), lambda line: line[1][0]):
+        scores: dict[str, float] = {}
+        for place, result in lines:
+            if query_id in seen:
+                raise DataError(f"{place}: query {query_id} goes on after others: sort the run by query")
+            _add_result(scores, place, *result)
         seen.add(query_id)
         yield query_id, best_first(scores, depth)
+    if not seen:
+        raise DataError(NO_RESULTS.format(path))
 
 
 def best_first(scores: Mapping[str, float], depth: int | None) -> list[str]:
@@ -216,45 +217,37 @@ def check_against(
     Raises:
         DataError: an unknown id that may not be dropped, with counts, the first three and the remedy; nothing is left.
     """
-    counts = {"unknown_queries": 0, "unknown_passages": 0}
-    if queries is not None:
-        unknown = _find_unknown(list(rows), queries, "queries", name, drop)
-        counts["unknown_queries"] = len(unknown)
-        rows = {query_id: values for query_id, values in rows.items() if query_id not in unknown}
-    if passages is not None:
-        named = list(dict.fromkeys(id for values in rows.values() for id in values))
-        unknown = _find_unknown(named, passages, "passages", name, drop)
-        if unknown:
-            counts["unknown_passages"] = sum(id in unknown for values in rows.values() for id in values)
-            known = {q: {id: v for id, v in values.items() if id not in unknown} for q, values in rows.items()}
-            rows = {query_id: values for query_id, values in known.items() if values}
+
+    def find_unknown(ids: list[str], collection: Collection | None, what: str) -> set[str]:
+        if collection is None:
+            return set()
+        if not drop:
+            collection.known_rows(ids, what, name, "" if drop is None else UNKNOWN_IDS)
+            return set()
+        return {id for id, row in zip(ids, collection.rows(ids), strict=True) if row < 0}
+
+    unknown = find_unknown(list(rows), queries, "queries")
+    counts = {"unknown_queries": len(unknown), "unknown_passages": 0}
+    rows = {query_id: values for query_id, values in rows.items() if query_id not in unknown}
+    named = list(dict.fromkeys(id for values in rows.values() for id in values)) if passages is not None else []
+    if unknown := find_unknown(named, passages, "passages"):
+        counts["unknown_passages"] = sum(id in unknown for values in rows.values() for id in values)
+        known = {q: {id: v for id, v in values.items() if id not in unknown} for q, values in rows.items()}
+        rows = {query_id: values for query_id, values in known.items() if values}
     if not rows:
         raise DataError(f"{name} names no query and passage of these collections: give the files that belong together")
     return rows, counts
 
 
-def _find_unknown(ids: list[str], collection: Collection, what: str, name: str, drop: bool | None) -> dict[str, None]:
-    unknown = dict.fromkeys(id for id, row in zip(ids, collection.rows(ids), strict=True) if row < 0)
-    if unknown and not drop:
-        raise DataError(
-            f"{name} names {len(unknown)} {what} (of {len(ids)}) that {collection.name} does not have "
-            f"{first_of(unknown)}: give the files that belong together{'' if drop is None else UNKNOWN_IDS}"
-        )
-    return unknown
-
-
-def read_dpr(path: str | Path, drop: bool = False) -> tuple[Collection, dict[str, list[str]], Qrels]:
-    """A DPR training or dev file (NQ, TriviaQA): (queries, answers by query id, qrels of its positives).
+def read_dpr(path: str | Path) -> tuple[Collection, dict[str, list[str]], Qrels | None]:
+    """A DPR file (NQ, TriviaQA), .json or .csv: (queries, answers by query id, qrels of its positives).
 
     The query ids are "0", "1", ... in the order of the file; positives are ids (passage_id or psg_id) of the DPR
     Wikipedia passages. Files of questions only (test files) give no qrels.
 
-    drop: leaves questions without positives (TriviaQA has them) out of the qrels, instead of refusing the file.
-
     Raises:
         DataError: not such a file, record named.
     """
-
     questions, answers, qrels = [], {}, {}
 
     def add(record: dict) -> None:
@@ -262,18 +255,14 @@ def read_dpr(path: str | Path, drop: bool = False) -> tuple[Collection, dict[str
         if contexts is not None:
             if not isinstance(contexts, list) or not all(isinstance(context, dict) for context in contexts):
                 raise BadRecordError("positive_ctxs is not a list of objects")
-            if not drop and not contexts:
-                raise BadRecordError("the question has no positive passage")
-            ids = [context.get("passage_id", context.get("psg_id")) for context in contexts]
-            positives = [check_id(id, "passage_id in positive_ctxs") for id in ids]
-            if positives:
-                qrels[query_id] = dict.fromkeys(positives, 1)
+            ids = (context.get("passage_id", context.get("psg_id")) for context in contexts)
+            qrels[query_id] = {check_id(id, "passage_id in positive_ctxs"): 1 for id in ids}
         answers[query_id] = _answers(record)
         questions.append(record["question"])
 
     for _ in read_questions(path, add):
         pass
-    return make_collection(answers, questions, str(path)), answers, qrels
+    return make_collection(answers, questions, str(path)), answers, qrels or None
 
 
 def _answers(record: Mapping[str, Any]) -> list[str]:
@@ -298,7 +287,7 @@ def read_answers(path: str | Path) -> dict[str, list[str]]:
             raise BadRecordError(f"the query {query_id} comes a second time")
         answers[query_id] = _answers(record)
 
-    for _ in (read_records if is_jsonl else read_questions)(path, add):
+    for _ in (parse_objects if is_jsonl else read_questions)(path, add):
         pass
     if not answers:
         raise DataError(f"{path} holds no answers: give a file with at least one question")

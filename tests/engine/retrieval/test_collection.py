@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.records import parse_msmarco
 from quincunx.engine.retrieval import collection
 from quincunx.engine.retrieval.collection import make_collection, read_passages, read_queries
 
@@ -56,27 +55,6 @@ def test_every_format_gives_the_same_passages(tmp_path):
     assert plain.digest != found[0].digest
 
 
-def test_the_parser_of_msmarco_lines_equals_the_corpus_parser():
-    lines = [
-        "7\ttext",
-        "7\t text \n",
-        "a b\tx\r\n",
-        "7\ttitle\ttext",
-        "7\ttitle\t ",
-        "7\t\ttext",
-        "\n",
-        " 8 \tx",
-        "9\t",
-    ]
-    for line in lines:
-        row = parse_msmarco(line)
-        for titles in (True, False):
-            expected = None if row is None else (row.document.doc_id, "".join(row.document.paragraphs))
-            if row is not None and titles and row.document.title:
-                expected = row.document.doc_id, f"{row.document.title} {row.document.paragraphs[0]}"
-            assert collection._msmarco_passage(titles, line) == expected
-
-
 @pytest.mark.parametrize("seed", [0, 2])
 def test_rows_and_ids_are_inverse_and_unknown_ids_are_minus_one(monkeypatch, seed):
     """Under seeds below this one hundreds of ids have the same hash."""
@@ -90,7 +68,7 @@ def test_rows_and_ids_are_inverse_and_unknown_ids_are_minus_one(monkeypatch, see
     assert passages._seed == seed
     assert ids[3] in passages and "nobody" not in passages
     assert passages.rows([]).dtype == np.int64
-    assert passages.ids_at([2, 0]) == [ids[2], ids[0]] and passages.texts(np.array([2, 2])) == [ids[2], ids[2]]
+    assert passages.ids([2, 0]) == [ids[2], ids[0]] and passages.texts(np.array([2, 2])) == [ids[2], ids[2]]
 
 
 def test_the_digest_names_ids_texts_and_their_order_not_how_they_were_read(monkeypatch):

@@ -14,8 +14,8 @@ from quincunx.engine.retrieval.evaluation import (
     Evaluation,
     compare,
     evaluate,
+    find_measure,
     interval,
-    measure_name,
     paired_t_test,
     randomisation_test,
 )
@@ -78,12 +78,12 @@ def test_a_judged_query_that_the_run_misses_counts_zero_and_an_unjudged_one_not(
 def test_names_of_the_field_are_those_of_ir_measures():
     names = ["MRR@10", "MAP", "Recall@100", "NDCG@10", "RR@10", "R(rel=3)@5", "Success@20"]
     plain = ["RR@10", "AP", "R@100", "nDCG@10", "RR@10", "R(rel=3)@5", "Success@20"]
-    assert [measure_name(name) for name in names] == plain
+    assert [str(find_measure(name)) for name in names] == plain
     graded = ["RR(rel=2)@10", "AP(rel=2)", "R(rel=2)@100", "nDCG@10", "RR(rel=2)@10", "R(rel=3)@5", "Success(rel=2)@20"]
-    assert [measure_name(name, 2) for name in names] == graded
+    assert [str(find_measure(name, 2)) for name in names] == graded
     for bad in ("MRR@", "nDGC@10", "", "alpha_nDCG@10", "RR@x", "NumRet", "NumQ", "NumRelRet"):
         with pytest.raises(SettingsError, match="cannot be computed"):
-            measure_name(bad)
+            find_measure(bad)
 
 
 def test_a_grade_below_relevant_from_is_not_relevant_but_gains():

@@ -9,6 +9,7 @@ from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import make_collection
 from quincunx.engine.retrieval.trec import (
     check_against,
+    keep_positives,
     load_qrels,
     read_answers,
     read_dpr,
@@ -113,9 +114,9 @@ def test_a_bad_run_is_not_written_and_the_file_stays(tmp_path, rows, message):
 
 def test_unknown_ids_are_counted_and_named_or_dropped():
     qrels = {"q1": {"p1": 1, "x1": 1}, "q9": {"p1": 1}, "q2": {"x1": 1, "x2": 0}}
-    with pytest.raises(DataError, match=r"qrels names 1 queries \(of 3\) that queries does not have \(first: q9\)"):
+    with pytest.raises(DataError, match=r"qrels names 1 queries that queries does not have \(first: q9\)"):
         check_against(qrels, QUERIES, PASSAGES, "qrels")
-    with pytest.raises(DataError, match=r"qrels names 2 passages \(of 3\) that corpus does not have \(first: x1, x2\)"):
+    with pytest.raises(DataError, match=r"qrels names 2 passages that corpus does not have \(first: x1, x2\)"):
         check_against(qrels, None, PASSAGES, "qrels")
     kept, counts = check_against(qrels, QUERIES, PASSAGES, "qrels", drop=True)
     assert kept == {"q1": {"p1": 1}} and counts == {"unknown_queries": 1, "unknown_passages": 3}
@@ -154,12 +155,13 @@ def test_dpr_files_give_questions_answers_and_judgements(tmp_path):
     ]  # fmt: skip
     path = tmp_path / "nq-dev.json"
     path.write_text(json.dumps(records, indent=4))
-    with pytest.raises(DataError, match="record 2: the question has no positive passage"):
-        read_dpr(path)
-    queries, answers, qrels = read_dpr(path, drop=True)
+    queries, answers, qrels = read_dpr(path)
     assert queries.texts() == ["who flew first", "and then"]
     assert answers == {"0": ["Wright", "the Wrights"], "1": []} == read_answers(path)
-    assert qrels == {"0": {"12": 1, "13": 1}}
+    assert qrels == {"0": {"12": 1, "13": 1}, "1": {}}
+    with pytest.raises(DataError, match=r"nq judges no passage as relevant to 1 of 2 queries \(first: 1\)"):
+        keep_positives(qrels, "nq", "stop", "pray")
+    assert keep_positives(qrels, "nq", "drop", "") == ({"0": {"12": 1, "13": 1}}, 1)
     for wrong, message in (
         ({"positive_ctxs": ["12"]}, "not a list of objects"),
         ({"question": None}, "question is None"),
