@@ -19,7 +19,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from quincunx.engine.run_folder import open_tracker
+from quincunx.engine.run_folder import Tracker
 
 PAUSE_SECONDS = 0.002
 TASKS = ("mlm", "mkp", "cmp", "npr", "dor", "gor")
@@ -50,7 +50,7 @@ def measure_tracker(uri: str, steps: int) -> dict[str, float]:
     """Opens, logs and closes one run against `uri`."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        tracker = open_tracker(uri, Path(folder), "benchmark", {f"setting_{n}": n for n in range(60)})
+        tracker = Tracker(uri, Path(folder), "benchmark", {f"setting_{n}": n for n in range(60)})
         opening, seconds = time.perf_counter() - started, []
         for step in range(1, steps + 1):
             metrics = metrics_of(step)

@@ -18,7 +18,6 @@ first converted into DeepSpeed's universal format. Rank 0 alone chooses what to 
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -30,8 +29,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from quincunx.data_shards.durable import file_digest, publish, sync_folder, written_whole
-from quincunx.data_shards.errors import CheckpointError
-from quincunx.data_shards.setting import as_plain, local_names, names_of
+from quincunx.data_shards.errors import CheckpointError, SettingsError
+from quincunx.data_shards.setting import as_plain, names_of
 from quincunx.engine.run_folder import RunFolder
 from quincunx.engine.settings import precision_of
 
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-STATE_KEY = "quincunx"
 STAGING = ".staging-"
 DELETING = ".deleting-"
 UNIVERSAL = ".universal"
@@ -60,18 +58,9 @@ class Checkpoint:
     precision: str
     """float32, bfloat16 or float16: the model's precision in training."""
     state: dict[str, Any]
-    """What the run needs beside weights and moments (run_state)."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """What rank 0 tells the others to load."""
-
-    checkpoint: Checkpoint
-    folder: Path
-    """The checkpoint's folder, or that of its conversion."""
-    universal: bool
-    """It was converted, for another number of ranks, ZeRO stage or precision."""
+    """What the run needs beside weights and moments (engine/training.py: Run.save)."""
+    converted: Path | None = None
+    """Its conversion for another number of ranks, ZeRO stage or precision, which is loaded in its place."""
 
 
 def step_name(step: int) -> str:
@@ -139,12 +128,12 @@ def find_step(folder: Path, step: int) -> Checkpoint:
 
 
 def choose_checkpoint(
-    job: "Job", model_digest: str, total_steps: int, folder: RunFolder, world_size: int
-) -> Resume | None:
+    job: "Job", identity: dict[str, Any], total_steps: int, folder: RunFolder, world_size: int
+) -> Checkpoint | None:
     """The checkpoint to resume from, None to start from nothing; sets an earlier run aside for --fresh.
 
-    Prints why a newer checkpoint is skipped and what has changed since. Raises
-    CheckpointError where checkpoints exist and none can be continued.
+    Prints why a newer checkpoint is skipped and what has changed since. Raises CheckpointError if checkpoints exist and
+    none can be continued.
     """
     if job.settings.fresh and (aside := folder.set_aside()) is not None:
         print(f"--fresh: the earlier run was moved to {aside}", flush=True)
@@ -162,71 +151,39 @@ def choose_checkpoint(
         if damaged != checkpoint.folder and damaged.name > checkpoint.folder.name:
             # Out of the way of retention, which would otherwise count it among the newest. Nothing is deleted.
             damaged.rename(damaged.with_name(f"{DAMAGED}{damaged.name}"))
-    for change in check_fits(checkpoint, job, model_digest):
+    for change in check_fits(checkpoint, job, identity):
         print(f"warning: resuming with a changed setting: {change}", flush=True)
     stage = job.machine.config["zero_optimization"]["stage"]
     precision = precision_of(job.machine.config)
     if not needs_conversion(checkpoint, world_size, stage, precision):
-        return Resume(checkpoint, checkpoint.folder, universal=False)
+        return checkpoint
     change = f"from {checkpoint.world_size} to {world_size} ranks, ZeRO {checkpoint.zero_stage} to {stage}"
     print(f"converting {checkpoint.folder.name} {change}, {checkpoint.precision} to {precision}", flush=True)
-    return Resume(checkpoint, convert(checkpoint), universal=True)
+    return dataclasses.replace(checkpoint, converted=convert(checkpoint))
 
 
-def fingerprint(job: "Job", model_digest: str) -> str:
-    """What every rank must have alike: data, model, and every setting but the paths and sizes of a machine's own."""
-    local = local_names(job.settings)
-    common = {name: value for name, value in as_plain(job.settings).items() if name not in local}
-    common |= {"config": job.machine.config, "micro_batch": job.machine.micro_batch}
-    common["evaluations"] = [evaluation.kind for evaluation in job.evaluations]
-    digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
-    return f"dataset {', '.join(job.data['dataset_ids'])}, model {model_digest}, settings {digest}"
-
-
-def run_state(job: "Job", model_digest: str, counters: dict[str, Any], run_id: str) -> dict[str, Any]:
-    """What a checkpoint holds beside weights and moments; JSON-able.
-
-    counters: step, skipped_steps and bad_steps (the last ones in a row). The order needs no more than the step, since
-    the examples of a step are a function of seed, global_batch and step.
-    """
-    return {
-        **counters,
-        "run_id": run_id,
-        **job.data,
-        "model_digest": model_digest,
-        "settings": as_plain(job.settings),
-    }
-
-
-def settings_of(state: dict[str, Any], kind: type) -> dict[str, Any]:
-    """A checkpoint's settings; one that is younger than the checkpoint had its default then."""
-    return as_plain(kind(**{name: value for name, value in state["settings"].items() if name in field_names(kind)}))
-
-
-def field_names(kind: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(kind)}
-
-
-def check_fits(checkpoint: Checkpoint, job: "Job", model_digest: str) -> list[str]:
+def check_fits(checkpoint: Checkpoint, job: "Job", identity: dict[str, Any]) -> list[str]:
     """Compares a checkpoint with the run that wants to continue it.
 
-    Returns one sentence per changed setting that changes what is learned without making it another run. Raises
-    CheckpointError where dataset, model, or the place of a step in the data differ.
+    identity: the run's job.data and its model_digest. Returns one sentence per changed setting that changes what is
+    learned without making it another run. Raises CheckpointError if dataset, model, or the place of a step in the data
+    differ.
     """
     state, settings = checkpoint.state, job.settings
     remedy = "give the settings it was made with, or start anew with --fresh or another --output"
-    if any(state[key] != value for key, value in job.data.items()):
+    if any(state[key] != identity[key] for key in job.data):
         raise CheckpointError(
             f"{checkpoint.folder} was trained on dataset {', '.join(state['dataset_ids'])} (weights "
-            f"{state['dataset_weights']}), this one is {', '.join(job.data['dataset_ids'])} "
-            f"({job.data['dataset_weights']}); {remedy}"
+            f"{state['dataset_weights']}), this one is {', '.join(identity['dataset_ids'])} "
+            f"({identity['dataset_weights']}); {remedy}"
         )
-    now, then = as_plain(settings), settings_of(state, type(settings))
+    now = as_plain(settings)
+    then = as_plain(type(settings)()) | state["settings"]  # a setting younger than the checkpoint had its default
     changed = {name: f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value}
     foreign = [changed[name] for name in names_of(settings, "model", "stream") if name in changed]
     if foreign:
         raise CheckpointError(f"{checkpoint.folder} belongs to another run: {'; '.join(foreign)}; {remedy}")
-    if state["model_digest"] != model_digest:
+    if state["model_digest"] != identity["model_digest"]:
         raise CheckpointError(f"{checkpoint.folder} holds a model of other shapes than this run's; {remedy}")
     quiet = names_of(settings, "machine", "data")
     return [sentence for name, sentence in changed.items() if name not in quiet]
@@ -295,51 +252,45 @@ def consolidated_state_dict(folder: Path) -> dict[str, Any]:
 def save_checkpoint(engine, group, folder: Path, step: int, state: dict[str, Any], keep: int) -> str | None:
     """Commits the engine's state as `folder`/step-N; all ranks call it and all get the same answer.
 
-    engine: the DeepSpeed engine. group: the process group that the ranks report over. state: JSON-able run state, the
-    same on every rank. keep: checkpoints kept afterwards.
+    engine: the DeepSpeed engine. group: the process group that the ranks report over. state: JSON-able run state, of
+    rank 0. keep: checkpoints kept afterwards.
     Returns None, or why the checkpoint could not be written; then nothing of it is left and the earlier ones stand.
     """
     import torch.distributed as dist
 
-    rank, staging = dist.get_rank(), folder / f"{STAGING}{step_name(step)}"
+    is_main, staging = dist.get_rank() == 0, folder / f"{STAGING}{step_name(step)}"
     writer = CheckpointWriter()
-    if rank == 0:
+    if is_main:
         shutil.rmtree(staging, ignore_errors=True)
         writer.makedirs(str(staging))
     engine.checkpoint_engine.save, engine.checkpoint_engine.makedirs = writer.save, writer.makedirs
-    engine._copy_recovery_script = lambda save_path: None  # would raise on rank 0 alone where the disk is full
-    engine.save_checkpoint(
-        str(folder),
-        tag=staging.name,
-        client_state={STATE_KEY: state, "universal_checkpoint_info": {}},
-        save_latest=False,
-    )
+    engine._copy_recovery_script = lambda save_path: None  # would raise on rank 0 alone if the disk is full
+    client_state = {"universal_checkpoint_info": {}}  # its presence lets DeepSpeed convert the checkpoint
+    engine.save_checkpoint(str(folder), tag=staging.name, client_state=client_state, save_latest=False)
     reports = [None] * dist.get_world_size()
     dist.all_gather_object(reports, (writer.failure, writer.files), group=group)
     failures = [f"rank {source}: {failure}" for source, (failure, _) in enumerate(reports) if failure]
-    if rank == 0 and not failures:
-        files = {name: entry for _, written in reports for name, entry in written.items()}
+    if is_main and not failures:
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "step": step,
+            "world_size": engine.world_size,
+            "zero_stage": int(engine.zero_optimization_stage()),
+            "precision": str(engine.get_data_types()[0]).removeprefix("torch."),
+            "state": state,
+            "files": {name: entry for _, written in reports for name, entry in written.items()},
+        }
         try:
-            manifest = {
-                "schema_version": SCHEMA_VERSION,
-                "step": step,
-                "world_size": engine.world_size,
-                "zero_stage": int(engine.zero_optimization_stage()),
-                "precision": str(engine.get_data_types()[0]).removeprefix("torch."),
-                "state": state,
-                "files": files,
-            }
             commit(staging, folder / step_name(step), manifest)
-        except OSError as error:
+        except (OSError, SettingsError) as error:
             failures.append(f"rank 0: {error}")
     outcome = [failures]
     dist.broadcast_object_list(outcome, src=0, group=group)
-    if rank == 0:
-        if failures:
-            shutil.rmtree(staging, ignore_errors=True)
-        else:
-            for old in committed(folder)[keep:]:
-                discard(old)
+    if is_main and failures:
+        shutil.rmtree(staging, ignore_errors=True)
+    elif is_main:
+        for old in committed(folder)[keep:]:
+            discard(old)
     return "; ".join(outcome[0]) or None
 
 
@@ -394,6 +345,5 @@ def discard(checkpoint: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed run left behind: staging and half-deleted folders, conversions. Rank 0, lock held."""
-    for pattern in (f"{STAGING}*", f"{DELETING}*", UNIVERSAL):
-        for leftover in folder.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)

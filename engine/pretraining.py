@@ -64,7 +64,7 @@ class PretrainJob:
 
 def pretrain(settings: PretrainSettings, environment: Environment) -> int:
     """Runs or resumes a pre-training on this rank; returns the process's exit code (engine/training.py)."""
-    return run_training(lambda: prepare(settings, environment), settings, environment)
+    return run_training(lambda: prepare(settings, environment), environment)
 
 
 def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob:

@@ -19,6 +19,8 @@ the sender (MLflow's `log_metrics` blocks for 246 s on a dead one), nothing queu
 import contextlib
 import dataclasses
 import fcntl
+import functools
+import itertools
 import json
 import math
 import os
@@ -32,19 +34,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import SettingsError
 
 LOCK_FILE = "run.lock"
 LOCK_PATIENCE_SECONDS = 10.0
 SETTINGS_FILE = "settings.yaml"
-SKIPPED_FILE = "skipped_steps.jsonl"
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "tracking.json"
 LOG_FILE = "tracking.log"
 MODEL_FOLDER = "model"
 CLOSE_SECONDS = 10.0
 CLOSE_SECONDS_FINISHED = 60.0
-STATUSES = ("finished", "preempted", "interrupted", "diverged", "hung", "failed")
 
 
 class RunFolder:
@@ -56,137 +57,59 @@ class RunFolder:
         self.export = self.path / "export"
         self.model = self.path / MODEL_FOLDER
         self.settings_file = self.path / SETTINGS_FILE
-        self._lock: IO[str] | None = None
+        self.skipped_file = self.path / "skipped_steps.jsonl"
         if is_main:
-            self._hold()
+            self._lock = self._hold()
 
-    def _hold(self) -> None:
+    def _hold(self) -> IO[str]:
         """Takes the lock; a run that is just ending is waited for a few seconds.
 
-        The lock is the kernel's (flock), so a killed run leaves none behind. Raises SettingsError where another run
-        holds it, or where the folder cannot be made.
+        The lock is the kernel's (flock), so a killed run leaves none behind. Raises SettingsError if another run holds
+        it, or if the folder cannot be made or locked.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / LOCK_FILE, "a+")  # noqa: SIM115 - held for the process's life
+            lock = open(self.path / LOCK_FILE, "a+")  # noqa: SIM115 - held for the process's life
         except OSError as error:
             raise SettingsError(f"output {self.path} cannot be written: {error.strerror}") from None
-        deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+        give_up_at = time.monotonic() + LOCK_PATIENCE_SECONDS
         while True:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
-                if not isinstance(error, BlockingIOError):
-                    raise SettingsError(
-                        f"output {self.path} lies on a file system that cannot lock files ({error.strerror}), so that "
-                        "two runs could write there; mount it with locks, or choose another output"
-                    ) from None
-                if time.monotonic() > deadline:
-                    self._lock.seek(0)
-                    holder = self._lock.read().strip() or "unknown"
+            except BlockingIOError:
+                if time.monotonic() > give_up_at:
+                    lock.seek(0)
+                    holder = lock.read().strip() or "unknown"
                     raise SettingsError(
                         f"output {self.path} is in use by another run ({holder}); stop it or choose another output"
                     ) from None
                 time.sleep(0.2)
-        self._lock.truncate(0)
+            except OSError as error:
+                raise SettingsError(
+                    f"output {self.path} lies on a file system that cannot lock files ({error.strerror}), so that "
+                    "two runs could write there; mount it with locks, or choose another output"
+                ) from None
+        lock.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
-        self._lock.flush()
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {started}\n")
+        lock.flush()
+        return lock
 
     def set_aside(self) -> Path | None:
-        """Moves everything of an earlier run into `OUTPUT.old-1`, -2 ...; that folder, None where there is nothing.
+        """Moves everything of an earlier run into `OUTPUT.old-1`, -2 ...; that folder, None if there is nothing.
 
         Slurm runs a requeued job's command again as it was: what lies here then is the job's own run, and stays.
         """
-        if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-            return None
         earlier = [entry for entry in self.path.iterdir() if entry.name != LOCK_FILE]
-        if not earlier:
+        if not earlier or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
             return None
-        number = 1
-        while (aside := self.path.with_name(f"{self.path.name}.old-{number}")).exists():
-            number += 1
+        asides = (self.path.with_name(f"{self.path.name}.old-{number}") for number in itertools.count(1))
+        aside = next(path for path in asides if not path.exists())
         aside.mkdir()
         for entry in earlier:
             entry.rename(aside / entry.name)
         return aside
-
-    def write_settings(self, settings: dict[str, Any]) -> None:
-        """Writes the resolved settings of this start."""
-        import yaml
-
-        self.settings_file.write_text(yaml.safe_dump(settings, sort_keys=False))
-
-    def note_skipped_step(self, record: dict[str, Any]) -> None:
-        """Appends one skipped step to skipped_steps.jsonl."""
-        with open(self.path / SKIPPED_FILE, "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-class MetricsWriter:
-    """The record, open for appending, cut back to the steps that the resumed checkpoint holds.
-
-    path: the file. resume_step: optimizer steps the loaded checkpoint has done, 0 for a run that starts from nothing.
-    The steps after it will be trained and written again, so that each stands once; a line that a crash tore goes too.
-    """
-
-    def __init__(self, path: Path, resume_step: int):
-        if path.exists():
-            os.truncate(path, _bytes_until(path, resume_step))
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
-        self._unwritten = b""
-
-    def append(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Hands one line to the operating system, so that a killed process loses none.
-
-        Where the disk is full, that is said once, and the lines wait in memory until there is room.
-        """
-        record = {"step": step, "time": round(time.time(), 3), "kind": kind}
-        record.update((name, plain(value)) for name, value in values.items())
-        complaining = not self._unwritten
-        self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-        except OSError as error:
-            if complaining:
-                print(f"warning: {self._file.name} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._unwritten:
-            lost = self._unwritten.count(b"\n")
-            print(f"warning: {lost} lines of {self._file.name} are lost", file=sys.stderr, flush=True)
-        self._file.close()
-
-
-def _bytes_until(path: Path, resume_step: int) -> int:
-    """The length of the leading lines that are whole and belong to steps up to `resume_step` (none where it is 0)."""
-    kept = 0
-    if resume_step <= 0:
-        return kept
-    with open(path, "rb") as file:
-        for line in file:
-            record = parse_line(line)
-            if record is None or record["step"] > resume_step:
-                break
-            kept += len(line)
-    return kept
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON can hold it: tensors and numpy scalars become numbers, nan and inf become strings."""
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value)
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -237,11 +160,6 @@ def view_command(uri: str, run_folder: Path) -> str:
     return f"open {uri}" if is_remote(uri) else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def send_command(run_folder: Path) -> str:
-    """The shell command that sends whatever the run has not sent yet."""
-    return f"python launchers/send_metrics.py --run {shlex.quote(str(run_folder))}"
-
-
 @dataclasses.dataclass
 class TrackingState:
     """tracking.json: who the run is, where it is tracked, and how far the sender has come.
@@ -264,10 +182,8 @@ class TrackingState:
         return cls(**json.loads(path.read_text())) if path.exists() else None
 
     def save(self, run_folder: Path) -> None:
-        path = Path(run_folder) / STATE_FILE
-        staging = path.with_suffix(".tmp")
-        staging.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-        os.replace(staging, path)
+        with written_whole(Path(run_folder) / STATE_FILE) as file:
+            file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     def point_to(self, uri: str) -> None:
         """Another store has received nothing yet."""
@@ -275,104 +191,117 @@ class TrackingState:
             self.uri, self.mlflow_run_id, self.sent_bytes, self.sent_steps = uri, None, 0, {}
 
 
-def open_tracker(
-    uri: str,
-    run_folder: Path,
-    run_name: str,
-    params: dict[str, Any],
-    resume_run_id: str | None = None,
-    resume_step: int = 0,
-    is_main: bool = True,
-) -> "Tracker":
-    """Opens the run's record and starts its sender; returns in milliseconds, whatever the server does.
-
-    uri: "sqlite" (mlflow.db in the run folder), any MLflow tracking URI, or "none".
-    params: all settings; they become MLflow's params.
-    resume_run_id: the `run_id` that the checkpoint carries, None for a run that starts from nothing.
-    resume_step: optimizer steps the loaded checkpoint has done; later lines of metrics.jsonl are cut off.
-    is_main: False on every rank but 0; the tracker then does nothing.
-    """
-    run_folder = Path(run_folder)
-    if not is_main:
-        return Tracker(run_folder, "", None, None)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    writer = MetricsWriter(run_folder / METRICS_FILE, resume_step)
-    state = TrackingState.load(run_folder)
-    if state is None or resume_run_id not in (None, state.run_id):
-        state = TrackingState(resume_run_id or uuid.uuid4().hex, run_name, "", {})
-    state.point_to(resolve_uri(uri, run_folder))
-    state.params = {name: str(value) for name, value in params.items()}
-    state.sent_bytes = min(state.sent_bytes, (run_folder / METRICS_FILE).stat().st_size)
-    state.save(run_folder)
-    return Tracker(run_folder, state.run_id, writer, None if uri == "none" else _start_sender(run_folder))
-
-
 class Tracker:
-    """One run's record, open for writing, and the process that sends it. Made by open_tracker."""
+    """One run's metrics.jsonl, open for appending, and the process that sends it to MLflow."""
 
-    def __init__(self, run_folder: Path, run_id: str, writer: MetricsWriter | None, sender: subprocess.Popen | None):
-        self.run_folder, self.run_id = run_folder, run_id
-        self._writer, self._sender, self._step = writer, sender, 0
+    def __init__(
+        self,
+        uri: str,
+        run_folder: Path,
+        run_name: str,
+        params: dict[str, Any],
+        run_id: str | None = None,
+        step: int = 0,
+    ):
+        """Opens the record and starts its sender; returns in milliseconds, whatever the server does.
+
+        uri: "sqlite" (mlflow.db in the run folder), any MLflow tracking URI, or "none". params: all settings; they
+        become MLflow's params. run_id, step: those of the checkpoint that the run goes on from, None and 0 for a run
+        that starts from nothing. The record is cut there: the later steps are trained and written again, so that each
+        stands once. A line that a crash tore goes too.
+        """
+        self.run_folder, self._step = Path(run_folder), step
+        self._file = open(self.run_folder / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._unwritten = b""
+        with open(self._file.name, "rb") as file:
+            kept = sum(map(len, itertools.takewhile(functools.partial(is_of_steps_up_to, step), file)))
+        self._file.truncate(kept)
+
+        state = TrackingState.load(self.run_folder)
+        if state is None or run_id not in (None, state.run_id):
+            state = TrackingState(run_id or uuid.uuid4().hex, run_name, "", {})
+        state.point_to(resolve_uri(uri, self.run_folder))
+        state.params = {name: str(value) for name, value in params.items()}
+        state.sent_bytes = min(state.sent_bytes, kept)
+        state.save(self.run_folder)
+        self.run_id = state.run_id
+        self._sender = None
+        if uri != "none":
+            with open(self.run_folder / LOG_FILE, "ab") as log:
+                self._sender = subprocess.Popen(
+                    [sys.executable, "-m", "quincunx.engine.tracking", str(self.run_folder)],
+                    stdin=subprocess.PIPE,
+                    stdout=2,  # its own few sentences stand on our stderr; what libraries print goes to the log
+                    stderr=log,
+                )
 
     def log(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
-        """Records metrics of `step` (optimizer steps done); kind is "train", "event" or an evaluation's."""
-        if self._writer is not None:
-            self._step = step
-            self._writer.append(step, kind, metrics)
+        """Records metrics of `step` (optimizer steps done); kind is "train", "event" or an evaluation's.
+
+        The line goes to the operating system at once, so that a killed process loses none. If the disk is full, that is
+        said once, and the lines wait in memory until there is room.
+        """
+        self._step = step
+        record = {"step": step, "time": round(time.time(), 3), "kind": kind}
+        record |= {name: plain(value) for name, value in metrics.items()}
+        complaining = not self._unwritten
+        self._unwritten += json.dumps(record, allow_nan=False).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if complaining:
+                print(f"warning: {self._file.name} cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
     def artifact(self, path: Path) -> None:
         """Has a file or folder sent to MLflow as it stands now or a moment later."""
         self.log(self._step, "event", {"event": "artifact", "path": str(Path(path).resolve())})
 
-    def close(self, status: str = "finished") -> None:
+    def close(self, status: str) -> None:
         """Ends the record and waits until the sender is done: at most 10 s, at the end of a finished run 60 s.
 
         The sender itself gives up on the first request that is not answered within 10 s. What could not be sent is said
         on stderr, with the command that sends it later. A second call does nothing.
         status: "finished", "preempted", "interrupted", "diverged", "hung" or "failed".
         """
-        assert status in STATUSES, status
-        if self._writer is None:
+        if self._file.closed:
             return
         self.log(self._step, "event", {"event": "closed", "status": status})
-        self._writer.close()
-        self._writer = None
-        if self._sender is not None:
-            patience = CLOSE_SECONDS_FINISHED if status == "finished" else CLOSE_SECONDS
-            if _stop_sender(self._sender, patience) != 0:
-                print(f"tracking: {unsent_sentence(self.run_folder, status)}", file=sys.stderr, flush=True)
+        if lost := self._unwritten.count(b"\n"):
+            print(f"warning: {lost} lines of {self._file.name} are lost", file=sys.stderr, flush=True)
+        self._file.close()
+        if self._sender is None:
+            return
+        with self._sender as sender:
+            with contextlib.suppress(BrokenPipeError):  # it has died; its exit code says so
+                os.write(sender.stdin.fileno(), b"close\n")
+            try:
+                sender.wait(CLOSE_SECONDS_FINISHED if status == "finished" else CLOSE_SECONDS)
+            except subprocess.TimeoutExpired:
+                sender.kill()
+        if sender.returncode != 0:
+            print(f"tracking: {self._unsent(status)}", file=sys.stderr, flush=True)
+
+    def _unsent(self, status: str) -> str:
+        """How much of the record MLflow has not received, and what sends it."""
+        state = TrackingState.load(self.run_folder)
+        with open(self.run_folder / METRICS_FILE, "rb") as file:
+            file.seek(state.sent_bytes)
+            unsent = sum(1 for _ in file)
+        lines = f"{unsent} line{'' if unsent == 1 else 's'} of {METRICS_FILE}"
+        if status == "preempted":
+            return f"{lines} are not in MLflow at {state.uri} yet; the resumed run sends them"
+        command = f"python launchers/send_metrics.py --run {shlex.quote(str(self.run_folder))}"
+        return f"{lines} did not reach MLflow at {state.uri}, send them with: {command}"
 
 
-def unsent_sentence(run_folder: Path, status: str) -> str:
-    """How much of the record MLflow has not received, and what sends it."""
-    state = TrackingState.load(run_folder)
-    with open(Path(run_folder) / METRICS_FILE, "rb") as file:
-        file.seek(state.sent_bytes)
-        unsent = sum(1 for _ in file)
-    lines = f"{unsent} line{'' if unsent == 1 else 's'} of {METRICS_FILE}"
-    if status == "preempted":
-        return f"{lines} are not in MLflow at {state.uri} yet; the resumed run sends them"
-    return f"{lines} did not reach MLflow at {state.uri}, send them with: {send_command(run_folder)}"
+def is_of_steps_up_to(step: int, line: bytes) -> bool:
+    """Whether a line is whole and of a step that a checkpoint of `step` holds; of step 0 none is."""
+    record = parse_line(line)
+    return record is not None and 0 < step >= record["step"]
 
 
-def _start_sender(run_folder: Path) -> subprocess.Popen:
-    with open(run_folder / LOG_FILE, "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "quincunx.engine.tracking", str(run_folder)],
-            stdin=subprocess.PIPE,
-            stdout=2,  # its own few sentences stand on our stderr; what libraries print goes to the log
-            stderr=log,
-        )
-
-
-def _stop_sender(sender: subprocess.Popen, patience: float) -> int:
-    """Asks the sender to finish, kills it after `patience` seconds; its exit code, 0 where everything was sent."""
-    with contextlib.suppress(BrokenPipeError):  # it has died; its exit code says so
-        os.write(sender.stdin.fileno(), b"close\n")
-    try:
-        return sender.wait(patience)
-    except subprocess.TimeoutExpired:
-        sender.kill()
-        return sender.wait()
-    finally:
-        sender.stdin.close()
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: tensors and numpy scalars become numbers, nan and inf become strings."""
+    value = value.item() if hasattr(value, "item") else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,34 +9,33 @@ engine/pretraining.py has pre-training's, engine/retrieval/retriever_job.py and 
 import difflib
 import fcntl
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from quincunx.data_shards.errors import EXIT_DIVERGED, EXIT_PREEMPTED, CheckpointError, DataError, SettingsError
 from quincunx.data_shards.hashing import fold, mix
-from quincunx.data_shards.setting import as_plain
+from quincunx.data_shards.setting import as_plain, local_names
 from quincunx.data_shards.stream import Stream
 from quincunx.engine.checkpoint import (
-    Resume,
+    Checkpoint,
     choose_checkpoint,
-    fingerprint,
     load_checkpoint,
     remove_leftovers,
-    run_state,
     save_checkpoint,
 )
 from quincunx.engine.ranks import Environment, StopRequest, Watchdog
-from quincunx.engine.run_folder import RunFolder, Tracker, open_tracker, view_command
+from quincunx.engine.run_folder import RunFolder, Tracker, view_command
 from quincunx.engine.settings import Machine, RunSettings, lookup, precision_of
 from quincunx.engine.throughput import Progress, Window, peak_flops_of
 
@@ -95,33 +94,7 @@ class StepOutput(Protocol):
     """FLOPs of forward and backward, matrix products only, for mfu; recomputation does not count."""
 
 
-@dataclass
-class Run:
-    """A run in progress on one rank."""
-
-    job: Job
-    environment: Environment
-    folder: RunFolder
-    engine: Any
-    """The DeepSpeed engine around job.model."""
-    model_digest: str
-    device: torch.device
-    total_steps: int
-    peak_flops: float | None
-    control: Any
-    """A gloo process group: what the host must know each step never waits for a GPU."""
-    tracker: Tracker
-    progress: Progress
-    watchdog: Watchdog
-    stop_request: StopRequest
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    skipped_steps: int = 0
-    bad_steps: int = 0
-    """Skipped steps in a row, up to now."""
-
-
-def run_training(prepare: Callable[[], Job], settings: RunSettings, environment: Environment) -> int:
+def run_training(prepare: Callable[[], Job], environment: Environment) -> int:
     """Runs or resumes a training on this rank; returns the process's exit code.
 
     prepare: makes the job; it is called once signals are watched.
@@ -129,32 +102,259 @@ def run_training(prepare: Callable[[], Job], settings: RunSettings, environment:
     DataError, CheckpointError; a SettingsError comes before the first step.
     """
     stop_request = StopRequest(launched=environment.launcher != "python")
-    job = prepare()
-    folder = RunFolder(settings.output, environment.is_main)
-    model_digest = digest_of(job.model)
-    total_steps = settings.total_steps(sum(job.stream.order.num_samples))
-    resume = None
-    if environment.is_main:
-        resume = choose_checkpoint(job, model_digest, total_steps, folder, environment.world_size)
-        folder.write_settings(as_plain(settings))
-        job.write_model_files(folder.model)
     run, status = None, "failed"
     try:
-        run = start(job, model_digest, total_steps, environment, folder, resume, stop_request)
-        code = train(run)
+        run = Run(prepare(), environment, stop_request)
+        code = run.train()
         status = {EXIT_PREEMPTED: "preempted", EXIT_DIVERGED: "diverged"}.get(code, "finished")
-        return finish(run, code)
+        return run.finish(code)
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
         if run is not None:
-            run.progress.close()
-            run.tracker.close(status)
-            run.watchdog.close()
+            run.close(status)
         # gloo's threads may abort a process at its end, and its exit code is lost; NCCL would wait for failed ranks.
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
+
+
+class Run:
+    """A run in progress on one rank.
+
+    step: optimizer steps done, skipped ones included. skipped_steps: those whose loss or gradient was not finite.
+    bad_steps: the last ones of them in a row. control: a gloo process group, so that what the host must know each step
+    never waits for a GPU. tracker: the run's record, on rank 0; None on the others.
+    """
+
+    def __init__(self, job: Job, environment: Environment, stop_request: StopRequest):
+        """Chooses what to resume (rank 0), meets the other ranks, starts DeepSpeed's engine and loads it."""
+        self.job, self.environment, self.stop_request = job, environment, stop_request
+        self.settings = settings = job.settings
+        self.folder = RunFolder(settings.output, environment.is_main)
+        self.identity = {**job.data, "model_digest": digest_of(job.model)}
+        self.total_steps = settings.total_steps(sum(job.stream.order.num_samples))
+        checkpoint = None
+        if environment.is_main:
+            checkpoint = choose_checkpoint(job, self.identity, self.total_steps, self.folder, environment.world_size)
+            self.folder.settings_file.write_text(yaml.safe_dump(as_plain(settings), sort_keys=False))
+            job.write_model_files(self.folder.model)
+        self.control, checkpoint = meet(job, environment, self.identity, checkpoint)
+
+        import deepspeed
+
+        self.device = torch.device("cuda", environment.local_rank) if job.machine.cuda else torch.device("cpu")
+        config = job.machine.config
+        if checkpoint is not None and checkpoint.converted is not None:
+            config = {**config, "checkpoint": {**(config.get("checkpoint") or {}), "load_universal": True}}
+        parameters = parameter_groups(job.model, settings.weight_decay)
+        self.engine, *_ = deepspeed.initialize(model=job.model, model_parameters=parameters, config=config)
+        state = {"step": 0, "skipped_steps": 0, "bad_steps": 0, "run_id": None}
+        if checkpoint is not None:
+            load_checkpoint(self.engine, checkpoint.converted or checkpoint.folder)
+            state = checkpoint.state
+        self.step, self.skipped_steps, self.bad_steps = state["step"], state["skipped_steps"], state["bad_steps"]
+        if settings.compile:
+            job.model.compile_parts()
+        dist.barrier(group=self.control)
+
+        self.tracker = None
+        self.progress = Progress(self.step, self.total_steps, environment.is_main)
+        if environment.is_main:
+            remove_leftovers(self.folder.checkpoints)
+            name, params = settings.run_name or self.folder.path.name, as_plain(settings)
+            self.tracker = Tracker(settings.tracking, self.folder.path, name, params, state["run_id"], self.step)
+            self.announce(checkpoint)
+        self.watchdog = Watchdog(settings.hang_minutes * 60, on_hang=lambda: self.end_record("hung"))
+
+    def train(self) -> int:
+        """The loop, from self.step to the last step; returns 0, 75 or 77."""
+        job, settings, engine, rank = self.job, self.settings, self.engine, self.environment.rank
+        world_size, precision = self.environment.world_size, precision_of(job.machine.config)
+        window = Window(job, self.device, peak_flops_of(self.device, world_size, precision))
+        if self.step == 0:
+            self.evaluate()
+        if self.total_steps == 0:
+            self.save(ending=True)
+
+        steps = job.stream.iterate(self.step)
+        while self.step < self.total_steps:
+            # What all ranks must agree on: labelled tokens of the global batch, and whether any rank is asked to stop.
+            batches, label_counts, stop = self.agree(steps)
+
+            rate = learning_rate_at(self.step, self.total_steps, settings.learning_rate, settings.warmup_share)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+
+            # Dropout's seeds: a resumed run at the same number of ranks draws the same.
+            key = fold(mix(settings.seed), self.step)
+            seeds = [int(fold(fold(key, micro_step), rank)) for micro_step in range(len(batches))]
+            # DeepSpeed averages gradients over ranks; the losses are shares of one mean, so theirs must be summed.
+            outputs = []
+            for output in job.forward_passes(engine, batches, label_counts, seeds):
+                engine.backward(output.loss * world_size, scale_wrt_gas=False)
+                engine.step()
+                outputs.append(output._replace(loss=output.loss.detach()))
+
+            self.step += 1
+            if engine.was_step_applied():
+                self.bad_steps = 0
+                window.add(batches, outputs)
+            else:
+                self.skipped_steps += 1
+                self.bad_steps += 1
+                self.note_skipped_step()
+            self.watchdog.beat()
+            self.progress.step()
+
+            diverged, last = self.bad_steps >= settings.max_bad_steps, self.step == self.total_steps
+            ending = diverged or stop or last
+            if ending or self.step % settings.log_every == 0:
+                self.log(window, rate)
+            if diverged:
+                self.progress.say(f"stopped: {self.bad_steps} steps in a row had a loss or gradient that is not finite")
+                return EXIT_DIVERGED
+            self.evaluate(last)
+            if ending or self.step % settings.checkpoint_every == 0:
+                self.save(ending)
+            if stop and not last:
+                self.progress.say(f"stopped at step {self.step} on request; the same command continues")
+                return EXIT_PREEMPTED
+        return 0
+
+    def agree(self, steps: Iterator[list]) -> tuple[list, torch.Tensor, bool]:
+        """(this rank's micro-batches, the global batch's loss counts, whether any rank is asked to stop).
+
+        Loss counts, float32 on the device, are what each loss is a mean over. Raises DataError on every rank if the
+        data of one of them is damaged.
+        """
+        batches, failure = [], ""
+        try:
+            batches = next(steps)
+        except DataError as error:
+            failure = str(error)
+        mine = torch.zeros(len(self.job.loss_weights) + 2, dtype=torch.float64)
+        for batch in batches:
+            mine[:-2] += torch.tensor(self.job.model.loss_counts(batch), dtype=torch.float64)
+        mine[-2], mine[-1] = self.stop_request.pending(), bool(failure)
+        dist.all_reduce(mine, group=self.control)
+        if mine[-1] > 0:
+            told = [""] * self.environment.world_size
+            dist.all_gather_object(told, failure, group=self.control)
+            raise DataError(next(f"on rank {rank}: {sentence}" for rank, sentence in enumerate(told) if sentence))
+        return batches, mine[:-2].to(self.device, torch.float32), bool(mine[-2] > 0)
+
+    def note_skipped_step(self) -> None:
+        """Writes down a step whose loss or gradient was not finite on some rank, with all its sample ids. Rank 0."""
+        if self.tracker is None:
+            return
+        stream = self.job.stream
+        rows = stream.order.global_batch(self.step - 1, stream.global_batch)
+        self.record("event", {"event": "skipped_step", "in_a_row": self.bad_steps})
+        self.progress.say(f"step {self.step} skipped: its loss or gradient is not finite ({self.bad_steps} in a row)")
+        try:
+            with open(self.folder.skipped_file, "a") as file:
+                file.write(json.dumps({"step": self.step, **stream.packer.names(rows)}) + "\n")
+        except OSError as error:
+            self.progress.say(f"the skipped step's sample ids could not be written down: {error}")
+
+    def log(self, window: Window, rate: float) -> None:
+        """One line of training metrics, means since the last one."""
+        metrics = window.metrics()
+        metrics["learning_rate"] = rate
+        metrics["grad_norm"] = float(self.engine.get_global_grad_norm())
+        metrics["skipped_steps"] = self.skipped_steps
+        self.record("train", metrics)
+        if self.environment.is_main:
+            self.progress.log(self.step, metrics)
+
+    def evaluate(self, last: bool = False) -> None:
+        """The job's evaluations that are due: before the first step, every so many, after the last."""
+        for kind, every, measure, shown in self.job.evaluations:
+            if not every or not (last or self.step % every == 0):
+                continue
+            metrics = measure(self.device)
+            self.record(kind, metrics)
+            if shown:
+                values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+                self.progress.say(f"step {self.step}  {values}")
+            self.watchdog.beat()
+
+    def save(self, ending: bool) -> None:
+        """Commits a checkpoint of this step; a failure is said and recorded, and training goes on.
+
+        Raises CheckpointError, on every rank, if it was the run's last chance (`ending`).
+        """
+        state = {  # beside weights and moments; the step says where the run stands in the data
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "bad_steps": self.bad_steps,
+            "run_id": self.tracker and self.tracker.run_id,
+            **self.identity,
+            "settings": as_plain(self.settings),
+        }
+        keep = self.settings.keep_checkpoints
+        failure = save_checkpoint(self.engine, self.control, self.folder.checkpoints, self.step, state, keep)
+        if failure is not None:
+            self.record("event", {"event": "checkpoint_failed", "reason": failure})
+            if ending:
+                raise CheckpointError(
+                    f"the checkpoint of the run's last step, {self.step}, could not be saved ({failure}); make room "
+                    "and run the same command, which goes on from the newest one that was saved"
+                )
+            lost = f"CHECKPOINT OF STEP {self.step} COULD NOT BE SAVED ({failure})"
+            self.progress.say(f"{lost}; training goes on without it")
+        self.watchdog.beat()
+
+    def announce(self, checkpoint: Checkpoint | None) -> None:
+        """Says what is about to run, and records it."""
+        settings, world_size, micro_batch = self.settings, self.environment.world_size, self.job.machine.micro_batch
+        for sentence in misspelt_keys(self.job.machine.config):
+            self.progress.say(f"warning: {sentence}")
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.job.model.parameters())
+        self.progress.say(
+            f"{parameters / 1e6:.1f} M parameters; {settings.global_batch} examples a step = "
+            f"{world_size} ranks x {micro_batch} x {settings.global_batch // (micro_batch * world_size)}"
+        )
+        self.progress.say(f"watch it with: {view_command(settings.tracking, self.folder.path)}")
+        event = {"event": "started", "world_size": world_size, "total_steps": self.total_steps}
+        if checkpoint is not None:
+            universal = checkpoint.converted is not None
+            event |= {"event": "resumed", "checkpoint": checkpoint.folder.name, "universal": universal}
+            self.progress.say(f"resuming at step {self.step} of {self.total_steps} from {checkpoint.folder}")
+        self.record("event", event)
+        self.tracker.artifact(self.folder.settings_file)
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        """One line of metrics.jsonl (engine/run_folder.py), from rank 0."""
+        if self.tracker is not None:
+            self.tracker.log(self.step, kind, values)
+
+    def finish(self, code: int) -> int:
+        """Leaves the process group together with the other ranks; rank 0 then has a finished run exported.
+
+        The export is a process of its own, the same command as a user's. Returns the exit code.
+        """
+        dist.barrier(group=self.control)
+        dist.destroy_process_group()
+        if code == 0 and self.environment.is_main and self.settings.export:
+            self.watchdog.close()
+            export = [sys.executable, "-m", "quincunx.launchers.export", "--run", str(self.folder.path)]
+            code = subprocess.run(export).returncode
+            cards = sorted(self.folder.export.glob("*/README.md"))
+            for path in [*cards[:1], *self.folder.export.glob("*.png")]:
+                self.tracker.artifact(path)
+        return code
+
+    def end_record(self, status: str) -> None:
+        if self.tracker is not None:
+            self.tracker.close(status)
+
+    def close(self, status: str) -> None:
+        """Ends what runs beside the loop; a run's `status` is what run_folder.py lists."""
+        self.progress.close()
+        self.end_record(status)
+        self.watchdog.close()
 
 
 def digest_of(model: torch.nn.Module) -> str:
@@ -163,16 +363,14 @@ def digest_of(model: torch.nn.Module) -> str:
     return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
 
-def start(
-    job: Job,
-    model_digest: str,
-    total_steps: int,
-    environment: Environment,
-    folder: RunFolder,
-    resume: Resume | None,
-    stop_request: StopRequest,
-) -> Run:
-    """Starts the process group and DeepSpeed's engine, and loads what rank 0 chose to resume from."""
+def meet(
+    job: Job, environment: Environment, identity: dict[str, Any], checkpoint: Checkpoint | None
+) -> tuple[Any, Checkpoint | None]:
+    """Starts the process group; (a gloo group of all ranks, the checkpoint that rank 0 chose).
+
+    Raises SettingsError if the ranks cannot meet, or if one has other data, another model or other settings than rank
+    0. Paths and sizes of a machine's own may differ.
+    """
     settings, config, cuda = job.settings, job.machine.config, job.machine.cuda
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # asked for, so that DeepSpeed need not warn
@@ -186,72 +384,36 @@ def start(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if lookup(config, "zero_optimization.offload_optimizer.device") == "cpu":
         compile_once(deepspeed.ops.op_builder.CPUAdamBuilder(), environment.is_main)
-    device = torch.device("cuda", environment.local_rank) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(environment.local_rank)
     patience = timedelta(minutes=settings.hang_minutes + 5)  # the watchdog is first: it says what hangs
-    backend = "nccl" if cuda else "gloo"
     try:
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
+        deepspeed.init_distributed(
+            "nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=patience
+        )
     except dist.DistNetworkError as error:
         raise SettingsError(
             f"rank {environment.rank} cannot meet the others at {environment.master_addr}:{environment.master_port} "
-            f"({str(error).splitlines()[0].rstrip('.')}); where another run has that port, give this one its own: "
+            f"({str(error).splitlines()[0].rstrip('.')}); if another run has that port, give this one its own: "
             "deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT=N"
         ) from None
     control = dist.new_group(backend="gloo", timeout=patience)
+
+    common = {name: value for name, value in as_plain(settings).items() if name not in local_names(settings)}
+    common |= {"config": config, "micro_batch": job.machine.micro_batch}
+    common["evaluations"] = [evaluation.kind for evaluation in job.evaluations]
+    digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:16]
+    mine = f"dataset {', '.join(job.data['dataset_ids'])}, model {identity['model_digest']}, settings {digest}"
     told: list[Any] = [None] * environment.world_size
-    dist.all_gather_object(told, (resume, fingerprint(job, model_digest)), group=control)
-    resume, expected = told[0]
+    dist.all_gather_object(told, (checkpoint, mine), group=control)
+    checkpoint, expected = told[0]
     for rank, (_, found) in enumerate(told):
         if found != expected:
             raise SettingsError(
                 f"not all ranks have the same files and settings: rank {rank} has {found}, rank 0 {expected}; give all "
                 "machines the same command and the same files"
             )
-
-    if resume is not None and resume.universal:
-        config = {**config, "checkpoint": {**config.get("checkpoint", {}), "load_universal": True}}
-    parameters = parameter_groups(job.model, settings.weight_decay)
-    engine, *_ = deepspeed.initialize(model=job.model, model_parameters=parameters, config=config)
-    if resume is not None:
-        load_checkpoint(engine, resume.folder)
-    if settings.compile:
-        job.model.compile_parts()
-    dist.barrier(group=control)
-    if environment.is_main:
-        remove_leftovers(folder.checkpoints)
-
-    state = resume.checkpoint.state if resume is not None else {"step": 0, "skipped_steps": 0, "bad_steps": 0}
-    tracker = open_tracker(
-        settings.tracking,
-        folder.path,
-        settings.run_name or folder.path.name,
-        as_plain(settings),
-        resume_run_id=state.get("run_id"),
-        resume_step=state["step"],
-        is_main=environment.is_main,
-    )
-    run = Run(
-        job=job,
-        environment=environment,
-        folder=folder,
-        engine=engine,
-        model_digest=model_digest,
-        device=device,
-        peak_flops=peak_flops_of(device, environment.world_size, precision_of(config)),
-        control=control,
-        tracker=tracker,
-        total_steps=total_steps,
-        progress=Progress(state["step"], total_steps, environment.is_main),
-        watchdog=Watchdog(settings.hang_minutes * 60, on_hang=lambda: tracker.close("hung")),
-        stop_request=stop_request,
-        step=state["step"],
-        skipped_steps=state["skipped_steps"],
-        bad_steps=state["bad_steps"],
-    )
-    announce(run, resume)
-    return run
+    return control, checkpoint
 
 
 def compile_once(builder: Any, is_main: bool) -> None:
@@ -285,86 +447,6 @@ def misspelt_keys(config: dict[str, Any]) -> list[str]:
     return [f"the DeepSpeed JSON has {key}; did you mean {near[0]}?" for key, near in nearest.items() if near]
 
 
-def train(run: Run) -> int:
-    """The loop, from run.step to the last step; returns 0, 75 or 77."""
-    job, settings, engine = run.job, run.job.settings, run.engine
-    world_size, rank = run.environment.world_size, run.environment.rank
-    window = Window(job, run.device, run.peak_flops)
-    if run.step == 0:
-        evaluate(run)
-    if run.total_steps == 0:
-        save(run, ending=True)
-
-    steps = job.stream.iterate(run.step)
-    while run.step < run.total_steps:
-        # What all ranks must agree on: labelled tokens of the global batch, and whether any rank is asked to stop.
-        batches, failure = take(steps)
-        label_counts, stop = agree(run, batches, failure)
-
-        rate = learning_rate_at(run.step, run.total_steps, settings.learning_rate, settings.warmup_share)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
-
-        # DeepSpeed averages gradients over ranks; the losses are shares of one mean, so their gradients must be summed.
-        outputs = []
-        seeds = [dropout_seed(settings.seed, run.step, micro_step, rank) for micro_step in range(len(batches))]
-        for output in job.forward_passes(engine, batches, label_counts, seeds):
-            engine.backward(output.loss * world_size, scale_wrt_gas=False)
-            engine.step()
-            outputs.append(output._replace(loss=output.loss.detach()))
-
-        run.step += 1
-        if engine.was_step_applied():
-            run.bad_steps = 0
-            window.add(batches, outputs)
-        else:
-            run.skipped_steps += 1
-            run.bad_steps += 1
-            note_skipped_step(run)
-        run.watchdog.beat()
-        run.progress.step()
-
-        diverged, last = run.bad_steps >= settings.max_bad_steps, run.step == run.total_steps
-        ending = diverged or stop or last
-        if ending or run.step % settings.log_every == 0:
-            log(run, window, rate)
-        if diverged:
-            run.progress.say(f"stopped: {run.bad_steps} steps in a row had a loss or gradient that is not finite")
-            return EXIT_DIVERGED
-        evaluate(run, last)
-        if ending or run.step % settings.checkpoint_every == 0:
-            save(run, ending)
-        if stop and not last:
-            run.progress.say(f"stopped at step {run.step} on request; the same command continues")
-            return EXIT_PREEMPTED
-    return 0
-
-
-def take(steps: Iterator[list]) -> tuple[list, DataError | None]:
-    """A step's micro-batches on this rank, or what is wrong with its data."""
-    try:
-        return next(steps), None
-    except DataError as error:
-        return [], error
-
-
-def agree(run: Run, batches: list, failure: DataError | None) -> tuple[torch.Tensor, bool]:
-    """(what each loss is a mean over in the global batch, float32 on the device; whether any rank is asked to stop).
-
-    Raises DataError on every rank where one of them has no batches but a `failure`.
-    """
-    mine = torch.zeros(len(run.job.loss_weights) + 2, dtype=torch.float64)
-    for batch in batches:
-        mine[:-2] += torch.tensor(run.job.model.loss_counts(batch), dtype=torch.float64)
-    mine[-2], mine[-1] = run.stop_request.pending(), failure is not None
-    dist.all_reduce(mine, group=run.control)
-    if mine[-1] > 0:
-        told: list[Any] = [None] * run.environment.world_size
-        dist.all_gather_object(told, failure and str(failure), group=run.control)
-        raise DataError(next(f"on rank {rank}: {sentence}" for rank, sentence in enumerate(told) if sentence))
-    return mine[:-2].to(run.device, torch.float32), bool(mine[-2] > 0)
-
-
 def learning_rate_at(step: int, total_steps: int, peak: float, warmup_share: float) -> float:
     """Learning rate of optimizer step `step` (0-based): linear from near 0 to `peak`, then linear towards 0.
 
@@ -386,106 +468,3 @@ def parameter_groups(model, weight_decay: float) -> list[dict[str, Any]]:
         {"params": decaying, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-
-
-def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
-    """Seed of one forward's dropout: a resumed run at the same number of ranks draws the same."""
-    return int(fold(fold(fold(mix(seed), step), micro_step), rank))
-
-
-def note_skipped_step(run: Run) -> None:
-    """Writes down a step whose loss or gradient was not finite on some rank, with all its sample ids. Rank 0 only."""
-    if not run.environment.is_main:
-        return
-    stream = run.job.stream
-    rows = stream.order.global_batch(run.step - 1, stream.global_batch)
-    record = {"step": run.step, **stream.packer.names(rows)}
-    run.tracker.log(run.step, "event", {"event": "skipped_step", "in_a_row": run.bad_steps})
-    run.progress.say(f"step {run.step} skipped: its loss or gradient is not finite ({run.bad_steps} in a row)")
-    try:
-        run.folder.note_skipped_step(record)
-    except OSError as error:
-        run.progress.say(f"the skipped step's sample ids could not be written down: {error}")
-
-
-def log(run: Run, window: Window, rate: float) -> None:
-    """One line of training metrics, means since the last one."""
-    metrics = window.metrics()
-    metrics["learning_rate"] = rate
-    metrics["grad_norm"] = float(run.engine.get_global_grad_norm())
-    metrics["skipped_steps"] = run.skipped_steps
-    run.tracker.log(run.step, "train", metrics)
-    if run.environment.is_main:
-        run.progress.log(run.step, metrics)
-
-
-def evaluate(run: Run, last: bool = False) -> None:
-    """The job's evaluations where they are due: before the first step, every so many, after the last."""
-    for kind, every, measure, shown in run.job.evaluations:
-        if not every or not (last or run.step % every == 0):
-            continue
-        metrics = measure(run.device)
-        run.tracker.log(run.step, kind, metrics)
-        if shown:
-            run.progress.say(f"step {run.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        run.watchdog.beat()
-
-
-def save(run: Run, ending: bool) -> None:
-    """Commits a checkpoint of this step; a failure is said and recorded, and training goes on.
-
-    Raises CheckpointError, on every rank, where it was the run's last chance (`ending`).
-    """
-    counters = {"step": run.step, "skipped_steps": run.skipped_steps, "bad_steps": run.bad_steps}
-    run_id = [run.tracker.run_id]
-    dist.broadcast_object_list(run_id, src=0, group=run.control)
-    state = run_state(run.job, run.model_digest, counters, run_id[0])
-    keep = run.job.settings.keep_checkpoints
-    failure = save_checkpoint(run.engine, run.control, run.folder.checkpoints, run.step, state, keep)
-    if failure is not None:
-        run.tracker.log(run.step, "event", {"event": "checkpoint_failed", "reason": failure})
-        if ending:
-            raise CheckpointError(
-                f"the checkpoint of the run's last step, {run.step}, could not be saved ({failure}); make room and run "
-                "the same command, which goes on from the newest one that was saved"
-            )
-        run.progress.say(f"CHECKPOINT OF STEP {run.step} COULD NOT BE SAVED ({failure}); training goes on without it")
-    run.watchdog.beat()
-
-
-def announce(run: Run, resume: Resume | None) -> None:
-    """Says on rank 0 what is about to run, and records it."""
-    job, settings, environment = run.job, run.job.settings, run.environment
-    for sentence in misspelt_keys(job.machine.config):
-        run.progress.say(f"warning: {sentence}")
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in job.model.parameters())
-    micro_batch = job.machine.micro_batch
-    accumulation = settings.global_batch // (micro_batch * environment.world_size)
-    run.progress.say(
-        f"{parameters / 1e6:.1f} M parameters; {settings.global_batch} examples a step = "
-        f"{environment.world_size} ranks x {micro_batch} x {accumulation}"
-    )
-    run.progress.say(f"watch it with: {view_command(settings.tracking, run.folder.path)}")
-    event = {"event": "started", "world_size": environment.world_size, "total_steps": run.total_steps}
-    if resume is not None:
-        event |= {"event": "resumed", "checkpoint": resume.checkpoint.folder.name, "universal": resume.universal}
-        run.progress.say(f"resuming at step {run.step} of {run.total_steps} from {resume.checkpoint.folder}")
-    run.tracker.log(run.step, "event", event)
-    run.tracker.artifact(run.folder.settings_file)
-
-
-def finish(run: Run, code: int) -> int:
-    """Leaves the process group together with the other ranks; rank 0 then has a finished run exported.
-
-    The export is a process of its own, the same command as a user's. Returns the exit code.
-    """
-    dist.barrier(group=run.control)
-    dist.destroy_process_group()
-    if code == 0 and run.environment.is_main and run.job.settings.export:
-        run.watchdog.close()
-        export = [sys.executable, "-m", "quincunx.launchers.export", "--run", str(run.folder.path)]
-        code = subprocess.run(export).returncode
-        cards = sorted(run.folder.export.glob("*/README.md"))
-        for path in [*cards[:1], *run.folder.export.glob("*.png")]:
-            run.tracker.artifact(path)
-    return code

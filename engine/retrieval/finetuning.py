@@ -186,7 +186,7 @@ def finetune(settings: FinetuneSettings, environment: Environment) -> int:
     """Runs or resumes a fine-tuning on this rank; returns the process's exit code (engine/training.py)."""
     from quincunx.engine.training import run_training
 
-    return run_training(lambda: prepare(settings, environment), settings, environment)
+    return run_training(lambda: prepare(settings, environment), environment)
 
 
 def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob:

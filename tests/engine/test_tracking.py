@@ -17,10 +17,9 @@ from quincunx.engine import run_folder
 from quincunx.engine.ranks import free_port
 from quincunx.engine.run_folder import (
     METRICS_FILE,
-    MetricsWriter,
+    Tracker,
     TrackingState,
     numbers,
-    open_tracker,
     read_metrics,
     resolve_uri,
     view_command,
@@ -92,24 +91,20 @@ def runs_of(uri: str, run_id: str) -> list:
 
 
 def test_the_record_is_cut_to_the_resumed_step_and_each_step_stands_once(tmp_path):
-    path = tmp_path / METRICS_FILE
-    writer = MetricsWriter(path, 0)
+    tracker = Tracker("none", tmp_path, "cut", {})
     for step in range(1, 31):
-        writer.append(step, "train", {"loss/mlm": 1.0 / step})
+        tracker.log(step, "train", {"loss/mlm": 1.0 / step})
         if step % 10 == 0:
-            writer.append(step, "probe", {"probe/mrr@10": 0.5})
-    writer.close()
-    with open(path, "ab") as file:
+            tracker.log(step, "probe", {"probe/mrr@10": 0.5})
+    with open(tmp_path / METRICS_FILE, "ab") as file:
         file.write(b'{"step": 31, "time": 1.0, "kind": "train", "loss/mlm": 0.0')  # a crash tore this line
     assert len(list(read_metrics(tmp_path))) == 33
-    writer = MetricsWriter(path, 20)
-    for step in range(21, 31):
-        writer.append(step, "train", {"loss/mlm": 2.0 / step})
-    writer.close()
+    tracker = Tracker("none", tmp_path, "cut", {}, tracker.run_id, 20)
+    train(tracker, 21, 30)
     steps = [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "train"]
     assert steps == list(range(1, 31))
     assert [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "probe"] == [10, 20]
-    MetricsWriter(path, 0).close()
+    Tracker("none", tmp_path, "cut", {})
     assert list(read_metrics(tmp_path)) == []
 
 
@@ -117,11 +112,8 @@ def test_every_line_is_strict_json_and_nan_survives(tmp_path):
     import numpy as np
     import torch
 
-    writer = MetricsWriter(tmp_path / METRICS_FILE, 0)
-    writer.append(
-        3, "train", {"a": float("nan"), "b": torch.tensor(1.5), "c": np.float32("-inf"), "ids": [1, 2], "d": True}
-    )
-    writer.close()
+    values = {"a": float("nan"), "b": torch.tensor(1.5), "c": np.float32("-inf"), "ids": [1, 2], "d": True}
+    Tracker("none", tmp_path, "strict", {}).log(3, "train", values)
     line = (tmp_path / METRICS_FILE).read_text()
     record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert (record["a"], record["b"], record["c"], record["ids"], record["d"]) == ("nan", 1.5, "-inf", [1, 2], True)
@@ -132,22 +124,19 @@ def test_every_line_is_strict_json_and_nan_survives(tmp_path):
 def test_a_full_disk_does_not_stop_the_run_and_loses_no_line_once_there_is_room(tmp_path, capsys):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    writer = MetricsWriter(tmp_path / METRICS_FILE, 0)
-    disk, full = writer._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    writer._file = full
-    for step in range(3):
-        writer.append(step, "train", {"loss/mlm": 1.0})
-    writer._file = disk
-    writer.append(3, "train", {"loss/mlm": 1.0})
-    writer.close()
-    full.close()
-    assert [record["step"] for record in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    tracker = Tracker("none", tmp_path, "full", {})
+    disk = tracker._file
+    with open("/dev/full", "ab", buffering=0) as tracker._file:
+        train(tracker, 1, 3)
+    tracker._file = disk
+    train(tracker, 4, 4)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert capsys.readouterr().err.count("No space left") == 1
 
 
 def test_sqlite_in_the_run_folder_holds_params_metrics_system_metrics_and_artifacts_of_one_run(tmp_path, patient):
     (tmp_path / "settings.yaml").write_text("seed: 42\n")
-    tracker = open_tracker("sqlite", tmp_path, "first", PARAMS)
+    tracker = Tracker("sqlite", tmp_path, "first", PARAMS)
     train(tracker, 1, 30)
     tracker.log(30, "probe", {"probe/mrr@10": 0.25})
     tracker.artifact(tmp_path / "settings.yaml")
@@ -159,7 +148,7 @@ def test_sqlite_in_the_run_folder_holds_params_metrics_system_metrics_and_artifa
     run_id = tracker.run_id
 
     # The checkpoint was of step 20: steps 21 to 30 come again, and the learning rate has been changed.
-    tracker = open_tracker("sqlite", tmp_path, "first", PARAMS | {"learning_rate": 2e-4}, run_id, 20)
+    tracker = Tracker("sqlite", tmp_path, "first", PARAMS | {"learning_rate": 2e-4}, run_id, 20)
     assert tracker.run_id == run_id
     train(tracker, 21, 40)
     tracker.close("finished")
@@ -185,10 +174,10 @@ def test_sqlite_in_the_run_folder_holds_params_metrics_system_metrics_and_artifa
 
 def test_a_real_server_receives_what_a_dead_one_missed(tmp_path, server, patient):
     dead = f"http://127.0.0.1:{free_port()}"
-    tracker = open_tracker(dead, tmp_path, "moved", PARAMS)
+    tracker = Tracker(dead, tmp_path, "moved", PARAMS)
     train(tracker, 1, 5)
     tracker.close("preempted")
-    tracker = open_tracker(server, tmp_path, "moved", PARAMS, tracker.run_id, 5)
+    tracker = Tracker(server, tmp_path, "moved", PARAMS, tracker.run_id, 5)
     train(tracker, 6, 10)
     tracker.artifact(ROOT / "LICENSE")
     tracker.close("finished")
@@ -204,7 +193,7 @@ def test_a_real_server_receives_what_a_dead_one_missed(tmp_path, server, patient
 def test_a_server_that_does_not_answer_costs_neither_steps_nor_shutdown_nor_lines(tmp_path, kind, hanging, capfd):
     uri = hanging if kind == "hanging" else f"http://127.0.0.1:{free_port()}"
     started = time.perf_counter()
-    tracker = open_tracker(uri, tmp_path, "lonely", PARAMS)
+    tracker = Tracker(uri, tmp_path, "lonely", PARAMS)
     opening = time.perf_counter() - started
     slowest = max(train(tracker, 1, 200))
     time.sleep(5)  # the sender has met the server by now
@@ -226,8 +215,8 @@ def test_a_server_that_does_not_answer_costs_neither_steps_nor_shutdown_nor_line
 def test_the_sender_dies_with_a_killed_run_and_the_next_start_sends_the_rest(tmp_path, patient):
     code = (
         "import os, signal, sys, time\n"
-        "from quincunx.engine.run_folder import open_tracker\n"
-        f"tracker = open_tracker('sqlite', {str(tmp_path)!r}, 'killed', {{}})\n"
+        "from quincunx.engine.run_folder import Tracker\n"
+        f"tracker = Tracker('sqlite', {str(tmp_path)!r}, 'killed', {{}})\n"
         "for step in range(1, 11): tracker.log(step, 'train', {'loss/mlm': 1.0})\n"
         "print(tracker._sender.pid, tracker.run_id, flush=True)\n"
         "time.sleep(1.5)\n"  # in the middle of making the sqlite store
@@ -241,7 +230,7 @@ def test_the_sender_dies_with_a_killed_run_and_the_next_start_sends_the_rest(tmp
             break
         time.sleep(0.1)
     assert not Path(f"/proc/{pid}").exists(), "the sender outlived a killed run"
-    tracker = open_tracker("sqlite", tmp_path, "killed", {}, run_id, 10)
+    tracker = Tracker("sqlite", tmp_path, "killed", {}, run_id, 10)
     tracker.log(11, "train", {"loss/mlm": 0.5})
     tracker.close("finished")
     (run,) = runs_of(resolve_uri("sqlite", tmp_path), run_id)
@@ -249,20 +238,16 @@ def test_the_sender_dies_with_a_killed_run_and_the_next_start_sends_the_rest(tmp
     assert [point.step for point in history] == list(range(1, 12))
 
 
-def test_other_ranks_and_tracking_none_start_no_sender(tmp_path):
-    other = open_tracker("sqlite", tmp_path / "other", "x", PARAMS, is_main=False)
-    other.log(1, "train", {"loss/mlm": 1.0})
-    other.close("finished")
-    assert not (tmp_path / "other").exists() and other.run_id == ""
-    alone = open_tracker("none", tmp_path / "alone", "x", PARAMS)
-    alone.log(1, "train", {"loss/mlm": 1.0})
-    alone.close("finished")
-    assert alone._sender is None and len(list(read_metrics(tmp_path / "alone"))) == 2
-    assert TrackingState.load(tmp_path / "alone").run_id == alone.run_id
+def test_tracking_none_starts_no_sender(tmp_path):
+    tracker = Tracker("none", tmp_path, "x", PARAMS)
+    tracker.log(1, "train", {"loss/mlm": 1.0})
+    tracker.close("finished")
+    assert tracker._sender is None and len(list(read_metrics(tmp_path))) == 2
+    assert TrackingState.load(tmp_path).run_id == tracker.run_id
 
 
 def test_what_was_not_sent_can_be_sent_later_and_sending_again_adds_nothing(tmp_path, patient):
-    tracker = open_tracker("none", tmp_path, "again", PARAMS)
+    tracker = Tracker("none", tmp_path, "again", PARAMS)
     train(tracker, 1, 1200)  # more metrics than MLflow takes in a batch
     tracker.close("finished")
     command = [sys.executable, "launchers/send_metrics.py", "--run", str(tmp_path), "--tracking", "sqlite"]

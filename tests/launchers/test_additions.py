@@ -117,7 +117,7 @@ def prepare():
     return LineJob(settings, machine, Line(), stream, {"dataset_ids": ["line"], "dataset_weights": [1]})
 
 
-sys.exit(run_training(prepare, settings, environment))
+sys.exit(run_training(prepare, environment))
 """
 
 

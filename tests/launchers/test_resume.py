@@ -7,7 +7,6 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -101,32 +100,30 @@ def test_a_checkpoint_of_another_run_is_refused(through, tiny_shards, tmp_path, 
     checkpoint = find_newest(folder / "checkpoints")
     settings = PretrainSettings(**{**harness.tiny, "shards": [str(tiny_shards)], "output": str(folder)})
     job = prepare(settings, discover_environment({}))
-    digest = digest_of(job.model)
-    assert check_fits(checkpoint, job, digest) == []
-    for changes, clause in (
+    identity = {**job.data, "model_digest": digest_of(job.model)}
+
+    def changes(**values) -> list[str]:
+        return check_fits(
+            checkpoint, dataclasses.replace(job, settings=dataclasses.replace(settings, **values)), identity
+        )
+
+    del checkpoint.state["settings"]["shared_decoder"]  # a setting younger than the checkpoint had its default then
+    assert changes() == []
+    assert changes(learning_rate=0.5, log_every=9) == ["learning_rate was 0.001 and is 0.5"]
+    for values, clause in (
         ({"seed": 7}, "belongs to another run: seed was 42 and is 7"),
         ({"tasks": ["mkp"]}, "tasks was \\['mkp', 'cmp', 'npr', 'dor'\\] and is \\['mkp'\\]"),
         ({"global_batch": 16}, "global_batch was 8 and is 16"),
-        ({"shards": [f"{tiny_shards}:2"]}, "was trained on dataset .* .weights .1.., this one is"),
     ):
         with pytest.raises(CheckpointError, match=clause):
-            check_fits(checkpoint, dataclasses.replace(job, settings=dataclasses.replace(settings, **changes)), digest)
-    older = dataclasses.replace(checkpoint, state={**checkpoint.state, "settings": dict(checkpoint.state["settings"])})
-    del older.state["settings"]["shared_decoder"]  # a setting younger than the checkpoint had its default then
-    assert check_fits(older, job, digest) == []
-    with pytest.raises(CheckpointError, match="this one is x"):
-        check_fits(checkpoint, SimpleNamespace(**parts_of(job) | {"dataset_ids": ["x"]}), digest)
-    with pytest.raises(CheckpointError, match="other shapes"):
-        check_fits(checkpoint, job, "x")
-    harmless = dataclasses.replace(settings, learning_rate=0.5, log_every=9)
-    assert check_fits(checkpoint, dataclasses.replace(job, settings=harmless), digest) == [
-        "learning_rate was 0.001 and is 0.5"
-    ]
-
-
-def parts_of(job) -> dict:
-    """What check_fits reads of a job."""
-    return {"settings": job.settings, "dataset_ids": job.dataset_ids, "dataset_weights": job.dataset_weights}
+            changes(**values)
+    for other, clause in (
+        ({"dataset_ids": ["x"]}, "was trained on dataset .*, this one is x"),
+        ({"dataset_weights": [2]}, "was trained on dataset .* .weights .1.., this one is .* .\\[2\\]"),
+        ({"model_digest": "x"}, "other shapes"),
+    ):
+        with pytest.raises(CheckpointError, match=clause):
+            check_fits(checkpoint, job, identity | other)
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_with_its_reason(through, tiny_shards, tmp_path, harness):
