@@ -75,20 +75,16 @@ def committed(folder: Path) -> list[Path]:
 
 def verify(checkpoint: Path) -> Checkpoint:
     """Reads a checkpoint's manifest and every byte it lists. Raises CheckpointError with the first thing amiss."""
+    names = ("step", "world_size", "zero_stage", "precision", "state")
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         version, files = manifest["schema_version"], manifest["files"]
-        if version != SCHEMA_VERSION:
-            raise CheckpointError(f"{checkpoint} has format {version}, this quincunx reads {SCHEMA_VERSION}; update it")
-        found = Checkpoint(
-            folder=checkpoint,
-            **{name: manifest[name] for name in ("step", "world_size", "zero_stage", "precision", "state")},
-        )
-    except CheckpointError:
-        raise
+        values = {name: manifest[name] for name in names} if version == SCHEMA_VERSION else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{checkpoint} has no readable {MANIFEST} ({reason})") from None
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(f"{checkpoint} has format {version}, this quincunx reads {SCHEMA_VERSION}; update it")
     for name, entry in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -97,13 +93,13 @@ def verify(checkpoint: Path) -> Checkpoint:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['bytes']}")
         if file_digest(path) != entry["xxh3_128"]:
             raise CheckpointError(f"{path} differs from the digest in its manifest")
-    return found
+    return Checkpoint(folder=checkpoint, **values)
 
 
 def find_newest(folder: Path, report: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint under `folder` that verifies, None where there is none at all.
+    """The newest checkpoint under `folder` that verifies, None if there is none at all.
 
-    report: told why each newer one is skipped. Raises CheckpointError where checkpoints exist but none verifies.
+    report: told why each newer one is skipped. Raises CheckpointError if checkpoints exist but none verifies.
     """
     reasons = []
     for candidate in committed(Path(folder)):
@@ -120,7 +116,7 @@ def find_newest(folder: Path, report: Callable[[str], None] = print) -> Checkpoi
 
 
 def find_step(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of one step. Raises CheckpointError where there is none that verifies, naming those that exist."""
+    """The checkpoint of one step. Raises CheckpointError if there is none that verifies, naming those that exist."""
     if not (folder / step_name(step)).is_dir():
         kept = ", ".join(str(int(path.name.removeprefix("step-"))) for path in committed(folder)) or "none"
         raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has those of steps {kept}")

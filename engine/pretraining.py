@@ -39,12 +39,9 @@ class PretrainJob:
     model: PretrainModel
     stream: Stream
     data: dict[str, list]
+    loss_weights: dict[str, float]
     evaluations: list[Evaluation]
     tokenizer_folder: Path
-
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        return self.model.loss_weights
 
     def write_model_files(self, folder: Path) -> None:
         tokenizer = load_tokenizer(self.tokenizer_folder)
@@ -111,10 +108,8 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
         machine=machine,
         model=model,
         stream=stream,
-        data={
-            "dataset_ids": [shard_set.manifest.dataset_id for shard_set in shard_sets],
-            "dataset_weights": [*weights],
-        },
+        data={"dataset_ids": [found.manifest.dataset_id for found in shard_sets], "dataset_weights": [*weights]},
+        loss_weights=model.loss_weights,
         evaluations=make_evaluations(settings, model, packers, machine.micro_batch, shard_sets[0]),
         tokenizer_folder=shard_sets[0].tokenizer_folder,
     )

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from quincunx.data_shards.errors import EXIT_HUNG, CheckpointError, DataError, SettingsError
 
 if TYPE_CHECKING:
+    import psutil
     import torch
 
 DEFAULT_PORT = 29500
@@ -76,7 +77,7 @@ def discover_environment(variables: Mapping[str, str] = os.environ) -> Environme
 
     In a SLURM job, mpirun's processes may have SLURM's variables too, of the step that started mpirun's own daemons.
     A SLURM job's own shell (sbatch without srun) carries SLURM_NTASKS too but is one process: only a step's processes
-    have SLURM_STEP_NUM_TASKS. Raises SettingsError where the machine of rank 0 cannot be told.
+    have SLURM_STEP_NUM_TASKS. Raises SettingsError if the machine of rank 0 cannot be told.
     """
     for launcher, (rank, world_size, local_rank) in LAUNCHERS.items():
         if rank in variables and world_size in variables:
@@ -95,21 +96,20 @@ def discover_environment(variables: Mapping[str, str] = os.environ) -> Environme
 
 
 def machine_of_rank_0(launcher: str, variables: Mapping[str, str]) -> str:
-    """Its address where the launcher gives none. Raises SettingsError where it cannot be told."""
+    """Its address if the launcher gives none: of SLURM's node list `gpu[03-05,9],login1` it is gpu03.
+
+    Raises SettingsError if it cannot be told.
+    """
     if launcher == "slurm":
-        return first_host(variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", ""))
+        nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
+        found = re.match(r"([^\[,\s]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodes)
+        if found is None:
+            raise SettingsError(f"the machine of rank 0 cannot be read from node list {nodes!r}; set MASTER_ADDR")
+        return "".join(filter(None, found.groups()))
     world_size = variables.get("OMPI_COMM_WORLD_SIZE")
     if launcher == "openmpi" and variables.get("OMPI_COMM_WORLD_LOCAL_SIZE", world_size) != world_size:
         raise SettingsError("mpirun over several machines needs -x MASTER_ADDR=<the machine of rank 0>")
     return "127.0.0.1"
-
-
-def first_host(node_list: str) -> str:
-    """The first machine of a SLURM node list: `gpu[03-05,9],login1` gives gpu03. Raises SettingsError on none."""
-    found = re.match(r"([^\[,\s]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", node_list)
-    if found is None:
-        raise SettingsError(f"the machine of rank 0 cannot be read from node list {node_list!r}; set MASTER_ADDR")
-    return found[1] + (found[2] or "") + found[3]
 
 
 def free_port() -> int:
@@ -194,8 +194,7 @@ class StopRequest:
         """launched: the process was started by deepspeed, torchrun, srun or mpirun, whose death is a request too."""
         self.reason: str | None = None
         self._interrupts = 0
-        self._parent = os.getppid() if launched else None
-        self._command = launched_by_deepspeed(self._parent) if launched else None
+        self._watched = watched_parents() if launched else []
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
@@ -207,41 +206,36 @@ class StopRequest:
                 raise KeyboardInterrupt
 
     def pending(self) -> bool:
-        """True from the first request on; costs two system calls a step."""
-        if self.reason is None and self._parent is not None:
-            orphaned = os.getppid() != self._parent
-            if orphaned or (self._command is not None and parent_of(self._parent) != self._command):
-                self.reason = "the death of the launcher"
+        """True from the first request on; costs one or two reads of /proc a step."""
+        if self.reason is None and any(parent_of(process) != parent for process, parent in self._watched):
+            self.reason = "the death of the launcher"
         return self.reason is not None
 
 
-def launched_by_deepspeed(parent: int) -> int | None:
-    """Process id of the `deepspeed` command where `parent` is the launcher process it started, else None.
+def watched_parents() -> "list[tuple[psutil.Process, int]]":
+    """Processes with their parents' ids, which change when a parent dies.
 
     The `deepspeed` command starts `deepspeed.launcher.launch`, which starts the ranks. Killing the command leaves the
     other two running without a word, so a rank watches the command beside its own parent.
     """
-    if "deepspeed.launcher.launch" not in command_line(parent):
-        return None
-    above = parent_of(parent)
-    return above if above is not None and "deepspeed" in command_line(above) else None
+    import psutil
+
+    me = psutil.Process()
+    watched = [(me, me.ppid())]
+    with contextlib.suppress(psutil.Error, ValueError):  # they cannot be read, or there are not two
+        launcher, command = me.parents()[:2]
+        if "deepspeed.launcher.launch" in launcher.cmdline() and "deepspeed" in " ".join(command.cmdline()):
+            watched.append((launcher, command.pid))
+    return watched
 
 
-def command_line(pid: int) -> str:
-    """A process's command line, empty where it cannot be read (it is gone, or this is no Linux)."""
+def parent_of(process: "psutil.Process") -> int | None:
+    """The id of a process's parent, None if the process has just died."""
+    import psutil
+
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def parent_of(pid: int) -> int | None:
-    """A process's parent id, None where it cannot be read."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except OSError:
+        return process.ppid()
+    except psutil.NoSuchProcess:
         return None
 
 
@@ -256,8 +250,7 @@ class Watchdog:
         self._seconds, self._on_hang = seconds, on_hang
         self._last = time.monotonic()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
         """Says that the run has got somewhere: a step, a checkpoint, a probe is done."""
@@ -265,7 +258,6 @@ class Watchdog:
 
     def close(self) -> None:
         self._closed.set()
-        self._thread.join()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(5.0, self._seconds / 10)):

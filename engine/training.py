@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
     kind: str
     """Kind of its records in metrics.jsonl: "held_out", "probe" or "dev"."""
     every: int
-    """Steps between two measurements; 0 never."""
+    """Steps between two measurements."""
     measure: Callable[[torch.device], dict[str, float]]
     shown: bool
     """Whether its numbers are printed."""
@@ -81,8 +81,8 @@ class Job(Protocol):
         """Keeps in `folder` what an export needs beside the weights (launchers/export.py). Rank 0 only."""
 
 
-class StepOutput(Protocol):
-    """What a job's forward pass gives."""
+class StepOutput(NamedTuple):
+    """What a job's forward pass gives; pre-training's says more (engine/model.py)."""
 
     loss: torch.Tensor
     """Scalar: this micro-batch's share of the weighted sum of losses, each a mean over the global batch."""
@@ -271,14 +271,13 @@ class Run:
     def evaluate(self, last: bool = False) -> None:
         """The job's evaluations that are due: before the first step, every so many, after the last."""
         for kind, every, measure, shown in self.job.evaluations:
-            if not every or not (last or self.step % every == 0):
-                continue
-            metrics = measure(self.device)
-            self.record(kind, metrics)
-            if shown:
-                values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-                self.progress.say(f"step {self.step}  {values}")
-            self.watchdog.beat()
+            if last or self.step % every == 0:
+                metrics = measure(self.device)
+                self.record(kind, metrics)
+                if shown:
+                    values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+                    self.progress.say(f"step {self.step}  {values}")
+                self.watchdog.beat()
 
     def save(self, ending: bool) -> None:
         """Commits a checkpoint of this step; a failure is said and recorded, and training goes on.

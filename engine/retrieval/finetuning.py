@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import CheckpointError, SettingsError
@@ -153,15 +153,6 @@ class FinetuneSettings(RunSettings):
             for name in names
             if is_idle and getattr(self, name) != getattr(defaults, name)
         ]
-
-
-class LossSums(NamedTuple):
-    """A StepOutput (engine/training.py) of fine-tuning."""
-
-    loss: "torch.Tensor"
-    nll_sums: "torch.Tensor"
-    correct: "torch.Tensor"
-    flops: float
 
 
 @dataclass(frozen=True)

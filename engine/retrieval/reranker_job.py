@@ -17,9 +17,9 @@ from quincunx.data_shards.batches import join_texts, to_device
 from quincunx.engine.encoder import encoder_multiply_adds
 from quincunx.engine.retrieval.cross_encoder import save_reranker
 from quincunx.engine.retrieval.examples import RerankerBatch
-from quincunx.engine.retrieval.finetuning import FinetuneJob, LossSums
+from quincunx.engine.retrieval.finetuning import FinetuneJob
 from quincunx.engine.retrieval.losses import listwise_loss, r_drop
-from quincunx.engine.training import Evaluation
+from quincunx.engine.training import Evaluation, StepOutput
 
 
 class RerankerJob(FinetuneJob):
@@ -38,7 +38,7 @@ class RerankerJob(FinetuneJob):
 
     def forward_passes(
         self, engine: Any, batches: list[RerankerBatch], label_counts: torch.Tensor, seeds: list[int]
-    ) -> Iterator[LossSums]:
+    ) -> Iterator[StepOutput]:
         device = label_counts.device
         weights = torch.tensor([*self.loss_weights.values()], device=device)
         for batch, seed in zip(batches, seeds, strict=True):
@@ -61,7 +61,7 @@ class RerankerJob(FinetuneJob):
                 losses = [listwise_loss(scores_BG)]
             sums = torch.stack([part.sum() for part in losses])
             correct = (scores_BG.argmax(1) == 0).sum().to(sums.dtype).expand(len(losses))
-            yield LossSums((weights * sums / label_counts).sum(), sums.detach(), correct, self._flops(batch))
+            yield StepOutput((weights * sums / label_counts).sum(), sums.detach(), correct, self._flops(batch))
 
     def _scores(self, engine: Any, batch: RerankerBatch, pairs: np.ndarray, device: torch.device) -> torch.Tensor:
         """float32 scores of the pairs whose numbers in the batch are given, in their shape."""

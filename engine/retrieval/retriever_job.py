@@ -25,7 +25,7 @@ from quincunx.engine.evaluations import run_probe
 from quincunx.engine.ranks import rank_and_world
 from quincunx.engine.retrieval.dual_encoder import save_retriever
 from quincunx.engine.retrieval.examples import RetrieverBatch
-from quincunx.engine.retrieval.finetuning import FinetuneJob, LossSums
+from quincunx.engine.retrieval.finetuning import FinetuneJob
 from quincunx.engine.retrieval.losses import (
     contrastive_loss,
     gather_with_gradient,
@@ -33,7 +33,7 @@ from quincunx.engine.retrieval.losses import (
     known_positives,
     margin_mse_loss,
 )
-from quincunx.engine.training import Evaluation
+from quincunx.engine.training import Evaluation, StepOutput
 
 
 class RetrieverJob(FinetuneJob):
@@ -59,7 +59,7 @@ class RetrieverJob(FinetuneJob):
 
     def forward_passes(
         self, engine: Any, batches: list[RetrieverBatch], label_counts: torch.Tensor, seeds: list[int]
-    ) -> Iterator[LossSums]:
+    ) -> Iterator[StepOutput]:
         device = label_counts.device
         texts = [(to_device(batch.queries, device), to_device(batch.passages, device)) for batch in batches]
         fits_at_once = len(batches) == 1
@@ -79,7 +79,7 @@ class RetrieverJob(FinetuneJob):
             carrier = sum((part * gradient).sum() for part, gradient in zip(pair, gradients[2 * number :]))
             lengths = np.concatenate([np.diff(text.cu_seqlens) for text in (batch.queries, batch.passages)])
             flops = 3 * 2 * encoder_multiply_adds(self.model.passage.model, lengths)
-            yield LossSums(carrier, *(sums if number == 0 else torch.zeros_like(sums)), flops)
+            yield StepOutput(carrier, *(sums if number == 0 else torch.zeros_like(sums)), flops)
 
     def _step_losses(
         self,

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.ranks import discover_environment, first_host
+from quincunx.engine.ranks import discover_environment
 
 WAIT = """
 import sys, time
@@ -107,15 +107,28 @@ def test_deepspeed_and_torchrun_speak_the_same_variables():
     assert (found.master_addr, found.master_port, found.is_main) == ("node0", 29501, False)
 
 
+STEP = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1234567", "SLURM_LOCALID": "3"}
+
+
 def test_srun_gives_every_task_the_same_meeting_point():
-    step = {
-        "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1234567", "SLURM_LOCALID": "3",
-        "SLURM_STEP_NODELIST": "gpu[07-08]",
-    }  # fmt: skip
+    step = {**STEP, "SLURM_STEP_NODELIST": "gpu[07-08]"}
     places = [discover_environment({**step, "SLURM_PROCID": str(rank)}) for rank in (0, 11)]
     assert [place.rank for place in places] == [0, 11] and places[1].local_rank == 3
     assert {(place.master_addr, place.master_port) for place in places} == {("gpu07", 20000 + 1234567 % 20000)}
     assert discover_environment({**step, "SLURM_PROCID": "0", "MASTER_ADDR": "10.0.0.1"}).master_addr == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu[03-05,9],login1", "gpu03"), ("node7", "node7"), ("a1,a2", "a1"), ("r[1,3]n", "r1n"), ("x-[9-11]", "x-9")],
+)
+def test_the_first_machine_of_a_slurm_node_list_is_the_master(nodes, host):
+    assert discover_environment({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": nodes}).master_addr == host
+
+
+def test_an_empty_node_list_is_refused():
+    with pytest.raises(SettingsError, match="set MASTER_ADDR"):
+        discover_environment({**STEP, "SLURM_PROCID": "0"})
 
 
 def test_a_batch_script_without_srun_is_one_process():
@@ -129,22 +142,9 @@ def test_open_mpi_needs_the_master_only_across_machines():
         discover_environment({**rank, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
 
 
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("gpu[03-05,9],login1", "gpu03"), ("node7", "node7"), ("a1,a2", "a1"), ("r[1,3]n", "r1n"), ("x-[9-11]", "x-9")],
-)
-def test_the_first_machine_of_a_slurm_node_list(nodes, host):
-    assert first_host(nodes) == host
-
-
 def test_mpirun_inside_a_slurm_step_is_open_mpi():
     """Its processes are children of a daemon that srun started, one a machine, and may have that step's variables."""
     daemon = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a[1-2]", "MASTER_ADDR": "a1"}
     rank = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     found = discover_environment({**daemon, **rank})
     assert (found.launcher, found.rank, found.world_size) == ("openmpi", 5, 8)
-
-
-def test_an_empty_node_list_is_refused():
-    with pytest.raises(SettingsError, match="set MASTER_ADDR"):
-        first_host("")

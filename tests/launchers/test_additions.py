@@ -45,7 +45,7 @@ from quincunx.data_shards.order import Order
 from quincunx.data_shards.stream import Stream
 from quincunx.engine.ranks import discover_environment
 from quincunx.engine.settings import Machine, RunSettings, load_machine
-from quincunx.engine.training import run_training
+from quincunx.engine.training import StepOutput, run_training
 
 
 class Points(NamedTuple):
@@ -63,13 +63,6 @@ class Packer:
         return {"points": rows.sample_ids.tolist()}
 
 
-class Output(NamedTuple):
-    loss: torch.Tensor
-    nll_sums: torch.Tensor
-    correct: torch.Tensor
-    flops: float
-
-
 class Line(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -83,7 +76,7 @@ class Line(torch.nn.Module):
 
     def forward(self, batch, counts):
         squares = (self.line(batch.x[:, None])[:, 0] - 2 * batch.x - 1) ** 2
-        return Output(squares.sum() / counts[0], squares.sum()[None].detach(), torch.zeros(1), 0.0)
+        return StepOutput(squares.sum() / counts[0], squares.sum()[None].detach(), torch.zeros(1), 0.0)
 
 
 @dataclass

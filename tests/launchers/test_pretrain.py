@@ -64,28 +64,18 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path):
 
 
 def test_all_problems_of_recipe_and_json_come_in_one_sentence(tmp_path):
-    config = tmp_path / "zero.json"
-    config.write_text(
-        json.dumps(
-            {
-                "train_batch_size": 64,
-                "gradient_clipping": 0.5,
-                "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": "auto"}},
-                "train_micro_batch_size_per_gpu": 2,
-                "zero_optimization": {"stage": 0},
-            }
-        )
-    )
+    config = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 0}}
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "betas": "auto"}}
+    (tmp_path / "zero.json").write_text(json.dumps(config))
     answer = refusal(
-        *("--recipe", "quincunx", "--deepspeed", str(config), "--micro_batch", "3", "--warmup_share", "2"),
-        *("--tasks", "mkp", "gpr", "--epochs", "1"),
+        *("--recipe", "quincunx", "--deepspeed", str(tmp_path / "zero.json"), "--micro_batch", "3"),
+        *("--tasks", "mkp", "gpr", "--epochs", "1", "--warmup_share", "2"),
     )
     for clause in (
         "tasks has unknown gpr",
         "warmup_share is 2.0",
         "give the run's length as steps or as epochs",
         "train_batch_size to 64, which global_batch decides",
-        "gradient_clipping to 0.5, which max_grad_norm decides",
         "optimizer.params.lr to 0.001, which learning_rate decides",
         "train_micro_batch_size_per_gpu to 2 and the recipe micro_batch to 3",
         "zero_optimization.stage 0; allowed: 1, 2, 3",
@@ -136,14 +126,25 @@ def test_a_meeting_point_that_another_run_has_is_refused_in_one_sentence(tiny_sh
     assert "Traceback" not in refused.output
 
 
+SHORT = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 9}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_shards, tmp_path_factory, harness) -> dict[int, float]:
+    """Losses of three steps under ZeRO 2 on one rank."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    finished = harness.run(tiny_shards, folder, launcher="python", **SHORT)
+    assert finished.code == 0, finished.output
+    return finished.losses()
+
+
 @pytest.mark.parametrize(("stage", "resumes"), [("zero1", 0), ("zero3", 0), ("zero2_offload", 0), ("zero3_offload", 1)])
-def test_each_deepspeed_json_trains_to_the_same_losses(stage, resumes, tiny_shards, tmp_path, harness):
+def test_each_deepspeed_json_trains_to_the_same_losses(stage, resumes, reference, tiny_shards, tmp_path, harness):
     """zero2 is what all other tests run. One rank and one process, since two ranks are compared in test_resume.
 
     The offloaded optimizer is DeepSpeed's own AdamW, which rounds otherwise: 1e-4 relative after two steps. It is
     compiled where the machine has not done so yet (a minute).
     """
-    reference = _reference_losses(tiny_shards, tmp_path, harness)
     finished = harness.run(tiny_shards, tmp_path / "run", timeout=500, launcher="python", stage=stage, **SHORT)
     assert finished.code == 0, finished.output
     losses = finished.losses()
@@ -155,19 +156,6 @@ def test_each_deepspeed_json_trains_to_the_same_losses(stage, resumes, tiny_shar
         resumed = harness.run(tiny_shards, tmp_path / "run", launcher="python", stage=stage, **SHORT)
         assert resumed.code == 0 and "resuming at step 1 of 3" in resumed.output, resumed.output
         assert resumed.losses() == losses
-
-
-SHORT = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 9}
-_REFERENCE: dict[int, float] = {}
-
-
-def _reference_losses(tiny_shards, tmp_path, harness) -> dict[int, float]:
-    """Losses of three steps under ZeRO 2 on one rank, run once for all stages."""
-    if not _REFERENCE:
-        finished = harness.run(tiny_shards, tmp_path / "reference", launcher="python", **SHORT)
-        assert finished.code == 0, finished.output
-        _REFERENCE.update(finished.losses())
-    return dict(_REFERENCE)
 
 
 def test_a_run_that_diverges_skips_steps_names_their_samples_and_ends_with_77(tiny_shards, tmp_path, harness):
@@ -189,8 +177,8 @@ def test_a_run_that_diverges_skips_steps_names_their_samples_and_ends_with_77(ti
     assert finished.lines()[4]["skipped_steps"] == 3
 
 
-def test_a_hung_rank_ends_the_run_with_76_and_the_stacks(tiny_shards, tmp_path, harness):
-    _reference_losses(tiny_shards, tmp_path, harness)  # compiled once, the loops take no time in the run that hangs
+def test_a_hung_rank_ends_the_run_with_76_and_the_stacks(reference, tiny_shards, tmp_path, harness):
+    """`reference` has compiled the loops, which take no time in the run that hangs."""
     argv = harness.command(tiny_shards, tmp_path / "run", ranks=2, steps=100_000, hang_minutes=0.25)
     process = harness.begin(argv, tmp_path / "log")
     try:
@@ -252,18 +240,15 @@ def wait_for_step(harness, process, folder, step: int) -> None:
     time.sleep(0.2)
 
 
+TWO_RANKS = [sys.executable, str(Path(__file__).parent / "spawn_ranks.py"), "2", "bash", "-c"]
+
+
 def test_ranks_that_were_started_differently_stop_before_they_train(tiny_shards, tmp_path, harness):
     """As two machines of a cluster whose commands differ; both ranks leave, neither waits for the other."""
     command = shlex.join(harness.command(tiny_shards, tmp_path / "run", launcher="python"))
-    two_ranks = [sys.executable, str(Path(__file__).parent / "spawn_ranks.py"), "2"]
-    argv = [*two_ranks, "bash", "-c", f"exec {command} --log_every $((RANK + 1))"]
-    process = harness.begin(argv, tmp_path / "log")
-    try:
-        code = process.wait(120)
-    finally:
-        harness.kill_all(process)
-    output = (tmp_path / "log").read_text()
-    assert code == 2 and "not all ranks have the same files and settings: rank 1 has dataset" in output, output
+    ended = harness.run_command([*TWO_RANKS, f"exec {command} --log_every $((RANK + 1))"], tmp_path / "run", 120)
+    assert ended.code == 2, ended.output
+    assert "not all ranks have the same files and settings: rank 1 has dataset" in ended.output
 
 
 def test_a_damaged_block_that_one_rank_meets_ends_all_with_its_sentence(tiny_shards, tmp_path, harness):
@@ -276,16 +261,8 @@ def test_a_damaged_block_that_one_rank_meets_ends_all_with_its_sentence(tiny_sha
             content[block.offset + block.size // 2] ^= 1
         (tmp_path / "shards1" / shard.name).write_bytes(content)
     command = shlex.join(harness.command(tiny_shards, tmp_path / "run", launcher="python"))
-    two_ranks = [sys.executable, str(Path(__file__).parent / "spawn_ranks.py"), "2"]
-    process = harness.begin(
-        [*two_ranks, "bash", "-c", f"exec {command} --shards {tmp_path}/shards$RANK"], tmp_path / "log"
-    )
-    try:
-        code = process.wait(120)
-    finally:
-        harness.kill_all(process)
-    output = (tmp_path / "log").read_text()
-    assert code == 3 and "Traceback" not in output, output
-    sentences = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert sentences and all(line.startswith("error: on rank 1: block ") for line in sentences), output
+    ended = harness.run_command([*TWO_RANKS, f"exec {command} --shards {tmp_path}/shards$RANK"], tmp_path / "run", 120)
+    assert ended.code == 3 and "Traceback" not in ended.output, ended.output
+    sentences = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    assert sentences and all(line.startswith("error: on rank 1: block ") for line in sentences), ended.output
     assert f"{tmp_path}/shards1 does not match its digest" in sentences[0]

@@ -147,19 +147,13 @@ def test_a_full_disk_costs_a_save_and_not_the_run_but_the_last_save_is_an_error(
 ):
     """The disk is full for large files only (RLIMIT_FSIZE), so that what the test reads can be written."""
     folder = cut_back(through.folder, tmp_path / "run", 2)
-    argv = harness.command(tiny_shards, folder, ranks=2, checkpoint_every=2, keep_checkpoints=9)
-    process = harness.begin(["bash", "-c", f"ulimit -f 100; trap '' XFSZ; exec {shlex.join(argv)}"], tmp_path / "log")
-    try:
-        code = process.wait(240)
-    finally:
-        harness.kill_all(process)
-    output = (tmp_path / "log").read_text()
-    assert code in (4, 1), output  # the launcher may answer a failed rank with 1
-    assert output.count("COULD NOT BE SAVED") == 1 and "File too large" in output, output
-    assert "the checkpoint of the run's last step, 6, could not be saved" in output, output
+    command = shlex.join(harness.command(tiny_shards, folder, ranks=2, checkpoint_every=2, keep_checkpoints=9))
+    ended = harness.run_command(["bash", "-c", f"ulimit -f 100; trap '' XFSZ; exec {command}"], folder)
+    assert ended.code in (4, 1), ended.output  # the launcher may answer a failed rank with 1
+    assert ended.output.count("COULD NOT BE SAVED") == 1 and "File too large" in ended.output, ended.output
+    assert "the checkpoint of the run's last step, 6, could not be saved" in ended.output, ended.output
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
-    losses = {step: line["loss/total"] for step, line in harness.lines(folder).items()}
-    assert losses == through.losses()
+    assert ended.losses() == through.losses()
 
 
 def kill_again_and_again(num_kills, one_rank, seed, shards, folder, harness, **settings) -> tuple[int, int]:
