@@ -19,10 +19,10 @@ first converted into DeepSpeed's universal format. Rank 0 alone chooses what to 
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,18 +96,18 @@ def verify(checkpoint: Path) -> Checkpoint:
     return Checkpoint(folder=checkpoint, **values)
 
 
-def find_newest(folder: Path, report: Callable[[str], None] = print) -> Checkpoint | None:
-    """The newest checkpoint under `folder` that verifies, None if there is none at all.
+def find_newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint under `folder` that verifies, None if there is none at all; prints why one is skipped.
 
-    report: told why each newer one is skipped. Raises CheckpointError if checkpoints exist but none verifies.
+    Raises CheckpointError if checkpoints exist but none verifies.
     """
     reasons = []
-    for candidate in committed(Path(folder)):
+    for candidate in committed(folder):
         try:
             return verify(candidate)
         except CheckpointError as error:
             reasons.append(str(error))
-            report(f"skipping checkpoint {candidate.name}: {error}")
+            print(f"skipping checkpoint {candidate.name}: {error}")
     if reasons:
         raise CheckpointError(
             f"no checkpoint in {folder} is usable ({'; '.join(reasons)}); restore one, or start anew with --fresh"
@@ -143,10 +143,9 @@ def choose_checkpoint(
             f"{checkpoint.folder} has done {checkpoint.step} steps, more than the {total_steps} asked for; "
             "give more steps, or start anew with --fresh or another --output"
         )
-    for damaged in committed(folder.checkpoints):
-        if damaged != checkpoint.folder and damaged.name > checkpoint.folder.name:
-            # Out of the way of retention, which would otherwise count it among the newest. Nothing is deleted.
-            damaged.rename(damaged.with_name(f"{DAMAGED}{damaged.name}"))
+    for damaged in itertools.takewhile(lambda path: path != checkpoint.folder, committed(folder.checkpoints)):
+        # Out of the way of retention, which would otherwise count it among the newest. Nothing is deleted.
+        damaged.rename(damaged.with_name(f"{DAMAGED}{damaged.name}"))
     for change in check_fits(checkpoint, job, identity):
         print(f"warning: resuming with a changed setting: {change}", flush=True)
     stage = job.machine.config["zero_optimization"]["stage"]

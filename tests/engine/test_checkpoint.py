@@ -39,7 +39,7 @@ def write_checkpoint(folder, step: int):
 def test_the_newest_of_several_is_found_and_the_writer_s_digest_is_the_file_s(tmp_path):
     for step in (9, 100, 20):
         write_checkpoint(tmp_path, step)
-    newest = find_newest(tmp_path, report=pytest.fail)
+    newest = find_newest(tmp_path)
     assert newest.step == 100 and newest.state == {"step": 100}
     files = json.loads((newest.folder / MANIFEST).read_text())["files"]
     assert files["weights.pt"]["xxh3_128"] == file_digest(newest.folder / "weights.pt")
@@ -57,14 +57,15 @@ def test_the_newest_of_several_is_found_and_the_writer_s_digest_is_the_file_s(tm
         (lambda folder: (folder / MANIFEST).write_text('{"schema_version": 9, "files": {}}'), "has format 9"),
     ],
 )
-def test_a_damaged_checkpoint_is_skipped_with_its_reason_and_alone_it_is_an_error(damage, message, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_with_its_reason_and_alone_it_is_an_error(damage, message, tmp_path, capsys):
     damage(write_checkpoint(tmp_path, 2))
     with pytest.raises(CheckpointError, match=message):
-        find_newest(tmp_path, report=lambda line: None)
+        find_newest(tmp_path)
+    capsys.readouterr()
     write_checkpoint(tmp_path, 1)
-    said = []
-    assert find_newest(tmp_path, report=said.append).step == 1
-    assert len(said) == 1 and said[0].startswith("skipping checkpoint step-00000002: ") and message in said[0]
+    assert find_newest(tmp_path).step == 1
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith("skipping checkpoint step-00000002: ") and message in said
 
 
 def flip(path):
@@ -91,7 +92,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 def test_no_checkpoint_at_all_is_no_error(tmp_path):
-    assert find_newest(tmp_path / "checkpoints", report=pytest.fail) is None
+    assert find_newest(tmp_path / "checkpoints") is None
 
 
 def test_a_file_that_cannot_be_written_is_reported_and_not_raised(tmp_path):
