@@ -16,8 +16,7 @@ import numpy as np
 import yaml
 
 from quincunx.engine.retrieval.evaluation import compare, evaluate
-from quincunx.engine.retrieval.report import alone
-from quincunx.engine.retrieval.report_plots import plot_curves
+from quincunx.engine.retrieval.report import plot_curves
 from quincunx.engine.retrieval.study_report import describe_code
 from quincunx.engine.retrieval.trec import read_qrels, read_run
 from quincunx.launchers.demo import LABELS, MEASURE, records
@@ -56,7 +55,7 @@ def main() -> None:
         )
         for run, name in (("ours", "ours"), ("mlm", "MLM alone"))
     }
-    (ROOT / "docs" / "demo.svg").write_text(alone(plot_curves({"MRR@10 of [CLS] without fine-tuning": lines})))
+    (ROOT / "docs" / "demo.svg").write_text(plot_curves({"MRR@10 of [CLS] without fine-tuning": lines}))
     for demo in demos:
         against = {
             name: f"{gain['difference']:+.3f} (p {gain['t_test_p']:.0e})" for name, gain in demo["ours_against"].items()

@@ -6,12 +6,17 @@ Reads SYSTEM.SPLIT.json with SYSTEM.SPLIT.jsonl (evaluate.py's --output and --pe
 them.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from quincunx.data_shards.errors import DataError, exit_with_one_sentence
 from quincunx.data_shards.setting import setting
+from quincunx.engine.export import curves
+from quincunx.engine.retrieval.evaluation import compare, read_results
+from quincunx.engine.retrieval.report import Report, plot_curves, table
+from quincunx.engine.run_folder import METRICS_FILE
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -27,37 +32,28 @@ class ReportSettings:
 
 def main() -> None:
     settings = parse_settings(ReportSettings, __doc__.split("\n")[0])
-    from quincunx.engine.retrieval.report import write_report
-
     chain = Path(settings.chain)
-    results = read_chain(chain)
-    if not results:
+    splits: dict[str, dict[str, tuple]] = defaultdict(dict)
+    for file in sorted(
+        chain.glob("*.*.json"), key=lambda path: path.stat().st_mtime_ns
+    ):  # in the order of their making
+        system, split = file.stem.split(".", 1)
+        if file.with_suffix(".jsonl").exists():
+            splits[split][system] = read_results(file, file.with_suffix(".jsonl"))
+    if not splits:
         raise DataError(f"{chain} holds no SYSTEM.SPLIT.json of evaluate.py: run the chain on, then make the report")
-    parts, plots = [], {}
-    for split, systems in results.items():
-        parts += [f"## Results on {split}", results_table(systems), tests_table(systems)]
-    parts += training_of(chain, plots)
-    for path in write_report(Path(settings.output or chain / "report"), f"Retrieval chain {chain.name}", parts, plots):
+    report = Report(f"Retrieval chain {chain.name}")
+    for split, systems in splits.items():
+        report.add(f"## Results on {split}", results_table(systems))
+        if len(systems) > 1:
+            report.add("Each system against the one before and against the first:", tests_table(systems))
+    add_trainings(report, chain)
+    for path in report.write(Path(settings.output or chain / "report")):
         print(path)
 
 
-def read_chain(chain: Path) -> dict[str, dict[str, tuple]]:
-    """Split -> system -> (record, evaluation), systems in the order of their making."""
-    from quincunx.engine.retrieval.evaluation import read_results
-
-    results: dict[str, dict[str, tuple]] = {}
-    for record in sorted(chain.glob("*.*.json"), key=lambda path: path.stat().st_mtime_ns):
-        system, split = record.stem.split(".", 1)
-        per_query = record.with_suffix(".jsonl")
-        if per_query.exists():
-            results.setdefault(split, {})[system] = read_results(record, per_query)
-    return results
-
-
 def results_table(systems: Mapping[str, tuple]) -> str:
-    """Means with their intervals."""
-    from quincunx.engine.retrieval.report import table
-
+    """Means with their intervals, of system -> (record, evaluation)."""
     first, evaluation = next(iter(systems.values()))
     rows = []
     for system, (record, _) in systems.items():
@@ -70,52 +66,36 @@ def results_table(systems: Mapping[str, tuple]) -> str:
 
 
 def tests_table(systems: Mapping[str, tuple]) -> str:
-    """Every system against the one before it and against the first, over the same queries."""
-    from quincunx.engine.retrieval.evaluation import compare
-    from quincunx.engine.retrieval.report import folded, table
-
+    """Paired tests, over the same queries, of system -> (record, evaluation)."""
     names, rows = list(systems), []
     for place, name in enumerate(names[1:], 1):
         for other in dict.fromkeys((names[place - 1], names[0])):
             for measure, test in compare(systems[name][1], systems[other][1]).items():
                 difference = f"{test.difference:+.4f} [{test.low:+.3f}, {test.high:+.3f}]"
-                p = f"{test.randomisation_p:.4f}"
                 won = f"{test.wins}, {test.losses}, {test.ties}"
-                rows.append([f"{name} against {other}", measure, difference, p, won])
-    if not rows:
-        return ""
-    note = "Many tests are here: read a p near 0.05 with that in mind."
+                rows.append([f"{name} against {other}", measure, difference, f"{test.randomisation_p:.4f}", won])
     header = ["systems", "measure", "difference, 95 % interval", "p (randomisation)", "won, lost, equal"]
-    return folded("Each system against the one before and against the first", table(header, rows, note))
+    return table(header, rows, "Many tests are here: read a p near 0.05 with that in mind.")
 
 
-def training_of(chain: Path, plots: dict[str, str]) -> list[str]:
+def add_trainings(report: Report, chain: Path) -> None:
     """Loss and probe curves of every run folder, with first and last values."""
-    from quincunx.engine.export import curves
-    from quincunx.engine.retrieval.report import figure, table
-    from quincunx.engine.retrieval.report_plots import plot_curves
-    from quincunx.engine.run_folder import METRICS_FILE
-
-    rows, losses, probes = [], {}, {}
-    for run in sorted(
-        (path.parent for path in chain.glob(f"*/{METRICS_FILE}")), key=lambda run: run.stat().st_ctime_ns
-    ):
+    rows, losses, probes = [], {}, defaultdict(dict)
+    for file in sorted(chain.glob(f"*/{METRICS_FILE}"), key=lambda path: path.parent.stat().st_ctime_ns):
+        run = file.parent
         found = {task: curve for task, curve in curves(run, "train", "loss/").items() if task != "total"}
         if found:
             losses[run.name] = found
-        for measure, curve in curves(run, "probe", "probe/").items():
-            probes.setdefault(measure, {})[run.name] = curve
         for task, (steps, values) in found.items():
             rows.append([run.name, task, f"{steps[-1]:,}", f"{values[0]:.3f}", f"{values[-1]:.3f}"])
-    if not rows:
-        return []
-    parts = ["## Training", table(["run", "loss", "steps", "first", "last"], rows)]
-    plots["losses"] = plot_curves(losses)
-    parts.append(figure("losses", "Training losses by optimizer step; those of different stages are not comparable"))
+        for measure, curve in curves(run, "probe", "probe/").items():
+            probes[measure][run.name] = curve
+    if losses:
+        caption = "Training losses by optimizer step; those of different stages are not comparable"
+        report.add("## Training", table(["run", "loss", "steps", "first", "last"], rows))
+        report.add_plot("losses", plot_curves(losses), caption)
     if probes:
-        plots["probes"] = plot_curves(probes)
-        parts.append(figure("probes", "Measures of the probe by optimizer step"))
-    return parts
+        report.add_plot("probes", plot_curves(probes), "Measures of the probe by optimizer step")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from quincunx.engine.export import curves as curves_of
 from quincunx.engine.retrieval.evaluation import interval, paired_t_test, read_results
-from quincunx.engine.retrieval.report import figure, folded, table, write_report
-from quincunx.engine.retrieval.report_plots import plot_bars, plot_curves
+from quincunx.engine.retrieval.report import Curves, Report, plot_bars, plot_curves, table
 
 PACKAGES = ("quincunx", "torch", "transformers", "deepspeed", "bm25s", "ir-measures")
 Record = Mapping[str, Any]
@@ -84,9 +83,9 @@ class Row:
         return self.first["made_from"]["at_step"] or self.first["made_from"]["pretrain"]["steps"]
 
     @property
-    def pretraining(self) -> str:
-        """What the pre-training was, but for its seed."""
-        return json.dumps({**self.first["made_from"]["pretrain"], "seed": None}, sort_keys=True)
+    def measure(self) -> str:
+        """The first measure, which is tested and drawn."""
+        return next(iter(self.first["measures"]))
 
     @property
     def per_query(self) -> np.ndarray:
@@ -97,8 +96,7 @@ class Row:
         return [record["measures"][measure]["mean"] for record in self.records.values()]
 
 
-@dataclass(frozen=True)
-class Test:
+class Test(NamedTuple):
     """A variant against another; differences are first minus second."""
 
     difference: float
@@ -110,28 +108,44 @@ class Test:
     """None with fewer than two seeds."""
 
 
+Rows = Mapping[str, Mapping[str, Row]]
+"""Collection -> variant -> row."""
+Tests = Mapping[tuple[str, str, str], Test]
+"""(collection, variant, the one that it is tested against) -> test."""
+
+
 def compare_rows(first: Row, second: Row) -> Test:
     """Both tests of two variants on one collection, over the seeds that both have (at least one)."""
     seeds = [seed for seed in first.records if seed in second.records]
     first, second = (Row({seed: row.records[seed] for seed in seeds}) for row in (first, second))
-    measure = next(iter(first.first["measures"]))
     differences = first.per_query - second.per_query
-    by_seed = np.subtract(first.means(measure), second.means(measure))
+    by_seed = np.subtract(first.means(first.measure), second.means(first.measure))
     ps = (paired_t_test(differences), paired_t_test(by_seed))
     return Test(float(differences.mean()), *interval(differences), *ps)
+
+
+def compare_all(found: Rows, against: Sequence[str]) -> Tests:
+    """Every variant against each of `against`; a pair is tested once."""
+    tests: dict[tuple[str, str, str], Test] = {}
+    for collection, rows in found.items():
+        for other, variant in itertools.product(against, rows):
+            is_new = variant != other and (collection, other, variant) not in tests
+            if is_new and other in rows and rows[variant].records.keys() & rows[other].records.keys():
+                tests[collection, variant, other] = compare_rows(rows[variant], rows[other])
+    return tests
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given."""
     corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = largest
     return corrected
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Rank correlation; None where one of the two does not vary."""
+    """Rank correlation; None if one of the two does not vary."""
     from scipy.stats import spearmanr
 
     found = float(spearmanr(first, second).statistic) if len(set(first)) > 1 and len(set(second)) > 1 else math.nan
@@ -151,42 +165,22 @@ def make_report(
 
     variants: in the table's order. records: of finished cells, diverged ones too. bm25: collection -> its record.
     """
-    found: dict[str, dict[str, Row]] = {}
-    for collection in dict.fromkeys([*bm25, *(record["collection"] for record in records)]):
-        rows = found[collection] = {}
-        for variant in variants:
-            mine = [r for r in records if (r["variant"], r["collection"]) == (variant, collection)]
-            if kept := {r["seed"]: r for r in sorted(mine, key=lambda r: r["seed"]) if "diverged" not in r}:
-                rows[variant] = Row(kept)
-    measure = next((next(iter(record["measures"])) for record in records if "measures" in record), "")
-    tests: dict[tuple[str, str, str], Test] = {}
-    for collection, rows in found.items():
-        for other, variant in itertools.product(against, rows):
-            is_new = other != variant and (collection, other, variant) not in tests
-            if is_new and other in rows and rows[variant].records.keys() & rows[other].records.keys():
-                tests[collection, variant, other] = compare_rows(rows[variant], rows[other])
-    tested = {key: test.queries_p for key, test in tests.items() if test.queries_p is not None}
-    corrected = dict(zip(tested, holm([*tested.values()])))
-    parts, plots = [describe(records, num_cells)], {}
-    for collection, rows in found.items():
-        if not rows:
-            continue
-        queries = len(next(iter(rows.values())).per_query)
-        bars = {variant: (row.per_query.mean(), *interval(row.per_query)) for variant, row in rows.items()}
-        words = {"BM25": bm25[collection]["measures"][measure]["mean"]} if collection in bm25 else {}
-        plots[f"{collection}-bars"] = plot_bars(bars, measure, words)
-        parts += [
-            f"## {collection}, {queries} queries",
-            means_table(rows, bm25.get(collection)),
-            figure(f"{collection}-bars", f"{measure} on {collection} with 95 % intervals over queries"),
-        ]
-        mine = [key for key in tests if key[0] == collection]
-        if mine:
-            parts.append(tests_table({key[1:]: (tests[key], corrected.get(key)) for key in mine}, measure))
-    parts += curves(found, measure, plots)
-    if any(found.values()):
-        parts += ["## Held-out losses of the pre-trainings", losses_table(found)]
-    return write_report(Path(output), f"Study {name}", parts, plots)
+    seeds: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
+    for record in sorted(records, key=lambda record: record["seed"]):
+        if "diverged" not in record:
+            seeds[record["collection"], record["variant"]][record["seed"]] = record
+    collections = dict.fromkeys([*bm25, *(record["collection"] for record in records)])
+    found = {c: {v: Row(seeds[c, v]) for v in variants if (c, v) in seeds} for c in collections}
+    found = {collection: rows for collection, rows in found.items() if rows}
+    report = Report(f"Study {name}")
+    report.add(describe(records, num_cells))
+    if found:
+        tests = compare_all(found, against)
+        for collection, rows in found.items():
+            add_collection(report, collection, rows, bm25.get(collection), tests)
+        add_curves(report, found)
+        report.add("## Held-out losses of the pre-trainings", losses_table(found))
+    return report.write(output)
 
 
 def describe(records: Sequence[Record], num_cells: int) -> str:
@@ -201,9 +195,20 @@ def describe(records: Sequence[Record], num_cells: int) -> str:
     return text + f" Commits {', '.join(commits)}; torch {', '.join(torch)}." if codes else text
 
 
-def means_table(rows: Mapping[str, Row], bm25: Record | None) -> str:
-    measures = list(next(iter(rows.values())).first["measures"])
-    header = ["variant", "steps", "seeds", "MRR@10 before fine-tuning", *measures]
+def add_collection(report: Report, collection: str, rows: Mapping[str, Row], bm25: Record | None, tests: Tests) -> None:
+    """A collection's means, bars and tests."""
+    measures = [*next(iter(rows.values())).first["measures"]]
+    values = {variant: row.per_query for variant, row in rows.items()}
+    report.add(f"## {collection}, {len(next(iter(values.values())))} queries", means_table(rows, measures, bm25))
+    bars = {variant: (found.mean(), *interval(found)) for variant, found in values.items()}
+    words = {"BM25": bm25["measures"][measures[0]]["mean"]} if bm25 else {}
+    caption = f"{measures[0]} on {collection} with 95 % intervals over queries"
+    report.add_plot(f"{collection}-bars", plot_bars(bars, measures[0], words), caption)
+    if any(key[0] == collection for key in tests):
+        report.add(tests_table(collection, tests, measures[0]))
+
+
+def means_table(rows: Mapping[str, Row], measures: Sequence[str], bm25: Record | None) -> str:
     body = []
     for variant, row in rows.items():
         before = [record["before"]["mrr@10"] for record in row.records.values()]
@@ -211,6 +216,7 @@ def means_table(rows: Mapping[str, Row], bm25: Record | None) -> str:
         body.append([variant, f"{row.step:,}", str(len(row.records)), *cells])
     if bm25 is not None:
         body.append(["BM25", "", "", "", *(f"{bm25['measures'][measure]['mean']:.3f}" for measure in measures)])
+    header = ["variant", "steps", "seeds", "MRR@10 before fine-tuning", *measures]
     return table(header, body, "Steps of the pre-training. Measures: mean over seeds ± their standard deviation.")
 
 
@@ -219,89 +225,94 @@ def with_spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.3f}{spread}"
 
 
-def tests_table(tests: Mapping[tuple[str, str], tuple[Test, float | None]], measure: str) -> str:
-    rows = []
-    for (variant, other), (test, corrected) in tests.items():
-        difference = f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}]"
-        ps = map(as_p, (test.queries_p, corrected, test.seeds_p))
-        rows.append([f"{variant} against {other}", difference, *ps])
+def tests_table(collection: str, tests: Tests, measure: str) -> str:
+    """A collection's tests, corrected for all of the report."""
+    tested = {key: test.queries_p for key, test in tests.items() if test.queries_p is not None}
+    corrected = dict(zip(tested, holm([*tested.values()])))
+    body = []
+    for key, test in tests.items():
+        if key[0] == collection:
+            difference = f"{test.difference:+.3f} [{test.low:+.3f}, {test.high:+.3f}]"
+            ps = map(as_p, (test.queries_p, corrected.get(key), test.seeds_p))
+            body.append([f"{key[1]} against {key[2]}", difference, *ps])
     header = [measure, "difference, 95 % interval", "p over queries", "corrected by Holm", "p over seeds"]
     over = "over queries (each averaged over seeds), and over seeds' means"
-    return table(header, rows, f"Paired t-tests over the seeds that both have: {over}.")
+    return table(header, body, f"Paired t-tests over the seeds that both have: {over}.")
 
 
 def as_p(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
-def curves(found: Mapping[str, Mapping[str, Row]], measure: str, plots: dict[str, str]) -> list[str]:
+def add_curves(report: Report, found: Rows) -> None:
     """The probe along the pre-training; fine-tuned quality by its steps and by training queries, if they vary."""
-    panels = {kind: defaultdict(lambda: defaultdict(list)) for kind in ("probe", "steps", "queries")}
+    probes, by_step, by_share = (defaultdict(dict) for _ in range(3))
     for collection, rows in found.items():
         for variant, row in rows.items():
-            curve = [record["probe"] for record in row.records.values()]
-            if len(curve[0]["step"]) > 1 and row.step == curve[0]["step"][-1]:
-                values = np.mean([probe["mrr@10"] for probe in curve], axis=0)
-                panels["probe"][collection][variant] += zip(curve[0]["step"], values)
-            family = [name for name, other in rows.items() if other.pretraining == row.pretraining]
-            line = os.path.commonprefix(family).rstrip("-_.")  # noqa: RUF071 - names, not paths
-            if not line or any(name.startswith(line) for name in rows if name not in family):  # another family has it
-                line = family[0]
-            panels["steps"][collection][line].append((row.step, row.per_query.mean()))
-            share = 100 * row.first["made_from"]["train_share"]
-            panels["queries"][collection][line].append((share, row.per_query.mean()))
-
-    def plot(kind: str, **options: Any) -> None:
-        plots[kind] = plot_curves(
-            {
-                panel: {line: tuple(zip(*sorted(points))) for line, points in lines.items()}
-                for panel, lines in panels[kind].items()
-            },
-            **options,
-        )
-
-    def varies(kind: str) -> bool:
-        """Whether a line has points at several places."""
-        return any(len(dict(points)) > 1 for lines in panels[kind].values() for points in lines.values())
-
-    parts: list[str] = []
-    if panels["probe"]:
-        plot("probe")
-        caption = "MRR@10 of the probe, [CLS] without fine-tuning, mean over seeds"
-        parts += ["## The probe along the pre-training", figure("probe", caption)]
-    if varies("steps"):
-        plot("steps")
-        caption = f"{measure} after fine-tuning"
-        parts += ["## Fine-tuned quality by steps of pre-training", figure("steps", caption), prediction_table(found)]
-    if varies("queries"):
-        plot("queries", xlabel="per cent of the training queries", logarithmic=True)
-        parts += ["## Fine-tuned quality by training queries", figure("queries", measure)]
-    return parts
+            curves = [record["probe"] for record in row.records.values()]
+            steps = curves[0]["step"]
+            if len(steps) > 1 and row.step == steps[-1]:
+                probes[collection][variant] = steps, np.mean([curve["mrr@10"] for curve in curves], axis=0)
+        for line, family in families(rows).items():
+            means = [row.per_query.mean() for row in family]
+            shares = [100 * row.first["made_from"]["train_share"] for row in family]
+            by_step[collection][line] = tuple(zip(*sorted(zip([row.step for row in family], means))))
+            by_share[collection][line] = tuple(zip(*sorted(zip(shares, means))))
+    if probes:
+        report.add("## The probe along the pre-training")
+        report.add_plot("probe", plot_curves(probes), "MRR@10 of the probe, [CLS] without fine-tuning, mean over seeds")
+    if varies(by_step):
+        report.add("## Fine-tuned quality by steps of pre-training")
+        report.add_plot("steps", plot_curves(by_step), f"{row.measure} after fine-tuning")
+        report.add(prediction_table(found))
+    if varies(by_share):
+        plot = plot_curves(by_share, xlabel="per cent of the training queries", logarithmic=True)
+        report.add("## Fine-tuned quality by training queries")
+        report.add_plot("queries", plot, row.measure)
 
 
-def prediction_table(found: Mapping[str, Mapping[str, Row]]) -> str:
+def families(rows: Mapping[str, Row]) -> dict[str, list[Row]]:
+    """Variants that share a pre-training but for its seed, under what their names share, or the first one's name."""
+    by_pretraining = defaultdict(list)
+    for variant, row in rows.items():
+        settings = {**row.first["made_from"]["pretrain"], "seed": None}
+        by_pretraining[json.dumps(settings, sort_keys=True)].append(variant)
+    named = {}
+    for family in by_pretraining.values():
+        line = os.path.commonprefix(family).rstrip("-_.")  # noqa: RUF071 - names, not paths
+        if not line or any(name.startswith(line) for name in rows if name not in family):
+            line = family[0]
+        named[line] = [rows[variant] for variant in family]
+    return named
+
+
+def varies(curves: Curves) -> bool:
+    """Whether a line has points at several places."""
+    return any(len(set(places)) > 1 for lines in curves.values() for places, _ in lines.values())
+
+
+def prediction_table(found: Rows) -> str:
     """How well the probe at a checkpoint predicts the fine-tuned quality: rank correlation over the checkpoints."""
     body = []
     for collection, rows in found.items():
-        for seed in sorted({seed for row in rows.values() for seed in row.records}):
-            pairs = []
-            for row in rows.values():
-                if seed in row.records:
-                    record, step = row.records[seed], row.step
-                    probe = dict(zip(record["probe"]["step"], record["probe"].get("mrr@10", ())))
-                    if step in probe:
-                        pairs.append((probe[step], next(iter(record["measures"].values()))["mean"]))
+        by_seed = defaultdict(list)
+        for row in rows.values():
+            for seed, record in row.records.items():
+                probe = dict(zip(record["probe"]["step"], record["probe"].get("mrr@10", ())))
+                tuned = record["measures"][row.measure]["mean"]
+                by_seed[seed] += [(probe[row.step], tuned)] if row.step in probe else []
+        for seed, pairs in sorted(by_seed.items()):
             value = spearman(*zip(*pairs)) if pairs else None
             body.append([collection, str(seed), "-" if value is None else f"{value:.2f}", str(len(pairs))])
     return table(["collection", "seed", "Spearman's correlation of probe and fine-tuned", "checkpoints"], body)
 
 
-def losses_table(found: Mapping[str, Mapping[str, Row]]) -> str:
-    body = []
-    for collection, rows in found.items():
-        for variant, row in rows.items():
-            for task, (before, after, unigram) in row.first["held_out"].items():
-                body.append([collection, variant, task, f"{before:.2f}", f"{after:.2f}", f"{unigram:.2f}"])
+def losses_table(found: Rows) -> str:
+    body = [
+        [collection, variant, task, *(f"{loss:.2f}" for loss in losses)]
+        for collection, rows in found.items()
+        for variant, row in rows.items()
+        for task, losses in row.first["held_out"].items()
+    ]
     header = ["collection", "variant", "task", "before", "after", "unigram"]
-    losses = table(header, body, "First seed, nats per labelled token.")
-    return folded("Held-out losses beside their unigrams", losses)
+    return "Held-out losses beside their unigrams:\n\n" + table(header, body, "First seed, nats per labelled token.")
