@@ -24,6 +24,7 @@ from quincunx.engine.retrieval.search import (
     judged_queries,
     search_to_run,
 )
+from quincunx.engine.retrieval.search_page import MAX_RESULTS
 from quincunx.launchers.command_line import parse_settings
 
 DEPTH_OF_A_RUN = 1000
@@ -73,7 +74,7 @@ class SearchSettings(IndexOptions):
     """bm25: how much long passages are held against."""
     interactive: bool = False
     """Ask for queries on the terminal."""
-    page: int | None = None
+    page: int | None = setting(None, low=0, high=65535)
     """Port of a search page on this machine (0: a free one)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where queries are encoded and exact search runs."""
@@ -91,6 +92,8 @@ class SearchSettings(IndexOptions):
                 problems.append(f"--method {self.method} needs --{name}")
         if person and self.corpus is None:
             problems.append("--interactive and --page print passages and need --corpus (the one that was encoded)")
+        if self.page is not None and (self.depth or 0) > MAX_RESULTS:
+            problems.append(f"depth is {self.depth}; the page shows at most {MAX_RESULTS} passages")
         if not person and self.queries is None:
             problems.append("--output needs --queries")
         defaults = {field.name: field.default for field in fields(self)}

@@ -44,20 +44,6 @@ class Candidates:
         return (*self.positives, *self.negatives)
 
 
-def check_candidates(row: Candidates) -> None:
-    """Raises BadRecordError: no positive, an id twice, a negative that is a positive, a score that is not finite."""
-    if not row.positives:
-        raise BadRecordError(f"the query {row.query_id!r} has no positive")
-    if len(set(row.ids)) != len(row.ids):
-        both = sorted(set(row.positives) & set(row.negatives))
-        if both:
-            raise BadRecordError(f"the negative {both[0]!r} of the query {row.query_id!r} is one of its positives")
-        raise BadRecordError(f"the query {row.query_id!r} has a candidate twice")
-    for id, score in (row.scores or {}).items():
-        if not math.isfinite(score):
-            raise BadRecordError(f"the score of {id!r} for the query {row.query_id!r} is {score}")
-
-
 def check_scores(rows: Iterable[Candidates], name: str) -> None:
     """Raises DataError if a teacher's score is missing for a candidate, with counts and the first three."""
     missing = [(row.query_id, id) for row in rows for id in row.ids if id not in (row.scores or {})]
@@ -85,32 +71,30 @@ def write_candidates(path: Path, rows: Iterable[Candidates]) -> dict[str, int]:
     """
     assert path.suffix in ENDINGS
     counts = dict.fromkeys(("queries", "positives", "negatives", "scores"), 0)
-    records = _as_records(rows, counts)
+
+    def records() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            assert row.positives and len(set(row.ids)) == len(row.ids)
+            counts["queries"] += 1
+            counts["positives"] += len(row.positives)
+            counts["negatives"] += len(row.negatives)
+            record = {"query_id": row.query_id, "positives": list(row.positives), "negatives": list(row.negatives)}
+            if row.scores is not None:
+                counts["scores"] += len(row.scores)
+                for side in ("positive", "negative"):
+                    scores = (row.scores.get(id) for id in record[f"{side}s"])
+                    record[f"{side}_scores"] = [None if score is None else float(score) for score in scores]
+            yield record
+
     with written_whole(path, "wb") as file:
         if path.suffix == ".parquet":
-            _write_parquet(file, records)
+            _write_parquet(file, records())
         else:
-            for record in records:
+            for record in records():
                 file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
         if not counts["queries"]:
             raise DataError(f"no candidates to write to {path}: every query was left out, or there was none")
     return counts
-
-
-def _as_records(rows: Iterable[Candidates], counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Each row as the record that is written; `counts` is filled on the way."""
-    for row in rows:
-        assert row.positives and len(set(row.ids)) == len(row.ids)
-        counts["queries"] += 1
-        counts["positives"] += len(row.positives)
-        counts["negatives"] += len(row.negatives)
-        record = {"query_id": row.query_id, "positives": list(row.positives), "negatives": list(row.negatives)}
-        if row.scores is not None:
-            counts["scores"] += len(row.scores)
-            for side in ("positive", "negative"):
-                scores = (row.scores.get(id) for id in record[f"{side}s"])
-                record[f"{side}_scores"] = [None if score is None else float(score) for score in scores]
-        yield record
 
 
 def _write_parquet(file: Any, records: Iterable[dict[str, Any]]) -> None:
@@ -142,7 +126,6 @@ def iterate_candidates(path: str | Path) -> Iterator[Candidates]:
 
     def parse(record: dict) -> Candidates:
         row = parse_candidates(record, known)
-        check_candidates(row)
         if row.query_id in seen:
             raise BadRecordError(f"the query {row.query_id!r} comes a second time")
         seen.add(row.query_id)
@@ -153,7 +136,10 @@ def iterate_candidates(path: str | Path) -> Iterator[Candidates]:
 
 
 def parse_candidates(record: dict, known: dict[str, str]) -> Candidates:
-    """One record of either shape; `known` holds the ids met so far, so that each is one object."""
+    """One record of either shape; `known` holds the ids met so far, so that each is one object.
+
+    Raises BadRecordError, too if no positive is in it, an id is in it twice, or a score is not finite.
+    """
     query_id = check_id(record.get("query_id"), "query_id")
     sides, found = [], {}
     for side in ("positive", "negative"):
@@ -174,7 +160,17 @@ def parse_candidates(record: dict, known: dict[str, str]) -> Candidates:
         scores = {id: float(score) for id, score in found.items() if score is not None}
     except (TypeError, ValueError, OverflowError) as error:
         raise BadRecordError(f"a score is no number ({error})") from None
-    return Candidates(query_id, *sides, scores or None)
+    row = Candidates(query_id, *sides, scores or None)
+    if not row.positives:
+        raise BadRecordError(f"the query {query_id!r} has no positive")
+    if both := sorted(set(row.positives) & set(row.negatives)):
+        raise BadRecordError(f"the negative {both[0]!r} of the query {query_id!r} is one of its positives")
+    if len(set(row.ids)) != len(row.ids):
+        raise BadRecordError(f"the query {query_id!r} has a candidate twice")
+    for id, score in scores.items():
+        if not math.isfinite(score):
+            raise BadRecordError(f"the score of {id!r} for the query {query_id!r} is {score}")
+    return row
 
 
 def _parse_ids(ids: Any, name: str, known: dict[str, str]) -> tuple[str, ...]:

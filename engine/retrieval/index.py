@@ -93,7 +93,7 @@ class Index:
 
     def _search_block(self, number: int, queries_QD: np.ndarray, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A block by brute force: scores and rows in it [Q, K], in order."""
-        vectors_ND = self._block(number)
+        vectors_ND = self._ready(number)
         if self.kind == "exact":
             queries = torch.from_numpy(queries_QD).to(self.device)
             found = [top_rows(some_QD @ vectors_ND.T, depth) for some_QD in queries.split(QUERIES_AT_ONCE)]
@@ -106,27 +106,28 @@ class Index:
             found = faiss.knn(queries_QD, vectors_ND.numpy(), **asked)
         return in_order(*(torch.from_numpy(array).to(self.device) for array in found))
 
-    def _block(self, number: int) -> torch.Tensor:
-        """float32 [rows, D]; on the device, for faiss on the host."""
+    def _ready(self, number: int) -> Any:
+        """What is searched of a shard: its faiss index, or float32 [rows, D] on the device (for faiss on the host)."""
         if number in self._resident:
             return self._resident[number]
-        vectors_ND = np.concatenate([self.embeddings.parts[part] for part in self.shards[number]])
-        block_ND = torch.from_numpy(vectors_ND).to("cpu" if self.kind == "flat" else self.device).float()
+        if self.approximate:
+            ready = self._placed(self._shard_index(number))
+        else:
+            vectors_ND = np.concatenate([self.embeddings.parts[part] for part in self.shards[number]])
+            ready = torch.from_numpy(vectors_ND).to("cpu" if self.kind == "flat" else self.device).float()
         if self._stays:
-            self._resident[number] = block_ND
-        return block_ND
+            self._resident[number] = ready
+        return ready
 
     def _search_approximate(self, number: int, queries_QD: np.ndarray, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        index = self._resident[number] if number in self._resident else self.shard(number)
-        if self._stays:
-            self._resident[number] = index
+        index = self._ready(number)
         if self.kind == "hnsw":
             index.hnsw.efSearch = max(self.options.ef_search, depth)
         scores_QK, rows_QK = index.search(queries_QD, depth)
         scores_QK[rows_QK < 0] = -np.inf
         return in_order(*(torch.from_numpy(array).to(self.device) for array in (scores_QK, rows_QK)))
 
-    def shard(self, number: int) -> Any:
+    def _shard_index(self, number: int) -> Any:
         """The faiss index of a shard: read where it was kept, else built and kept."""
         first, stop = self.shards[number][0], self.shards[number][-1] + 1
         digests = json.dumps(self.embeddings.manifest.get("parts", [])[first:stop])
@@ -135,7 +136,7 @@ class Index:
         if self.embeddings.folder is not None:
             path = self.embeddings.folder / f"index-{self.kind}-{number:05d}.faiss"
             if _kept(path, description):
-                return self._placed(self.faiss.read_index(str(path)))
+                return self.faiss.read_index(str(path))
         begun = time.monotonic()
         index = self._build(first, stop)
         if path is not None:
@@ -144,7 +145,7 @@ class Index:
             except (OSError, RuntimeError, SettingsError) as error:  # a folder that may only be read, a full disk
                 self.report(f"the index is not kept ({str(error).strip().splitlines()[-1]})")
         self.report(f"built {self.kind} over {index.ntotal} vectors in {time.monotonic() - begun:.1f} s")
-        return self._placed(index)
+        return index
 
     def _placed(self, index: Any) -> Any:
         """Ready to search: on all GPUs where faiss has them and the kind can be there."""

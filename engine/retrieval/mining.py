@@ -6,6 +6,7 @@ of the ids seen). Random passages are a pure function of (seed, query id) and th
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Literal
 
 import numpy as np
@@ -153,7 +154,14 @@ def mine(
         counts["mined"] += len(negatives)
         wanted = max(rules.random_fill - len(negatives), 0) + rules.random_extra
         taken = {*grades, *negatives, *left_out}
-        random = _random_passages(passages, query_id, rules.seed, taken, empty, own_answers, wanted)
+        random: dict[str, None] = {}
+        for row in islice(_random_rows(query_id, rules.seed, len(passages)), MAX_DRAWS * wanted):
+            if len(random) == wanted:
+                break
+            id = passages.id_at(row)
+            if id in taken or row in empty or (own_answers and has_answer(passages.text_at(row), own_answers)):
+                continue
+            random[id] = None
         counts["random"] += len(random)
         counts["random_missing"] += wanted - len(random)
         if not negatives and not random:
@@ -186,14 +194,11 @@ def _refuse_unfit(
     teacher: TeacherScores | None,
 ) -> None:
     """Raises DataError for the first rule that has no answer for some query or passage and may not drop it."""
+    if rules.unknown_ids == "error":
+        queries.known_rows(unfit["queries"], "queries", "the run", UNKNOWN_IDS)
+        passages.known_rows(unfit["passages"], "passages", "the run", UNKNOWN_IDS)
     named = {name: first_of(ids) for name, ids in unfit.items()}
     number = {name: len(ids) for name, ids in unfit.items()}
-    for what, collection in (("queries", queries), ("passages", passages)):
-        if unfit[what] and rules.unknown_ids == "error":
-            raise DataError(
-                f"the run names {number[what]} {what} that {collection.name} does not have {named[what]}: give the "
-                f"files that belong together{UNKNOWN_IDS}"
-            )
     if unfit["positives"] and not rules.drop_queries_without_positives:
         raise DataError(
             f"no positive of grade {rules.relevant_from} or more is judged for {number['positives']} queries of the "
@@ -211,31 +216,11 @@ def _refuse_unfit(
         )
 
 
-def _random_passages(
-    passages: Collection,
-    query_id: str,
-    seed: int,
-    taken: set[str],
-    empty: set[int],
-    answers: list[str] | None,
-    wanted: int,
-) -> list[str]:
-    """`wanted` passages (fewer if the corpus has no more): not in `taken`, not empty, without an answer.
-
-    Rows are drawn with replacement, by a stateless hash of (seed, query id, draw).
-    """
+def _random_rows(query_id: str, seed: int, num_passages: int) -> Iterator[int]:
+    """Rows of passages without end, drawn with replacement by a stateless hash of (seed, query id, draw)."""
     from quincunx.data_shards.hashing import draw30, text_key
 
     query_hash = np.uint64(xxhash.xxh3_64_intdigest(query_id.encode())).astype(np.int64)
     key = text_key(np.uint32(seed), 0, query_hash, RANDOM_CODE)
-    chosen: dict[str, None] = {}
-    for draw in range(MAX_DRAWS * wanted):
-        if len(chosen) == wanted:
-            break
-        row = int(draw30(key, draw, 0)) * len(passages) >> 30
-        id = passages.id_at(row)
-        if id in taken or id in chosen or row in empty:
-            continue
-        if not (answers and has_answer(passages.text_at(row), answers)):
-            chosen[id] = None
-    return list(chosen)
+    for draw in count():
+        yield int(draw30(key, draw, 0)) * num_passages >> 30

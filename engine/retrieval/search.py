@@ -10,6 +10,7 @@ import numpy as np
 from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.collection import Collection, make_collection
+from quincunx.engine.retrieval.files import in_groups
 from quincunx.engine.retrieval.trec import RUN, Qrels, check_against, write_run
 
 if TYPE_CHECKING:
@@ -129,14 +130,12 @@ def search_to_run(finder: Finder, queries: Collection, depth: int, output: str |
     None: the run is there already. Raises as artefact.
     """
     made_from = finder.made_from | {"queries": queries.digest, "depth": depth}
-    ids = queries.ids()
 
     def results() -> Iterator[tuple[str, list[str], np.ndarray]]:
-        for start in range(0, len(ids), QUERIES_AT_ONCE):
-            some = range(start, min(start + QUERIES_AT_ONCE, len(ids)))
-            for query, scores, rows in zip(some, *finder.find(queries.texts(some), depth), strict=True):
+        for some in in_groups(range(len(queries)), QUERIES_AT_ONCE):
+            for id, scores, rows in zip(queries.ids(some), *finder.find(queries.texts(some), depth), strict=True):
                 found = rows >= 0
-                yield ids[query], [finder.passage_ids[row] for row in rows[found]], scores[found]
+                yield id, [finder.passage_ids[row] for row in rows[found]], scores[found]
 
     with artefact(output, RUN, made_from, single=True, remake=remake) as work:
         if work is None:

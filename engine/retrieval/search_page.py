@@ -11,13 +11,11 @@ its own name that address.
 import contextlib
 import re
 import socket
-import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.search import Finder
@@ -48,49 +46,37 @@ def ask(finder: Finder, query: str, depth: int) -> tuple[list[dict[str, Any]], f
     ], seconds
 
 
-def search_on_terminal(
-    finder: Finder, depth: int, lines: Iterable[str] | None = None, out: TextIO = sys.stdout
-) -> None:
-    """Asks for queries until an empty line or the end of input; shows score, id and first words of each passage.
-
-    lines: queries of another source than the keyboard.
-    """
-    print(
-        f"{finder.model} over {finder.passages.name} ({len(finder.passages):,} passages). An empty line ends.", file=out
-    )
-    for line in _typed() if lines is None else lines:
-        if not line.strip():
-            break
-        query = line.strip().encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are no UTF-8
-        results, seconds = ask(finder, query, depth)
-        for result in results:
-            print(f"\n{result['rank']:>3}  {result['score']:.4f}  {result['id']}", file=out)
-            text = "".join(c if c.isprintable() else " " for c in result["text"])  # no escape sequence for the terminal
-            shown = textwrap.shorten(text, 80 * TERMINAL_LINES, placeholder=" ...")
-            print(textwrap.indent(textwrap.fill(shown, 84), "     "), file=out)
-        print(f"\n{len(results)} passages in {1000 * seconds:.0f} ms\n", file=out)
-
-
-def _typed() -> Iterable[str]:
+def search_on_terminal(finder: Finder, depth: int) -> None:
+    """Asks for queries until an empty line or the end of input; shows score, id and first words of each passage."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history in input())
-    while True:
-        try:
-            yield input("query> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    print(f"{finder.model} over {finder.passages.name} ({len(finder.passages):,} passages). An empty line ends.")
+    while line := _typed():
+        query = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are no UTF-8
+        results, seconds = ask(finder, query, depth)
+        for result in results:
+            print(f"\n{result['rank']:>3}  {result['score']:.4f}  {result['id']}")
+            text = "".join(c if c.isprintable() else " " for c in result["text"])  # no escape sequence for the terminal
+            shown = textwrap.shorten(text, 80 * TERMINAL_LINES, placeholder=" ...")
+            print(textwrap.indent(textwrap.fill(shown, 84), "     "))
+        print(f"\n{len(results)} passages in {1000 * seconds:.0f} ms\n")
+
+
+def _typed() -> str:
+    try:
+        return input("query> ").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
 
 
 def make_app(finder: Finder, depth: int) -> "FastAPI":
-    """The page; searches take turns. Raises SettingsError if depth is beyond MAX_RESULTS."""
+    """The page; searches take turns. depth: at most MAX_RESULTS."""
     from fastapi import FastAPI, Query
     from fastapi.middleware.trustedhost import TrustedHostMiddleware
     from fastapi.responses import HTMLResponse, JSONResponse
     from jinja2 import Environment
 
-    if depth > MAX_RESULTS:
-        raise SettingsError(f"--depth is {depth}, the page shows at most {MAX_RESULTS} passages: give that or less")
     app, lock = FastAPI(docs_url=None, redoc_url=None, openapi_url=None), threading.Lock()
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     environment = Environment(autoescape=True)
@@ -140,7 +126,7 @@ def serve_page(finder: Finder, port: int, depth: int) -> None:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind((HOST, port))
             bound.listen()  # so that who reads the address below can connect at once
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise SettingsError(f"cannot bind {HOST}:{port} ({error}): choose another --page") from None
         print(f"Search page: http://{HOST}:{bound.getsockname()[1]}/  (Ctrl-C ends)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

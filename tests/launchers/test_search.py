@@ -129,6 +129,8 @@ def test_bm25_runs_need_the_corpus_alone(data, tmp_path):
         (["--output=X", "--shard_rows=3"], 2, "shard_rows has no effect"),
         (["--output=X", "--interactive"], 2, "give one of --output"),
         (["--page=80"], 2, "print passages and need --corpus"),
+        (["--page=80", "--corpus={shorter}", "--depth=150"], 2, "depth is 150; the page shows at most 100 passages"),
+        (["--page=70000", "--corpus={shorter}"], 2, "page is 70000; it must be at least 0 and at most 65535"),
     ],
 )
 def test_what_does_not_belong_together_is_one_sentence_and_no_run(flags, code, sentence, data, tmp_path, refused):
