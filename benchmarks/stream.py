@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from quincunx.data_shards.masks import DRAWS, PASSAGE, UNIFORM, pack_enhanced, pack_masked
 from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
@@ -94,25 +93,19 @@ def measure_recipe(folder: str, recipe: str, batch_size: int, repeat: int) -> di
 
     rows = [order.global_batch(step, batch_size) for step in range(min(num_steps, 40))]
     texts = [packer.gather(batch)[0] for batch in rows]
-    hidden = np.zeros((batch_size, packer.limit), bool)
+    hidden = [packer.hide(text["passage"], batch, 0, "uniform", 0.3) for text, batch in zip(texts, rows)]
     parts = {
         "order": lambda: [order.global_batch(step, batch_size) for step in range(len(rows))],
         "gather": lambda: [packer.gather(batch) for batch in rows],
         "encoder": lambda: [
-            pack_masked(batch, packer.vocabulary, PASSAGE, 0, 1, UNIFORM, 0.3, False, True, hidden) for batch in texts
+            packer.corrupted(text["passage"], batch, 1, packer.hide(text["passage"], batch, 0, "uniform", 0.3))
+            for text, batch in zip(texts, rows)
         ],
     }
     for task in packer.tasks:
-        text, code, draw = packer.texts.index(task.kind.field), task.kind.code, DRAWS[task.kind.draw]
-        if task.decoder == "enhanced":
-            parts[task.name] = lambda text=text, code=code, draw=draw: [
-                pack_enhanced(batch, packer.vocabulary, text, code, draw, 0.5, hidden) for batch in texts
-            ]
-        else:
-            parts[task.name] = lambda text=text, code=code, draw=draw: [
-                pack_masked(batch, packer.vocabulary, text, code, 32 + code, draw, 0.5, False, False, hidden)
-                for batch in texts
-            ]
+        parts[task.name] = lambda task=task: [
+            packer.decode(task, text[task.kind.field], batch, seen) for text, batch, seen in zip(texts, rows, hidden)
+        ]
     result = {"passages_per_second_warm": num_passages / warm, "passages_per_second_cold": num_passages / cold}
     for name, work in parts.items():
         result[f"microseconds_{name}"] = best_seconds(work, 2 * repeat) / len(rows) / batch_size * 1e6

@@ -1,12 +1,11 @@
-"""Which words of a text are hidden, and the compiled loops that write packed texts with their masks.
+"""Which words of a text are hidden: texts laid end to end, and the compiled draws over them.
 
 Masked texts have exact budgets, enhanced decoding has keep thresholds. A word is hidden whole or not at all. Special
 tokens ([SEP] between queries) are words of their own that are never hidden and never labelled. Formulas with their
 sources: docs/stream.md.
 
-Letters: n tokens of one text without [CLS] and [SEP], W words; arrays may be longer than that, since they are reused
-from text to text. R samples, L table columns, S sequences of the packed text, T its tokens, M labelled tokens, D
-datasets.
+Letters: R rows of a batch, L columns of a table, S packed texts, T their tokens with [CLS] and [SEP]; n tokens of one
+text without these two, W words of it; D datasets.
 """
 
 import math
@@ -16,168 +15,9 @@ import numpy as np
 
 from quincunx.data_shards.hashing import ALWAYS, compiled, draw30, text_key, word_slot
 
-UNIFORM, KEYWORD, COMPLEMENT = 0, 1, 2
-"""How words are drawn (`tasks.TaskKind.draw`), as numbers for compiled code."""
-DRAWS = {"uniform": UNIFORM, "keyword": KEYWORD, "complement": COMPLEMENT}
-
 # BERT's corruption: of the hidden tokens 80 % become [MASK], 10 % a random token, 10 % stay (Devlin et al. 2019, 3.1).
 MASK_BELOW = ALWAYS * 8 // 10
 RANDOM_BELOW = ALWAYS * 9 // 10
-
-
-@compiled
-def find_words(token_ids, word_starts, num_tokens, is_special, begins):
-    """Writes where each word begins to begins[0..W], begins[W] = n, and returns W. A special token is a word."""
-    num_words, after_special = 0, True
-    for i in range(num_tokens):
-        special = is_special[token_ids[i]]
-        if word_starts[i] or special or after_special:
-            begins[num_words] = i
-            num_words += 1
-        after_special = special
-    begins[num_words] = num_tokens
-    return num_words
-
-
-@compiled
-def count_ordinary(token_ids, num_tokens, is_special):
-    """Tokens of the text that may be hidden."""
-    count = 0
-    for i in range(num_tokens):
-        count += not is_special[token_ids[i]]
-    return count
-
-
-@compiled
-def mask_budget(rate, num_ordinary):
-    """Tokens to hide: the rate's share, halves rounded up, at least 1; 0 only where there is nothing to hide."""
-    return min(num_ordinary, max(1, math.floor(rate * num_ordinary + 0.5)))
-
-
-@compiled
-def keyword_weights(token_ids, begins, num_words, idf, vocab_size, order, weights):
-    """Writes TF-IDF to weights[0..W): how often the word stands in this text, times its idf in the corpus.
-
-    idf: float32 [vocab_size + num_buckets], `Statistics.idf`. order: int64 scratch. A word that stands twice has its
-    full weight at both places.
-    """
-    num_buckets = len(idf) - vocab_size
-    for w in range(num_words):
-        order[w] = word_slot(token_ids, begins[w], begins[w + 1], vocab_size, num_buckets) << 32 | w
-    by_slot = order[:num_words]
-    by_slot.sort()
-    first = 0
-    for n in range(num_words):
-        slot = by_slot[n] >> 32
-        if n + 1 == num_words or by_slot[n + 1] >> 32 != slot:
-            for same in by_slot[first : n + 1]:
-                weights[same & 0xFFFFFFFF] = (n + 1 - first) * np.float64(idf[slot])
-            first = n + 1
-
-
-@compiled
-def hide_words(token_ids, begins, num_words, is_special, rate, draw, key, weights, priorities, hidden):
-    """Draws whole words without replacement up to the budget and sets hidden[0..n) (bool).
-
-    Words come in descending order of log(u) / weight (Efraimidis and Spirakis 2006), which for equal weights is a
-    uniform draw; one that would overflow the budget is skipped. So the budget is met exactly, or no word left
-    over is short enough. priorities: int64 scratch.
-    """
-    num_drawn = 0
-    for w in range(num_words):
-        for i in range(begins[w], begins[w + 1]):
-            hidden[i] = False
-        if not is_special[token_ids[begins[w]]]:
-            bits = np.int64(draw30(key, 0, w))
-            if draw == KEYWORD:
-                # float32 keeps the last bit of log out of the order, so that machines agree; a positive float's
-                # bits order as the float does
-                race = np.float32(-math.log((bits + 0.5) / ALWAYS) / weights[w])
-                bits = np.int64(race.view(np.int32))
-            priorities[num_drawn] = bits << 32 | w
-            num_drawn += 1
-    order = priorities[:num_drawn]
-    order.sort()
-    budget = mask_budget(rate, count_ordinary(token_ids, begins[num_words], is_special))
-    for n in range(num_drawn):
-        w = order[n] & 0xFFFFFFFF
-        length = begins[w + 1] - begins[w]
-        if length <= budget:
-            budget -= length
-            for i in range(begins[w], begins[w + 1]):
-                hidden[i] = True
-            if budget == 0:
-                break
-
-
-@compiled
-def keyword_thresholds(token_ids, begins, num_words, is_special, rate, weights, thresholds):
-    """Writes keep thresholds of words that are hidden with probability pi_w = min(1, c weight_w), int32 [n].
-
-    c solves sum(pi_w length_w) = rate n over the text's ordinary tokens, exactly: words whose probability reaches 1 are
-    fixed there and c is solved again for the rest, until none is added.
-    """
-    num_tokens = begins[num_words]
-    to_hide = rate * count_ordinary(token_ids, num_tokens, is_special)
-    c = 0.0
-    while True:
-        fixed, mass = 0, 0.0
-        for w in range(num_words):
-            if not is_special[token_ids[begins[w]]]:
-                length = begins[w + 1] - begins[w]
-                if c * weights[w] >= 1.0:
-                    fixed += length
-                else:
-                    mass += weights[w] * length
-        solved = (to_hide - fixed) / mass if mass > 0.0 else c
-        if solved <= c:
-            break
-        c = solved
-    for w in range(num_words):
-        keep = ALWAYS
-        if not is_special[token_ids[begins[w]]]:
-            keep = np.int64(math.floor((1.0 - min(1.0, c * weights[w])) * ALWAYS + 0.5))
-        for i in range(begins[w], begins[w + 1]):
-            thresholds[i] = keep
-
-
-@compiled
-def corrupted(token_id, position, key, only_mask, mask_id, ordinary_ids):
-    """What a hidden token is written as: [MASK], a token drawn uniformly from `ordinary_ids`, or itself.
-
-    position: that in the sequence ([CLS] = 0). only_mask: always [MASK] (setting `corruption = mask`).
-    """
-    if only_mask:
-        return mask_id
-    chance = draw30(key, position, 0)
-    if chance < MASK_BELOW:
-        return mask_id
-    if chance < RANDOM_BELOW:
-        return ordinary_ids[np.int64(draw30(key, position, 1)) * len(ordinary_ids) >> 30]
-    return token_id
-
-
-PASSAGE, NEXT = 0, 1
-"""The first two texts in the tables of `Texts`: of the sample, and of the next passage of its document."""
-
-
-class Texts(NamedTuple):
-    """K texts of each of R samples in tables, gathered from blocks; a text that is missing has length 0."""
-
-    tokens: np.ndarray
-    """uint16 or uint32 [K, R, L], ids without [CLS] and closing [SEP]; undefined beyond the text's length."""
-    starts: np.ndarray
-    """bool [K, R, L], the token is the first of a word."""
-    lengths: np.ndarray
-    """int32 [K, R]"""
-    datasets: np.ndarray
-    """int16 [R]"""
-    seeds: np.ndarray
-    """int64 [R], seed of the sample's dataset."""
-    epochs: np.ndarray
-    """int32 [R]"""
-    sample_ids: np.ndarray
-    """int64 [R]"""
 
 
 class Vocabulary(NamedTuple):
@@ -197,118 +37,186 @@ class Vocabulary(NamedTuple):
     """int64 [D + 1], where each dataset's begins."""
 
 
-@compiled
-def pack_masked(texts, vocabulary, text, code, corruption_code, draw, rate, only_mask, is_encoder, hidden):
-    """Writes one text of every sample with hidden words corrupted, each as [CLS] ... [SEP].
+class Packed(NamedTuple):
+    """Texts laid end to end, each as [CLS] ... [SEP]."""
 
-    Returns input_ids int32 [T], cu_seqlens int32 [S + 1], samples int32 [S], label_positions and labels int32 [M].
-    hidden: bool [R, L], the tokens of the passage that the encoder does not see. With `is_encoder` it is written here,
-    and samples without a text stay as empty sequences; else it is read (by COMPLEMENT) and they are left out.
+    input_ids: np.ndarray
+    """int32 [T]"""
+    cu_seqlens: np.ndarray
+    """int32 [S + 1], where each text starts; the last entry is T."""
+    rows: np.ndarray
+    """int64 [S], the rows of the batch that have the text."""
+    word_ids: np.ndarray
+    """int32 [T], number of the token's word in its text; 0 at [CLS] and [SEP]."""
+    ordinary: np.ndarray
+    """bool [T], the token may be hidden, and is worth a label."""
+
+
+@compiled
+def pack_texts(tokens, starts, lengths, vocabulary):
+    """The texts of all rows that have one; a word begins where `starts` says, and beside a special token.
+
+    tokens: integers [R, L], ids without [CLS] and closing [SEP]. starts: bool [R, L], the token is the first of a word.
+    lengths: int32 [R], 0 where the row has no text; what lies beyond a length is not read.
     """
-    cu_seqlens, sample_of = _sequence_starts(texts.lengths[text], is_encoder)
-    num_sequences, limit = len(sample_of), texts.tokens.shape[2]
-    input_ids = np.empty(cu_seqlens[num_sequences], np.int32)
-    label_positions, labels = np.empty_like(input_ids), np.empty_like(input_ids)
-    begins, weights = np.empty(limit + 1, np.int32), np.empty(limit)
-    order, own_hidden = np.empty(limit, np.int64), np.empty(limit, np.bool_)
-    num_labels = 0
-    for s in range(num_sequences):
-        r = sample_of[s]
-        token_ids, length = texts.tokens[text, r], texts.lengths[text, r]
-        if draw == COMPLEMENT:
-            for i in range(length):
-                own_hidden[i] = not hidden[r, i] and not vocabulary.is_special[token_ids[i]]
-        else:
-            num_words = find_words(token_ids, texts.starts[text, r], length, vocabulary.is_special, begins)
-            if draw == KEYWORD:
-                idf = _idf_of(vocabulary, texts.datasets[r])
-                keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, order, weights)
-            key = text_key(texts.seeds[r], texts.epochs[r], texts.sample_ids[r], code)
-            hide_words(token_ids, begins, num_words, vocabulary.is_special, rate, draw, key, weights, order, own_hidden)
-        key = text_key(texts.seeds[r], texts.epochs[r], texts.sample_ids[r], corruption_code)
-        first = cu_seqlens[s] + 1
-        input_ids[first - 1] = vocabulary.cls_id
-        for i in range(length):
-            written = token_ids[i]
-            if own_hidden[i]:
-                label_positions[num_labels] = first + i
-                labels[num_labels] = written
-                num_labels += 1
-                written = corrupted(written, 1 + i, key, only_mask, vocabulary.mask_id, vocabulary.ordinary_ids)
-            input_ids[first + i] = written
-            if is_encoder:
-                hidden[r, i] = own_hidden[i]
-        input_ids[first + length] = vocabulary.sep_id
-    return input_ids, cu_seqlens, sample_of, label_positions[:num_labels], labels[:num_labels]
+    rows = np.flatnonzero(lengths)
+    cu_seqlens = np.zeros(len(rows) + 1, np.int32)
+    cu_seqlens[1:] = np.cumsum(lengths[rows] + 2)
+    input_ids = np.empty(cu_seqlens[-1], np.int32)
+    word_ids, ordinary = np.zeros_like(input_ids), np.zeros(len(input_ids), np.bool_)
+    for s in range(len(rows)):
+        row, first = rows[s], cu_seqlens[s]
+        input_ids[first], input_ids[cu_seqlens[s + 1] - 1] = vocabulary.cls_id, vocabulary.sep_id
+        word = -1
+        for i in range(lengths[row]):
+            at = first + 1 + i
+            input_ids[at] = tokens[row, i]
+            ordinary[at] = not vocabulary.is_special[input_ids[at]]
+            word += starts[row, i] or not ordinary[at] or not ordinary[at - 1]
+            word_ids[at] = word
+    return Packed(input_ids, cu_seqlens, rows, word_ids, ordinary)
 
 
 @compiled
-def pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden):
-    """Writes one text of every sample that has it for enhanced decoding: uncorrupted, every ordinary token labelled.
+def text_keys(seeds, epochs, sample_ids, code):
+    """uint32 [R], `text_key` of each row."""
+    keys = np.empty(len(seeds), np.uint32)
+    for r in range(len(keys)):
+        keys[r] = text_key(seeds[r], epochs[r], sample_ids[r], code)
+    return keys
 
-    Returns what `pack_masked` does, then keys int32 [S], word_ids int32 [T], keep_thresholds int32 [T].
-    hidden: as in `pack_masked`, read.
+
+@compiled
+def keyword_weights(token_ids, begins, idf, vocab_size):
+    """TF-IDF of each word, float64 [W]: how often it stands in this text, times its idf in the corpus.
+
+    idf: float32 [vocab_size + num_buckets], `Statistics.idf`. A word that stands twice has its full weight at both
+    places.
     """
-    cu_seqlens, sample_of = _sequence_starts(texts.lengths[text], False)
-    num_sequences, limit = len(sample_of), texts.tokens.shape[2]
-    input_ids = np.empty(cu_seqlens[num_sequences], np.int32)
-    label_positions, labels = np.empty_like(input_ids), np.empty_like(input_ids)
-    word_ids, thresholds = np.zeros_like(input_ids), np.full_like(input_ids, ALWAYS)
-    keys = np.empty(num_sequences, np.uint32)
-    begins, weights = np.empty(limit + 1, np.int32), np.empty(limit)
-    order = np.empty(limit, np.int64)
-    uniform_threshold = np.int32((1.0 - rate) * ALWAYS + 0.5)
-    num_labels = 0
-    for s in range(num_sequences):
-        r, first = sample_of[s], cu_seqlens[s] + 1
-        token_ids, length = texts.tokens[text, r], texts.lengths[text, r]
-        own_thresholds = thresholds[first : first + length]
-        keys[s] = text_key(texts.seeds[r], texts.epochs[r], texts.sample_ids[r], code)
-        num_words = find_words(token_ids, texts.starts[text, r], length, vocabulary.is_special, begins)
-        if draw == KEYWORD:
-            idf = _idf_of(vocabulary, texts.datasets[r])
-            keyword_weights(token_ids, begins, num_words, idf, vocabulary.size, order, weights)
-            keyword_thresholds(token_ids, begins, num_words, vocabulary.is_special, rate, weights, own_thresholds)
-        input_ids[first - 1] = vocabulary.cls_id
-        for w in range(num_words):
-            for i in range(begins[w], begins[w + 1]):
-                input_ids[first + i] = token_ids[i]
-                word_ids[first + i] = w
-                if vocabulary.is_special[token_ids[i]]:
-                    continue
-                label_positions[num_labels] = first + i
-                labels[num_labels] = token_ids[i]
-                num_labels += 1
-                if draw == UNIFORM:
-                    own_thresholds[i] = uniform_threshold
-                elif draw == COMPLEMENT:
-                    own_thresholds[i] = ALWAYS if hidden[r, i] else 0
-        input_ids[first + length] = vocabulary.sep_id
-    return (
-        input_ids,
-        cu_seqlens,
-        sample_of,
-        label_positions[:num_labels],
-        labels[:num_labels],
-        keys.view(np.int32),
-        word_ids,
-        thresholds,
-    )
+    num_words = len(begins) - 1
+    by_slot, weights = np.empty(num_words, np.int64), np.empty(num_words)
+    for w in range(num_words):
+        by_slot[w] = word_slot(token_ids, begins[w], begins[w + 1], vocab_size, len(idf) - vocab_size) << 32 | w
+    by_slot.sort()
+    first = 0
+    for end in range(1, num_words + 1):
+        slot = by_slot[first] >> 32
+        if end == num_words or by_slot[end] >> 32 != slot:
+            for word in by_slot[first:end]:
+                weights[word & 0xFFFFFFFF] = (end - first) * np.float64(idf[slot])
+            first = end
+    return weights
 
 
 @compiled
-def _sequence_starts(lengths, keep_empty):
-    """cu_seqlens int32 [S + 1] of the texts with [CLS] and [SEP], and each one's sample, int32 [S]."""
-    cu_seqlens, sample_of = np.zeros(len(lengths) + 1, np.int32), np.empty(len(lengths), np.int32)
-    count = 0
-    for r in range(len(lengths)):
-        if lengths[r] or keep_empty:
-            sample_of[count] = r
-            cu_seqlens[count + 1] = cu_seqlens[count] + lengths[r] + 2
-            count += 1
-    return cu_seqlens[: count + 1], sample_of[:count]
+def hide_words(begins, ordinary, rate, key, weights):
+    """Draws whole words of one text without replacement up to the budget: bool [n], True where hidden.
+
+    begins: integers [W + 1], where each word begins, and n. ordinary: bool [n]. weights: float64 [W], or empty for a
+    uniform draw.
+
+    The budget is the rate's share of the ordinary tokens, halves rounded up, at least 1. Words come in descending order
+    of log(u) / weight (Efraimidis and Spirakis 2006); one that would overflow the budget is skipped. So the budget is
+    met exactly, or no word left over is short enough.
+    """
+    words = np.flatnonzero(ordinary[begins[:-1]])
+    priorities = np.empty(len(words), np.int64)
+    for n in range(len(words)):
+        bits = np.int64(draw30(key, 0, words[n]))
+        if len(weights):
+            # float32 keeps the last bit of log out of the order, so that machines agree; a positive float's bits
+            # order as the float does
+            race = np.float32(-math.log((bits + 0.5) / ALWAYS) / weights[words[n]])
+            bits = np.int64(race.view(np.int32))
+        priorities[n] = bits << 32 | words[n]
+    priorities.sort()
+    hidden = np.zeros(len(ordinary), np.bool_)
+    budget = max(1, math.floor(rate * np.count_nonzero(ordinary) + 0.5))
+    for priority in priorities:
+        begin, end = begins[priority & 0xFFFFFFFF], begins[(priority & 0xFFFFFFFF) + 1]
+        if end - begin <= budget:
+            budget -= end - begin
+            hidden[begin:end] = True
+    return hidden
 
 
 @compiled
-def _idf_of(vocabulary, dataset):
-    return vocabulary.idf[vocabulary.idf_starts[dataset] : vocabulary.idf_starts[dataset + 1]]
+def keyword_thresholds(begins, ordinary, rate, weights):
+    """Keep thresholds of one text, int32 [n], whose words are hidden with probability pi_w = min(1, c weight_w).
+
+    c solves sum(pi_w length_w) = rate n over the text's ordinary tokens, exactly: words whose probability reaches 1 are
+    fixed there and c is solved again for the rest, until none is added.
+    """
+    words = np.flatnonzero(ordinary[begins[:-1]])
+    to_hide = rate * np.count_nonzero(ordinary)
+    c = 0.0
+    while True:
+        fixed, mass = 0, 0.0
+        for w in words:
+            length = begins[w + 1] - begins[w]
+            if c * weights[w] >= 1.0:
+                fixed += length
+            else:
+                mass += weights[w] * length
+        solved = (to_hide - fixed) / mass if mass > 0.0 else c
+        if solved <= c:
+            break
+        c = solved
+    thresholds = np.full(len(ordinary), ALWAYS, np.int32)
+    for w in words:
+        thresholds[begins[w] : begins[w + 1]] = math.floor((1.0 - min(1.0, c * weights[w])) * ALWAYS + 0.5)
+    return thresholds
+
+
+@compiled
+def hide_texts(texts, keys, datasets, rate, by_keyword, vocabulary):
+    """bool [T], the tokens hidden by `hide_words`. keys: uint32 [S]. datasets: int16 [S], each text's dataset."""
+    hidden = np.zeros(len(texts.input_ids), np.bool_)
+    for s in range(len(keys)):
+        low, high, begins, weights = _words_of(texts, s, datasets[s], by_keyword, vocabulary)
+        hidden[low:high] = hide_words(begins, texts.ordinary[low:high], rate, keys[s], weights)
+    return hidden
+
+
+@compiled
+def threshold_texts(texts, datasets, rate, vocabulary):
+    """int32 [T], `keyword_thresholds` of every text; 2**30 at [CLS] and [SEP]. datasets: int16 [S]."""
+    thresholds = np.full(len(texts.input_ids), ALWAYS, np.int32)
+    for s in range(len(datasets)):
+        low, high, begins, weights = _words_of(texts, s, datasets[s], True, vocabulary)
+        thresholds[low:high] = keyword_thresholds(begins, texts.ordinary[low:high], rate, weights)
+    return thresholds
+
+
+@compiled
+def _words_of(texts, s, dataset, by_keyword, vocabulary):
+    """Where text s lies between [CLS] and [SEP], where its words begin, and their weights (empty if not by keyword)."""
+    low, high = texts.cu_seqlens[s] + 1, texts.cu_seqlens[s + 1] - 1
+    word_ids = texts.word_ids[low:high]
+    begins = np.zeros(word_ids[-1] + 2, np.int64)
+    for i in range(len(word_ids)):
+        begins[word_ids[i] + 1] = i + 1
+    if not by_keyword:
+        return low, high, begins, np.empty(0)
+    idf = vocabulary.idf[vocabulary.idf_starts[dataset] : vocabulary.idf_starts[dataset + 1]]
+    return low, high, begins, keyword_weights(texts.input_ids[low:high], begins, idf, vocabulary.size)
+
+
+@compiled
+def corrupt(texts, hidden, keys, vocabulary):
+    """input_ids int32 [T] with BERT's corruption: a hidden token becomes [MASK], one of `ordinary_ids`, or stays.
+
+    hidden: bool [T]. keys: uint32 [S].
+    """
+    input_ids = texts.input_ids.copy()
+    for s in range(len(keys)):
+        first = texts.cu_seqlens[s]
+        for at in range(first, texts.cu_seqlens[s + 1]):
+            if hidden[at]:
+                chance = draw30(keys[s], at - first, 0)
+                if chance < MASK_BELOW:
+                    input_ids[at] = vocabulary.mask_id
+                elif chance < RANDOM_BELOW:
+                    choice = np.int64(draw30(keys[s], at - first, 1)) * len(vocabulary.ordinary_ids) >> 30
+                    input_ids[at] = vocabulary.ordinary_ids[choice]
+    return input_ids

@@ -16,7 +16,7 @@ and a rank reads few blocks. The state of a run is the step number.
 from collections.abc import Sequence
 from functools import lru_cache
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,10 @@ class Rows(NamedTuple):
     datasets: np.ndarray
     epochs: np.ndarray
     sample_ids: np.ndarray
+
+    def at(self, which: Any) -> "Rows":
+        """Some of the rows, by index or slice."""
+        return Rows(*(column[which] for column in self))
 
 
 class Order:
@@ -100,14 +104,14 @@ class Order:
             positions = turns[mine] * in_pattern[-1] + in_pattern[places[mine]] - 1
             epochs[mine], sample_ids[mine], lanes[mine] = self._sample_ids(dataset, positions)
         by_lane = np.argsort(lanes, kind="stable")
-        return Rows(datasets[by_lane], epochs[by_lane], sample_ids[by_lane])
+        return Rows(datasets, epochs, sample_ids).at(by_lane)
 
     def rank_batch(self, step: int, global_batch: int, rank: int, world_size: int) -> Rows:
         """The share of one rank: the rank-th of world_size equal contiguous parts of the global batch."""
         assert global_batch % world_size == 0
         part = global_batch // world_size
         rows = self.global_batch(step, global_batch)
-        return Rows(*(column[rank * part : (rank + 1) * part] for column in rows))
+        return rows.at(slice(rank * part, (rank + 1) * part))
 
     def describe(self, global_batch: int) -> str:
         """One sentence per dataset: samples, steps an epoch, and the epoch's tail."""

@@ -1,4 +1,4 @@
-"""Packs samples into a batch: gathers their texts from blocks and has every task's packed text written.
+"""Packs samples into a batch: gathers their texts from blocks and has every task's words hidden.
 
 A batch is a pure function of the rows (dataset, epoch, sample id) and the settings: which other rows stand beside a
 row, on which rank or worker, changes nothing. The compiled loops here and in masks.py release the GIL.
@@ -10,21 +10,20 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make_text
+from quincunx.data_shards.batches import Batch, Context, Labels, Task, make_labels, make_text
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.hashing import compiled, dataset_seed
+from quincunx.data_shards.hashing import ALWAYS, compiled, dataset_seed
 from quincunx.data_shards.masks import (
-    DRAWS,
-    NEXT,
-    PASSAGE,
-    UNIFORM,
-    Texts,
+    Packed,
     Vocabulary,
-    pack_enhanced,
-    pack_masked,
+    corrupt,
+    hide_texts,
+    pack_texts,
+    text_keys,
+    threshold_texts,
 )
 from quincunx.data_shards.order import Rows
-from quincunx.data_shards.shards import Block, ShardSet, token_dtype
+from quincunx.data_shards.shards import ShardSet, token_dtype
 from quincunx.data_shards.tasks import (
     CORRUPTION_CODE,
     DECODER_CORRUPTION_CODE,
@@ -32,6 +31,9 @@ from quincunx.data_shards.tasks import (
     TaskSpec,
     field_of,
 )
+
+PASSAGE, NEXT = 0, 1
+"""The first two texts of the tables: of the sample, and of the next passage of its document."""
 
 
 class Packer:
@@ -75,8 +77,10 @@ class Packer:
         self.vocab_size = self.vocabulary.size
         self.seeds = np.array([dataset_seed(seed, dataset) for dataset in range(len(shard_sets))], np.int64)
         self.block_starts = [np.append(0, np.cumsum(shard_set.block_samples(split))) for shard_set in shard_sets]
-        self.texts = list(dict.fromkeys(["passage", "next", *(task.kind.field for task in tasks)]))
-        self.texts_wanted = {"passage", *(field_of(task.name, neighbour) for task in tasks)}
+        wanted = [field_of(task.name, neighbour) for task in tasks]
+        self.sources = {"passage": "passage", "next": "passage" if "next" in wanted else None}
+        """The block's field that each text is read from; None if no task needs it as it is stored."""
+        self.sources |= {field: field for field in wanted if field not in self.sources}
 
     def pack(self, rows: Rows) -> Batch:
         """The batch of some rows of the order (R of them).
@@ -85,38 +89,50 @@ class Packer:
             DataError: a block that cannot be read.
         """
         texts, num_cut = self.gather(rows)
-        vocabulary, rate = self.vocabulary, self.decoder_mask_rate
-        hidden = np.zeros((len(rows.sample_ids), self.limit), bool)
-        input_ids, bounds, _, positions, labels = pack_masked(
-            texts, vocabulary, PASSAGE, ENCODER_CODE, CORRUPTION_CODE, UNIFORM, self.encoder_mask_rate, self.only_mask,
-            True, hidden,
-        )  # fmt: skip
-        encoder, encoder_labels = make_text(input_ids, bounds), make_labels(positions, labels, bounds)
+        passages = texts["passage"]
+        hidden = self.hide(passages, rows, ENCODER_CODE, "uniform", self.encoder_mask_rate)
+        encoder = self.corrupted(passages, rows, CORRUPTION_CODE, hidden)
         contexts, tasks = {}, {}
         for task in self.tasks:
-            text, code, draw = self.texts.index(task.kind.field), task.kind.code, DRAWS[task.kind.draw]
-            if task.decoder == "enhanced":
-                name = task.kind.field
-                columns = pack_enhanced(texts, vocabulary, text, code, draw, rate, hidden)
-            else:
-                name, corruption_code = task.name, DECODER_CORRUPTION_CODE + code
-                columns = pack_masked(
-                    texts, vocabulary, text, code, corruption_code, draw, rate, self.only_mask, False, hidden
-                )
-            input_ids, bounds, passages, positions, labels, *rule = columns
+            text = texts[task.kind.field]
+            input_ids, labelled, rule = self.decode(task, text, rows, hidden)
+            name = task.kind.field if task.decoder == "enhanced" else task.name
             if name not in contexts:
-                contexts[name] = Context(make_text(input_ids, bounds), torch.tensor(passages, dtype=torch.int64))
-            tasks[task.name] = Task(name, make_labels(positions, labels, bounds), *map(torch.from_numpy, rule))
-        return Batch(encoder, encoder_labels, contexts, tasks, rows, num_cut)
+                contexts[name] = Context(make_text(input_ids, text.cu_seqlens), torch.from_numpy(text.rows))
+            tasks[task.name] = Task(name, _labels(text, labelled), *map(torch.from_numpy, rule))
+        encoder_text = make_text(encoder, passages.cu_seqlens)
+        return Batch(encoder_text, _labels(passages, hidden), contexts, tasks, rows, num_cut)
+
+    def decode(
+        self, task: TaskSpec, text: Packed, rows: Rows, hidden: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+        """What a task's decoder reads and recovers: ids int32 [T], labelled bool [T]; enhanced: Task's rule, else ().
+
+        hidden: bool [T], the tokens of the passages that the encoder does not see.
+        """
+        code, draw, rate = task.kind.code, task.kind.draw, self.decoder_mask_rate
+        if task.decoder == "masked":
+            if draw == "complement":
+                labelled = text.ordinary & ~hidden
+            else:
+                labelled = self.hide(text, rows, code, draw, rate)
+            return self.corrupted(text, rows, DECODER_CORRUPTION_CODE + code, labelled), labelled, ()
+        if draw == "keyword":
+            thresholds = threshold_texts(text, rows.datasets[text.rows], rate, self.vocabulary)
+        else:
+            kept = np.where(hidden, ALWAYS, 0) if draw == "complement" else int((1.0 - rate) * ALWAYS + 0.5)
+            thresholds = np.where(text.ordinary, kept, ALWAYS).astype(np.int32)
+        rule = (self.keys(text, rows, code).view(np.int32), text.word_ids, thresholds)
+        return text.input_ids, text.ordinary, rule
 
     def names(self, rows: Rows) -> dict[str, list]:
         """What names the passages of some rows: their columns."""
         return {name: column.tolist() for name, column in rows._asdict().items()}
 
-    def gather(self, rows: Rows) -> tuple[Texts, int]:
-        """The texts of the rows, and how many of them were cut at max_tokens."""
-        datasets, epochs, sample_ids = rows
-        shape = (len(self.texts), len(sample_ids), self.limit)
+    def gather(self, rows: Rows) -> tuple[dict[str, Packed], int]:
+        """The texts of the rows as they are stored, by name, and how many of them were cut at max_tokens."""
+        datasets, _, sample_ids = rows
+        shape = (len(self.sources), len(sample_ids), self.limit)
         tokens, starts = np.empty(shape, token_dtype(self.vocab_size)), np.empty(shape, bool)
         lengths = np.zeros(shape[:2], np.int32)
         num_cut = 0
@@ -136,18 +152,35 @@ class Packer:
                     block.has_next,
                     indices[low:high],
                     places[low:high],
-                    np.array([self._row(block, name) for name in self.texts]),
+                    np.array([block.row(field) for field in self.sources.values()]),
                     tokens,
                     starts,
                     lengths,
                 )
         if self.halves:
             _split_halves(tokens, starts, lengths)
-        return Texts(tokens, starts, lengths, datasets, self.seeds[datasets], epochs, sample_ids), num_cut
+        tables = zip(self.sources, tokens, starts, lengths)
+        return {name: pack_texts(*table, self.vocabulary) for name, *table in tables}, num_cut
 
-    def _row(self, block: Block, text: str) -> int:
-        """The row of the block's offsets that a text is read from; -1 if no task needs it or no sample has it."""
-        return block.row("passage" if text == "next" else text) if text in self.texts_wanted else -1
+    def keys(self, text: Packed, rows: Rows, code: int) -> np.ndarray:
+        """uint32 [S], what everything that `code` draws for a text is hashed from."""
+        datasets, epochs, sample_ids = rows.at(text.rows)
+        return text_keys(self.seeds[datasets], epochs, sample_ids, code)
+
+    def hide(self, text: Packed, rows: Rows, code: int, draw: str, rate: float) -> np.ndarray:
+        """bool [T], the tokens that a "uniform" or "keyword" draw hides."""
+        keys, datasets = self.keys(text, rows, code), rows.datasets[text.rows]
+        return hide_texts(text, keys, datasets, rate, draw == "keyword", self.vocabulary)
+
+    def corrupted(self, text: Packed, rows: Rows, code: int, hidden: np.ndarray) -> np.ndarray:
+        """int32 [T], the ids with the hidden ones replaced as the setting `corruption` says."""
+        if self.only_mask:
+            return np.where(hidden, np.int32(self.vocabulary.mask_id), text.input_ids)
+        return corrupt(text, hidden, self.keys(text, rows, code), self.vocabulary)
+
+
+def _labels(text: Packed, labelled: np.ndarray) -> Labels:
+    return make_labels(np.flatnonzero(labelled), text.input_ids[labelled], text.cu_seqlens)
 
 
 def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:

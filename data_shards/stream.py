@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
-from quincunx.data_shards.order import Order, Rows
+from quincunx.data_shards.order import Order
 
 STEPS_AHEAD_PER_WORKER = 2
 
@@ -53,7 +53,7 @@ class Stream:
         """
         rows = self.order.rank_batch(step, self.global_batch, self.rank, self.world_size)
         return [
-            self.packer.pack(Rows(*(column[start : start + self.micro_batch] for column in rows)))
+            self.packer.pack(rows.at(slice(start, start + self.micro_batch)))
             for start in range(0, len(rows.sample_ids), self.micro_batch)
         ]
 

@@ -137,6 +137,13 @@ def test_masked_texts_hide_an_exact_budget(shard_set, name):
     assert not (unlabelled == MASK).any()
 
 
+def test_the_mask_setting_writes_only_mask_in_the_encoders_and_the_decoders_texts(shard_set):
+    batch = pack(make_packer([shard_set], "masked", corruption="mask"), np.arange(50))
+    assert (batch.encoder.input_ids[batch.encoder_label_positions] == MASK).all()
+    for task in batch.tasks.values():
+        assert (task.text.input_ids[task.label_positions] == MASK).all()
+
+
 def test_enhanced_texts_are_whole_and_every_ordinary_token_is_labelled(shard_set):
     for task in pack(make_packer([shard_set]), np.arange(200)).tasks.values():
         ordinary = ~np.isin(task.text.input_ids, [CLS, SEP])
