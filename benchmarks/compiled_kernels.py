@@ -8,7 +8,6 @@ shared memory than the architecture gives a block, or misses tensor cores where 
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -76,13 +75,13 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    from compile_cases import attention_cases, loss_cases  # the kernels are decorated when they are imported
+    from compile_cases import compile_cases  # the kernels are decorated when they are imported
 
     columns = ("registers", "spilled_bytes", "shared_bytes", "hmma", "hgmma", "num_warps", "num_stages")
     print(f"| {'kernel':66} | arch  | " + " | ".join(columns) + " |\n|" + "---|" * (2 + len(columns)))
     table, failed = [], False
     for capability in (80, 90):
-        for case in itertools.chain(loss_cases(capability), attention_cases(capability)):
+        for case in compile_cases(capability):
             if arguments.only not in case.name:
                 continue
             figures = compile_case(case, capability)

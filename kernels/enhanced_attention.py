@@ -5,7 +5,6 @@ all position tables (each at least as long as its longest sequence), R rows (que
 """
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from quincunx.kernels.launching import Implementation, choose
@@ -43,8 +42,8 @@ def enhanced_attention(
 
     Row i sees column j where j == 0 and i != 0, or where j != i and hash(key, i, word(j)) < threshold(j):
     `keys_S` (int32 bits of a uint32), `word_ids_T` and `keep_thresholds_T` in [0, 2**30] (int32). Instead of these
-    three, `explicit_visibility` bool [S, L, L] may say it (to replay published cases); it is taken as it is. A row that
-    sees nothing gives zeros. Attention weights have no dropout; the random visibility plays that role.
+    three, `explicit_visibility` bool [S, L, L] may say it, to replay published cases; it is taken as it is, by torch. A
+    row that sees nothing gives zeros. Attention weights have no dropout; the random visibility plays that role.
 
     `impl` auto takes Triton's kernels on CUDA devices from Ampere on, for head sizes 32, 64 and 128 in bf16, fp16 and
     fp32. Results are repeatable bit for bit, and a sequence's output and dh, dK, dV do not depend on the others.
@@ -61,22 +60,13 @@ def enhanced_attention(
     _check(floats, (cu_seqlens, position_starts_S), rule, explicit_visibility_SLL, max_length)
     fits = k_THC.shape[-1] in TRITON_HEAD_SIZES and k_THC.dtype in TRITON_DTYPES
     assert fits or impl != "triton", f"the kernels take no heads of {k_THC.shape[-1]} channels in {k_THC.dtype}"
-    if not fits or not len(k_THC) or choose(impl, k_THC.device) == "torch":
+    explicit = explicit_visibility_SLL is not None
+    if explicit or not fits or not len(k_THC) or choose(impl, k_THC.device) == "torch":
         return _attend_in_torch(*floats, cu_seqlens, position_starts_S, *rule, explicit_visibility_SLL)
-    from quincunx.kernels.enhanced_attention_triton import attend
+    from quincunx.kernels.enhanced_attention_triton import Attention
 
-    if explicit_visibility_SLL is None:
-        return attend(*floats, cu_seqlens, position_starts_S, *rule, None, max_length)
-    bits_SLB = pack_visibility(explicit_visibility_SLL)
-    return attend(*floats, cu_seqlens, position_starts_S, None, None, None, bits_SLB, max_length)
-
-
-def pack_visibility(visible_SLL: torch.Tensor) -> torch.Tensor:
-    """Bool [S, L, L] as int32 [S, L, ceil(L / 32)]: column j is bit j % 32 of word j // 32, unused bits are 0."""
-    length = visible_SLL.shape[-1]
-    bits_SLL = F.pad(visible_SLL.to(torch.int32), (0, -length % 32))
-    shifts_32 = torch.arange(32, dtype=torch.int32, device=visible_SLL.device)
-    return (bits_SLL.unflatten(-1, (-1, 32)) << shifts_32).sum(-1, dtype=torch.int32)
+    with torch.cuda.device_of(k_THC):  # Triton launches on the current device.
+        return Attention.apply(*floats, cu_seqlens, position_starts_S, *rule, max_length)
 
 
 def _check(

@@ -2,11 +2,11 @@
 
 Forward, then two backward kernels (dQ, and dK with dV: one kernel for all three spills registers), then two sums of dQ
 in a fixed order, over the rows of a sequence (dh) and over the sequences at a position (dposition). The visibility of a
-score element is hashed where it is needed, or read from a bit-packed mask.
+score element is hashed where it is needed.
 
 Letters: T tokens of all sequences end to end, S sequences, H heads, C channels of a head, P rows of all position
-tables, L rows and B 32-column words of a bit-packed mask; in kernels M rows (queries) and N columns (keys) of a tile,
-R rows of dQ added at a time, W channels of all heads.
+tables; in kernels M rows (queries) and N columns (keys) of a tile, R rows of dQ added at a time, W channels of all
+heads.
 """
 
 from typing import NamedTuple
@@ -38,19 +38,13 @@ def _visible(rows, columns, sequence, start, length, rule):
 
     Columns beyond the sequence are never seen; rows beyond it are the caller's to drop.
     """
-    keys, word_ids, keep_thresholds, visible_bits, L, B = rule
-    if visible_bits is None:
-        real = columns < length
-        words = tl.load(word_ids + start + columns, mask=real, other=0).to(tl.uint32, bitcast=True)
-        thresholds = tl.load(keep_thresholds + start + columns, mask=real, other=0)
-        row_keys = _fold(tl.load(keys + sequence).to(tl.uint32, bitcast=True), rows.to(tl.uint32))
-        draws = (_fold(row_keys, words) >> 2).to(tl.int32, bitcast=True)
-        visible = ((draws < thresholds) & (rows != columns)) | ((columns == 0) & (rows != 0))
-    else:
-        places = visible_bits + sequence.to(tl.int64) * L * B + rows * B + columns // 32
-        words = tl.load(places, mask=(rows < length) & (columns < length), other=0)
-        visible = ((words >> (columns % 32)) & 1) != 0
-    return visible
+    keys, word_ids, keep_thresholds = rule
+    real = columns < length
+    words = tl.load(word_ids + start + columns, mask=real, other=0).to(tl.uint32, bitcast=True)
+    thresholds = tl.load(keep_thresholds + start + columns, mask=real, other=0)
+    row_keys = _fold(tl.load(keys + sequence).to(tl.uint32, bitcast=True), rows.to(tl.uint32))
+    draws = (_fold(row_keys, words) >> 2).to(tl.int32, bitcast=True)
+    return ((draws < thresholds) & (rows != columns)) | ((columns == 0) & (rows != 0))
 
 
 @triton.jit
@@ -104,15 +98,12 @@ def _forward(
     keys,
     word_ids,
     keep_thresholds,
-    visible_bits,
     output,
     lse,
     h_stride,
     position_stride,
     k_stride,
     v_stride,
-    L,
-    B,
     num_tiles,
     num_tokens,
     C: tl.constexpr,
@@ -120,7 +111,7 @@ def _forward(
     N: tl.constexpr,
 ):
     """Output, and base-2 log-sum-exp [H, T], of one tile of rows."""
-    rule = keys, word_ids, keep_thresholds, visible_bits, L, B
+    rule = keys, word_ids, keep_thresholds
     tile, sequence, start, length = _bounds(cu_seqlens, num_tiles)
     if tile * M >= length:
         return
@@ -162,7 +153,6 @@ def _backward_queries(
     keys,
     word_ids,
     keep_thresholds,
-    visible_bits,
     output,
     grad_output,
     lse,
@@ -172,8 +162,6 @@ def _backward_queries(
     position_stride,
     k_stride,
     v_stride,
-    L,
-    B,
     num_tiles,
     num_tokens,
     C: tl.constexpr,
@@ -181,7 +169,7 @@ def _backward_queries(
     N: tl.constexpr,
 ):
     """dQ of one tile of rows, and its delta [H, T] = sum over channels of output and its gradient."""
-    rule = keys, word_ids, keep_thresholds, visible_bits, L, B
+    rule = keys, word_ids, keep_thresholds
     tile, sequence, start, length = _bounds(cu_seqlens, num_tiles)
     if tile * M >= length:
         return
@@ -220,7 +208,6 @@ def _backward_keys_values(
     keys,
     word_ids,
     keep_thresholds,
-    visible_bits,
     grad_output,
     lse,
     delta,
@@ -230,8 +217,6 @@ def _backward_keys_values(
     position_stride,
     k_stride,
     v_stride,
-    L,
-    B,
     num_tiles,
     num_tokens,
     C: tl.constexpr,
@@ -239,7 +224,7 @@ def _backward_keys_values(
     N: tl.constexpr,
 ):
     """dK and dV of one tile of columns. Scores stand transposed, [N, M]: no product has to turn its left factor."""
-    rule = keys, word_ids, keep_thresholds, visible_bits, L, B
+    rule = keys, word_ids, keep_thresholds
     tile, sequence, start, length = _bounds(cu_seqlens, num_tiles)
     if tile * N >= length:
         return
@@ -303,19 +288,6 @@ def _sum_sequences(
     tl.store(places_W, round_to(sum_W, grad_position.dtype.element_ty), mask=channels_W < width)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
-def _pack_visible(cu_seqlens, keys, word_ids, keep_thresholds, packed, L, B, num_tiles, M: tl.constexpr):
-    """The bit-packed mask of one tile of rows, from the rule that the attention kernels evaluate."""
-    tile, sequence, start, length = _bounds(cu_seqlens, num_tiles)
-    rows_M = tile * M + tl.arange(0, M)
-    rule = keys, word_ids, keep_thresholds, None, L, B
-    for word in range(tl.cdiv(length, 32)):
-        bits_32 = tl.arange(0, 32)
-        visible_M32 = _visible(rows_M[:, None], (word * 32 + bits_32)[None, :], sequence, start, length, rule)
-        words_M = tl.sum(visible_M32.to(tl.int32) << bits_32, 1)
-        tl.store(packed + sequence.to(tl.int64) * L * B + rows_M * B + word, words_M, mask=rows_M < length)
-
-
 class Tiling(NamedTuple):
     """How a kernel cuts a sequence, and how it is launched."""
 
@@ -328,7 +300,6 @@ class Tiling(NamedTuple):
 
 
 SUM_SIZES = {"R": 64, "W": 64}
-PACK_SIZES = {"M": 32}
 
 
 def tiling(kernel: triton.JITFunction, dtype: torch.dtype, head_size: int, capability: int) -> Tiling:
@@ -347,41 +318,11 @@ def tiling(kernel: triton.JITFunction, dtype: torch.dtype, head_size: int, capab
     return Tiling(outer=64, inner=16 if crowded else 32, num_warps=4, num_stages=2)
 
 
-def attend(
-    h_query_SHC: torch.Tensor,
-    position_query_PHC: torch.Tensor,
-    k_THC: torch.Tensor,
-    v_THC: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    position_starts_S: torch.Tensor,
-    keys_S: torch.Tensor | None,
-    word_ids_T: torch.Tensor | None,
-    keep_thresholds_T: torch.Tensor | None,
-    visible_bits_SLB: torch.Tensor | None,
-    max_length: int,
-) -> torch.Tensor:
-    """`enhanced_attention.enhanced_attention` of checked inputs with at least one token: [T, H, C].
+class Attention(torch.autograd.Function):
+    """`enhanced_attention.enhanced_attention` of at least one token: its tensors as `_launch` has them, and max_length.
 
-    The visibility is the three tensors of the rule, or else `visible_bits` (`enhanced_attention.pack_visibility`).
+    Saves its inputs, the output and the log-sum-exp [H, T]; everything else is computed again in the backward.
     """
-    with torch.cuda.device_of(k_THC):  # Triton launches on the current device.
-        return _Attention.apply(
-            h_query_SHC,
-            position_query_PHC,
-            k_THC,
-            v_THC,
-            cu_seqlens,
-            position_starts_S,
-            keys_S,
-            word_ids_T,
-            keep_thresholds_T,
-            visible_bits_SLB,
-            max_length,
-        )
-
-
-class _Attention(torch.autograd.Function):
-    """Saves its inputs, the output and the log-sum-exp [H, T]; everything else is computed again in the backward."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -412,7 +353,7 @@ class _Attention(torch.autograd.Function):
         _sum_sequences[len(grad_position_PHC), blocks](
             grad_q_THC, cu_seqlens, position_starts_S, grad_position_PHC, width, len(grad_h_SHC), **SUM_SIZES
         )
-        return grad_h_SHC, grad_position_PHC, grad_k_THC, grad_v_THC, *(None,) * 7
+        return grad_h_SHC, grad_position_PHC, grad_k_THC, grad_v_THC, *(None,) * 6
 
 
 def _capability(device: torch.device) -> int:
@@ -421,47 +362,25 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _sizes(kernel: triton.JITFunction, tile: Tiling, head_size: int) -> dict[str, int]:
-    """The compile-time sizes of an attention kernel."""
-    rows, columns = (tile.inner, tile.outer) if kernel is _backward_keys_values else (tile.outer, tile.inner)
-    return {"C": head_size, "M": rows, "N": columns}
-
-
 def _launch(kernel: triton.JITFunction, inputs: list, others: tuple, max_length: int) -> None:
-    """Runs an attention kernel on every tile of every head."""
-    k_THC, visible_bits_SLB = inputs[2], inputs[-1]
+    """Runs an attention kernel on every tile of every head.
+
+    inputs: h_query, position_query, k, v, cu_seqlens, position_starts, keys, word_ids, keep_thresholds.
+    """
+    k_THC = inputs[2]
     num_tokens, num_heads, head_size = k_THC.shape
     tile = tiling(kernel, k_THC.dtype, head_size, _capability(k_THC.device))
     num_tiles = triton.cdiv(max_length, tile.outer)
-    strides = [x.stride(0) for x in inputs[:4]]
-    mask_sizes = (0, 0) if visible_bits_SLB is None else visible_bits_SLB.shape[1:]
+    rows, columns = (tile.inner, tile.outer) if kernel is _backward_keys_values else (tile.outer, tile.inner)
     kernel[len(inputs[0]) * num_tiles, num_heads](
         *inputs,
         *others,
-        *strides,
-        *mask_sizes,
+        *(x.stride(0) for x in inputs[:4]),
         num_tiles,
         num_tokens,
-        **_sizes(kernel, tile, head_size),
+        C=head_size,
+        M=rows,
+        N=columns,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-
-
-def visible_bits(
-    cu_seqlens: torch.Tensor,
-    keys_S: torch.Tensor,
-    word_ids_T: torch.Tensor,
-    keep_thresholds_T: torch.Tensor,
-    max_length: int,
-) -> torch.Tensor:
-    """The mask int32 [S, L, B] as the attention kernels see it, packed like `enhanced_attention.pack_visibility`.
-
-    To be compared with `enhanced_attention.visibility` on the device at hand.
-    """
-    packed_SLB = keys_S.new_zeros(len(keys_S), max_length, triton.cdiv(max_length, 32))
-    num_tiles = triton.cdiv(max_length, PACK_SIZES["M"])
-    _pack_visible[(len(keys_S) * num_tiles,)](
-        cu_seqlens, keys_S, word_ids_T, keep_thresholds_T, packed_SLB, *packed_SLB.shape[1:], num_tiles, **PACK_SIZES
-    )
-    return packed_SLB

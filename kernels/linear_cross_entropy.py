@@ -98,13 +98,11 @@ def linear_cross_entropy(
 
 def largest_chunk(hidden_ND: torch.Tensor, num_words: int) -> int:
     """Rows of a chunk by default, for tensors like `hidden`."""
-    elements, multiple = LARGEST_CHUNK["cpu"], 64
     if hidden_ND.is_cuda:
-        elements, multiple = LARGEST_CHUNK["cuda"] * 2 // hidden_ND.element_size(), 128
-    rows = elements // num_words
-    if not hidden_ND.is_cuda:
+        rows, multiple = LARGEST_CHUNK["cuda"] * 2 // hidden_ND.element_size() // num_words, 128
+    else:
         # More would leave the cache between the passes over them; fewer would read and write dW too often.
-        rows = min(rows, 2 * hidden_ND.shape[1])
+        rows, multiple = min(LARGEST_CHUNK["cpu"] // num_words, 2 * hidden_ND.shape[1]), 64
     return max(1, rows // multiple * multiple or rows)
 
 

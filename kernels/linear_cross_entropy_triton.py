@@ -333,7 +333,10 @@ def run_chunks(
             bias_gradient_SP,
             len(hidden_KD),
             num_warps=4,
-            **_gradient_constants(num_words, form),
+            PADDED=len(bias_P),
+            ROWS_OF_STRIPE=STRIPE,
+            EXPONENTIALS=form == "B",
+            **POINTWISE,
         )
         gradient_KV = chunk_KP[:, :num_words]
         weighted_KD = (hidden_KD * row_factors_K1).to(hidden_KD.dtype)
@@ -367,7 +370,9 @@ def _statistics(logits_KP, bias_P, labels_K, nll_K, correct_K, num_words) -> tup
         inverse_sums_K,
         len(labels_K),
         num_warps=4,
-        **_statistics_constants(num_words),
+        NUM_WORDS=num_words,
+        PADDED=len(bias_P),
+        **POINTWISE,
     )
     return highest_K, inverse_sums_K
 
@@ -386,7 +391,7 @@ def _exponentials(
     redo_flags = labels_K.new_empty(num_row_programs, dtype=torch.int32)
     operands = [hidden_KD, weight_VD, exponentials_KP]
     if product.descriptors:
-        tiles = _tiles(product)
+        tiles = [product.rows, product.channels], [product.words, product.channels], [product.rows, product.words]
         operands = [x if x is None else TensorDescriptor.from_tensor(x, tile) for x, tile in zip(operands, tiles)]
 
     def launch(num_programs: int, redo: torch.Tensor | None) -> None:
@@ -404,7 +409,16 @@ def _exponentials(
             weight_VD.stride(0),
             num_warps=product.num_warps,
             num_stages=product.num_stages,
-            **_exponentials_constants(*weight_VD.shape, product, exponentials_KP is not None, redo is not None),
+            NUM_WORDS=num_words,
+            PADDED=len(bias_P),
+            NUM_CHANNELS=hidden_KD.shape[1],
+            BLOCK_ROWS=product.rows,
+            BLOCK_WORDS=product.words,
+            BLOCK_CHANNELS=product.channels,
+            GROUP_ROWS=GROUP,
+            DESCRIPTORS=product.descriptors,
+            STORE=exponentials_KP is not None,
+            REDO=redo is not None,
         )
         _rows_kernel[(num_row_programs,)](
             sums_CK,
@@ -420,7 +434,10 @@ def _exponentials(
             redo,
             num_rows,
             num_warps=4,
-            **_rows_constants(num_words, product, redo is not None),
+            NUM_WORDS=num_words,
+            NUM_TILES=num_word_tiles,
+            **SUMS,
+            REDO=redo is not None,
         )
 
     launch(num_tiles, redo=None)
@@ -438,43 +455,6 @@ def _product(hidden_KD: torch.Tensor, weight_VD: torch.Tensor) -> Product:
     return product if aligned or not product.descriptors else PRODUCTS[8]
 
 
-def _tiles(product: Product) -> tuple[list[int], list[int], list[int]]:
-    """Tiles of hidden, weight and exponentials."""
-    return [product.rows, product.channels], [product.words, product.channels], [product.rows, product.words]
-
-
 def _num_processors(device: torch.device) -> int:
     """Programs that run at the same time, at one a multiprocessor."""
     return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _padded(num_words: int) -> int:
-    return triton.cdiv(num_words, PADDING) * PADDING
-
-
-def _statistics_constants(num_words: int) -> dict:
-    return {"NUM_WORDS": num_words, "PADDED": _padded(num_words), **POINTWISE}
-
-
-def _gradient_constants(num_words: int, form: Form) -> dict:
-    return {"PADDED": _padded(num_words), "ROWS_OF_STRIPE": STRIPE, "EXPONENTIALS": form == "B", **POINTWISE}
-
-
-def _exponentials_constants(num_words: int, num_channels: int, product: Product, store: bool, redo: bool) -> dict:
-    return {
-        "NUM_WORDS": num_words,
-        "PADDED": _padded(num_words),
-        "NUM_CHANNELS": num_channels,
-        "BLOCK_ROWS": product.rows,
-        "BLOCK_WORDS": product.words,
-        "BLOCK_CHANNELS": product.channels,
-        "GROUP_ROWS": GROUP,
-        "DESCRIPTORS": product.descriptors,
-        "STORE": store,
-        "REDO": redo,
-    }
-
-
-def _rows_constants(num_words: int, product: Product, redo: bool) -> dict:
-    num_tiles = triton.cdiv(_padded(num_words), product.words)
-    return {"NUM_WORDS": num_words, "NUM_TILES": num_tiles, **SUMS, "REDO": redo}

@@ -33,26 +33,22 @@ def packed_attention(
     """
     if query_cu_seqlens is None:
         query_cu_seqlens, max_queries = cu_seqlens, max_length
-    elif window is not None:
-        raise ValueError("packed_attention: a window needs queries at every token; give no query_cu_seqlens")
+    else:
+        assert window is None, "a window needs queries at every token"
     half = q_RHC.dtype in (torch.float16, torch.bfloat16)
     if len(q_RHC) and q_RHC.is_cuda and half and is_recent(q_RHC.device.index):
-        return _varlen(q_RHC, k_THC, v_THC, cu_seqlens, max_length, query_cu_seqlens, max_queries, window, scale)
+        from torch.nn.attention.varlen import varlen_attn
+
+        # Named only where they say something: torch 2.10 has neither.
+        extra = {} if window is None else {"window_size": (window, window)}
+        if scale is not None and scale != q_RHC.shape[-1] ** -0.5:
+            extra["scale"] = scale
+        rows = (x.contiguous() for x in (q_RHC, k_THC, v_THC))
+        return varlen_attn(*rows, query_cu_seqlens, cu_seqlens, max_queries, max_length, **extra)
     lengths = cu_seqlens.diff().tolist()
     num_queries = lengths if query_cu_seqlens is cu_seqlens else query_cu_seqlens.diff().tolist()
     masks = [window_mask(length, window, q_RHC.device) for length in lengths]
     return attend_each(q_RHC, k_THC, v_THC, num_queries, lengths, masks, scale)
-
-
-def _varlen(q_RHC, k_THC, v_THC, cu_seqlens, max_length, query_cu_seqlens, max_queries, window, scale):
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Named only where they say something: torch 2.10 has neither.
-    extra = {} if window is None else {"window_size": (window, window)}
-    if scale is not None and scale != q_RHC.shape[-1] ** -0.5:
-        extra["scale"] = scale
-    q_RHC, k_THC, v_THC = q_RHC.contiguous(), k_THC.contiguous(), v_THC.contiguous()
-    return varlen_attn(q_RHC, k_THC, v_THC, query_cu_seqlens, cu_seqlens, max_queries, max_length, **extra)
 
 
 @torch.compiler.disable

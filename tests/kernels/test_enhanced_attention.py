@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from quincunx.data_shards.hashing import ALWAYS, draw30
-from quincunx.kernels.enhanced_attention import enhanced_attention, pack_visibility
+from quincunx.kernels.enhanced_attention import enhanced_attention
 
 LENGTHS = [2, 9, 3, 24, 23, 1, 5]
 HEADS, CHANNELS = 2, 8
@@ -130,12 +130,3 @@ def test_decoders_with_tables_of_their_own_may_share_a_call():
         torch.autograd.grad(together, leaves, probe), torch.autograd.grad(torch.cat(apart), leaves, probe), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)
-
-
-def test_packing_puts_column_j_in_bit_j_of_its_word():
-    visible = torch.rand(2, 37, 37, generator=torch.Generator().manual_seed(3)) < 0.5
-    visible[0, 0] = True
-    packed = pack_visibility(visible)
-    assert packed.shape == (2, 37, 2) and packed[0, 0].tolist() == [-1, 31]
-    columns = torch.arange(37)
-    assert torch.equal((packed[:, :, columns // 32] >> (columns % 32) & 1).bool(), visible)

@@ -78,9 +78,3 @@ def test_no_rows_stay_in_the_graph():
     output = packed_attention(*rows, cu_seqlens, 0)
     assert output.shape == (0, 2, 8)
     assert all(gradient.shape == (0, 2, 8) for gradient in torch.autograd.grad(output.sum(), rows))
-
-
-def test_a_window_with_chosen_queries_is_refused():
-    rows, cu_seqlens = make_inputs()
-    with pytest.raises(ValueError, match="window"):
-        packed_attention(*rows, cu_seqlens, max(LENGTHS), cu_seqlens, max(LENGTHS), window=3)
