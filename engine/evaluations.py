@@ -28,7 +28,7 @@ from quincunx.data_shards.batches import Batch, Text, batches_by_length, join_te
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.order import Rows
 from quincunx.data_shards.tokenizer import tokenise
-from quincunx.engine.ranks import gather_rows, rank_and_world, sum_over_ranks
+from quincunx.engine.ranks import rank_and_world, sum_over_ranks
 
 if TYPE_CHECKING:
     from quincunx.data_shards.packer import Packer
@@ -84,48 +84,35 @@ def load_held_out(held_out: "Packer", train: "Packer", num_passages: int, micro_
     held_out, train: packers of the two splits, alike otherwise. micro_batch: passages of one forward pass.
     Returns None where no shard set holds any passage out. A pure function: ranks need not talk.
     """
-    datasets, samples = spread_samples(held_out, num_passages)
-    if not len(samples):
+    batches = pack_spread(held_out, num_passages, micro_batch)
+    if not batches:
         return None
-    batches = pack_all(held_out, datasets, samples, micro_batch)
-    trained = pack_all(train, *spread_samples(train, UNIGRAM_PASSAGES, UNIGRAM_IN_A_ROW), PASSAGES_A_PACK)
-    return HeldOut(batches, unigram_cross_entropy(batches, trained, held_out.vocab_size))
-
-
-def spread_samples(packer: "Packer", num_passages: int, in_a_row: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """(datasets int16 [n], sample_ids int64 [n]), `in_a_row` at places evenly spread over each shard set.
-
-    n <= num_passages, all of a smaller shard set.
-
-    Spread, because corpora are sorted: the first passages may be of one kind, and lack a field that a task reads.
-    """
-    counts = [shard_set.num_samples(packer.split) for shard_set in packer.shard_sets]
-    filled = [index for index, count in enumerate(counts) if count]
-    shares = np.array_split(np.arange(num_passages), len(filled)) if filled else []
-    taken = [min(len(share), counts[index]) for index, share in zip(filled, shares, strict=True)]
-    ids = []
-    for index, number in zip(filled, taken, strict=True):
-        places = np.arange(0, number, in_a_row) * counts[index] // number
-        ids.append((places[:, None] + np.arange(in_a_row)).ravel()[:number])
-    datasets = np.repeat(np.array(filled, np.int16), taken)
-    return datasets, np.concatenate(ids) if ids else np.empty(0, np.int64)
-
-
-def pack_all(packer: "Packer", datasets: np.ndarray, samples: np.ndarray, micro_batch: int) -> list[Batch]:
-    """The samples in their order, `micro_batch` a batch, as epoch 0 masks them."""
-    epochs = np.zeros(len(samples), np.int32)
-    cuts = [slice(start, start + micro_batch) for start in range(0, len(samples), micro_batch)]
-    return [packer.pack(Rows(datasets[cut], epochs[cut], samples[cut])) for cut in cuts]
-
-
-def unigram_cross_entropy(batches: list[Batch], trained: list[Batch], vocab_size: int) -> dict[str, float]:
-    """Nats per labelled token of `batches` under the label frequencies of `trained`, task by task."""
-    counts = count_labels(trained, vocab_size)
+    trained = labels_by_task(pack_spread(train, UNIGRAM_PASSAGES, PASSAGES_A_PACK, UNIGRAM_IN_A_ROW))
     unigram = {}
     for task, labels in labels_by_task(batches).items():
         if len(labels):
-            unigram[task] = -float(log_probabilities(counts[task])[labels].mean())
-    return unigram
+            counts = np.bincount(trained[task], minlength=held_out.vocab_size)
+            unigram[task] = -float(log_probabilities(counts)[labels].mean())
+    return HeldOut(batches, unigram)
+
+
+def pack_spread(packer: "Packer", num_passages: int, micro_batch: int, in_a_row: int = 1) -> list[Batch]:
+    """At most `num_passages` passages, `micro_batch` a batch, masked as in epoch 0; none of a split without passages.
+
+    Shared equally by the shard sets (all of a smaller one), and spread over each, `in_a_row` at a place: corpora are
+    sorted, so their first passages may be of one kind, and lack a field that a task reads.
+    """
+    counts = [shard_set.num_samples(packer.split) for shard_set in packer.shard_sets]
+    filled = [index for index, count in enumerate(counts) if count]
+    datasets, ids = [], []
+    for index, share in zip(filled, np.array_split(np.arange(num_passages), max(len(filled), 1))):
+        number = min(len(share), counts[index])
+        places = np.arange(0, number, in_a_row) * counts[index] // number
+        datasets += [index] * number
+        ids += (places[:, None] + np.arange(in_a_row)).ravel()[:number].tolist()
+    rows = Rows(np.array(datasets, np.int16), np.zeros(len(ids), np.int32), np.array(ids, np.int64))
+    cuts = [slice(start, start + micro_batch) for start in range(0, len(ids), micro_batch)]
+    return [packer.pack(Rows(*(part[cut] for part in rows))) for cut in cuts]
 
 
 def labels_by_task(batches: list[Batch]) -> dict[str, np.ndarray]:
@@ -134,11 +121,6 @@ def labels_by_task(batches: list[Batch]) -> dict[str, np.ndarray]:
     for task in batches[0].tasks:
         labels[task] = torch.cat([batch.tasks[task].labels.ids for batch in batches]).numpy()
     return labels
-
-
-def count_labels(batches: list[Batch], vocab_size: int) -> dict[str, np.ndarray]:
-    """How often each id is a label of the encoder ("mlm") and of each task, int64 [vocab_size]."""
-    return {name: np.bincount(ids, minlength=vocab_size) for name, ids in labels_by_task(batches).items()}
 
 
 def log_probabilities(counts: np.ndarray) -> np.ndarray:
@@ -278,36 +260,26 @@ def _read_qrels(folder: Path, split: str | None) -> list[Any]:
 
 def encode_texts(encode: Encode, probe: Probe, device: torch.device) -> torch.Tensor:
     """float32 [texts, D] on `device`, the vectors of all texts, the same on every rank."""
-    vectors = []
+    vectors = None
     for batch, counts in shared_out(probe.batches):
         kind = "passage" if batch[0] < len(probe.doc_ids) else "query"
         encoded = encode(to_device(join_texts([probe.texts[index] for index in batch]), device), kind).float()
-        vectors.append(encoded if counts else encoded[:0])
-    world = rank_and_world()[1]
-    shares = [sum(map(len, probe.batches[other::world])) for other in range(world)]
-    order = np.concatenate([batch for other in range(world) for batch in probe.batches[other::world]])
-    everything = torch.empty(len(probe.texts), encoded.shape[1], device=device)
-    everything[torch.from_numpy(order).to(device)] = gather_rows(torch.cat(vectors), shares)
-    return everything
+        if vectors is None:
+            vectors = torch.zeros(len(probe.texts), encoded.shape[1], device=device)
+        if counts:
+            vectors[torch.from_numpy(batch).to(device)] = encoded
+    return sum_over_ranks(vectors)
 
 
-def search(queries_QD: torch.Tensor, docs_ND: torch.Tensor, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search by dot product: (scores float32 [Q, depth], doc indices int64 [Q, depth]), best first."""
-    found = [(part @ docs_ND.T).topk(min(depth, len(docs_ND)), dim=1) for part in queries_QD.split(QUERIES_A_SEARCH)]
-    return (
-        np.concatenate([part.values.cpu().numpy() for part in found]),
-        np.concatenate([part.indices.cpu().numpy() for part in found]),
-    )
-
-
-def measure(probe: Probe, scores: np.ndarray, indices: np.ndarray) -> dict[str, float]:
-    """MRR@10 and nDCG@10 by ir-measures, means over the judged queries, 1 is perfect."""
+def measure(probe: Probe, queries_QD: torch.Tensor, docs_ND: torch.Tensor) -> dict[str, float]:
+    """MRR@10 and nDCG@10, by ir-measures, of exact search by dot product; means over the judged queries."""
     import ir_measures
 
-    run = {
-        query: {probe.doc_ids[index]: float(score) for index, score in zip(row_indices, row_scores, strict=True)}
-        for query, row_indices, row_scores in zip(probe.query_ids, indices, scores, strict=True)
-    }
+    run, query_ids = {}, iter(probe.query_ids)
+    for part_QD in queries_QD.split(QUERIES_A_SEARCH):
+        found = (part_QD @ docs_ND.T).topk(min(SEARCH_DEPTH, len(docs_ND)), dim=1)
+        for scores, indices in zip(found.values.tolist(), found.indices.tolist(), strict=True):
+            run[next(query_ids)] = {probe.doc_ids[i]: score for i, score in zip(indices, scores, strict=True)}
     values = ir_measures.calc_aggregate([ir_measures.RR @ 10, ir_measures.nDCG @ 10], probe.qrels, run)
     return {"probe/mrr@10": values[ir_measures.RR @ 10], "probe/ndcg@10": values[ir_measures.nDCG @ 10]}
 
@@ -325,4 +297,4 @@ def run_probe(
     if cosine:
         vectors = torch.nn.functional.normalize(vectors, dim=1)
     num_docs = len(probe.doc_ids)
-    return measure(probe, *search(vectors[num_docs:], vectors[:num_docs], SEARCH_DEPTH))
+    return measure(probe, vectors[num_docs:], vectors[:num_docs])
