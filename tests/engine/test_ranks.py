@@ -98,24 +98,33 @@ def test_a_process_without_a_launcher_is_the_whole_run():
     found = discover_environment({})
     assert (found.rank, found.world_size, found.local_rank, found.is_main) == (0, 1, 0, True)
     assert found.launcher == "python" and found.master_addr == "127.0.0.1" and found.master_port > 0
+    assert discover_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}).world_size == 1, "sbatch without srun"
 
 
-def test_deepspeed_and_torchrun_speak_the_same_variables():
-    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29501"}
+TORCH = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+SLURM = {
+    "SLURM_PROCID": "11", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3",
+    "SLURM_JOB_ID": "1234567", "SLURM_STEP_NODELIST": "gpu[07-08]",
+}  # fmt: skip
+MPI = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        (TORCH | {"MASTER_ADDR": "node0", "MASTER_PORT": "29501"}, ("torch", 5, 8, 1, "node0", 29501)),
+        (SLURM, ("slurm", 11, 16, 3, "gpu07", 20000 + 1234567 % 20000)),
+        (SLURM | {"MASTER_ADDR": "10.0.0.1"}, ("slurm", 11, 16, 3, "10.0.0.1", 20000 + 1234567 % 20000)),
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, ("openmpi", 5, 8, 1, "127.0.0.1", 29500)),
+        # mpirun in a SLURM step: its processes may have the variables of the step that started its daemons.
+        (SLURM | MPI | {"MASTER_ADDR": "a1"}, ("openmpi", 5, 8, 1, "a1", 29500)),
+    ],
+)
+def test_each_launcher_s_variables_say_who_is_who(variables, place):
     found = discover_environment(variables)
-    assert (found.rank, found.world_size, found.local_rank) == (5, 8, 1)
-    assert (found.master_addr, found.master_port, found.is_main) == ("node0", 29501, False)
-
-
-STEP = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "1234567", "SLURM_LOCALID": "3"}
-
-
-def test_srun_gives_every_task_the_same_meeting_point():
-    step = {**STEP, "SLURM_STEP_NODELIST": "gpu[07-08]"}
-    places = [discover_environment({**step, "SLURM_PROCID": str(rank)}) for rank in (0, 11)]
-    assert [place.rank for place in places] == [0, 11] and places[1].local_rank == 3
-    assert {(place.master_addr, place.master_port) for place in places} == {("gpu07", 20000 + 1234567 % 20000)}
-    assert discover_environment({**step, "SLURM_PROCID": "0", "MASTER_ADDR": "10.0.0.1"}).master_addr == "10.0.0.1"
+    assert place == (
+        found.launcher, found.rank, found.world_size, found.local_rank, found.master_addr, found.master_port
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -123,28 +132,16 @@ def test_srun_gives_every_task_the_same_meeting_point():
     [("gpu[03-05,9],login1", "gpu03"), ("node7", "node7"), ("a1,a2", "a1"), ("r[1,3]n", "r1n"), ("x-[9-11]", "x-9")],
 )
 def test_the_first_machine_of_a_slurm_node_list_is_the_master(nodes, host):
-    assert discover_environment({**STEP, "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": nodes}).master_addr == host
+    assert discover_environment(SLURM | {"SLURM_STEP_NODELIST": nodes}).master_addr == host
 
 
-def test_an_empty_node_list_is_refused():
-    with pytest.raises(SettingsError, match="set MASTER_ADDR"):
-        discover_environment({**STEP, "SLURM_PROCID": "0"})
-
-
-def test_a_batch_script_without_srun_is_one_process():
-    assert discover_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}).world_size == 1
-
-
-def test_open_mpi_needs_the_master_only_across_machines():
-    rank = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-    assert discover_environment({**rank, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}).master_addr == "127.0.0.1"
-    with pytest.raises(SettingsError, match="-x MASTER_ADDR"):
-        discover_environment({**rank, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
-
-
-def test_mpirun_inside_a_slurm_step_is_open_mpi():
-    """Its processes are children of a daemon that srun started, one a machine, and may have that step's variables."""
-    daemon = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "a[1-2]", "MASTER_ADDR": "a1"}
-    rank = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-    found = discover_environment({**daemon, **rank})
-    assert (found.launcher, found.rank, found.world_size) == ("openmpi", 5, 8)
+@pytest.mark.parametrize(
+    ("variables", "remedy"),
+    [
+        (SLURM | {"SLURM_STEP_NODELIST": ""}, "set MASTER_ADDR"),
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "-x MASTER_ADDR"),
+    ],
+)
+def test_ranks_that_cannot_know_their_master_are_refused(variables, remedy):
+    with pytest.raises(SettingsError, match=remedy):
+        discover_environment(variables)

@@ -52,15 +52,7 @@ def test_without_a_recipe_the_demo_runs_and_says_so(capsys, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert "probe demo_run/shards/probe is not a BEIR folder" in refusal()
     assert "no --recipe given: running the demo recipe" in capsys.readouterr().out
-
-
-def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path):
-    assert refusal("--global_bach", "8") == "Unrecognized options: --global_bach, 8; did you mean --global_batch?"
     assert "none of the names demo, master" in refusal("--recipe", "quincux")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("lerning_rate: 1.0e-4\nsteps: 3\nstepz: 4\n")
-    answer = refusal("--recipe", str(recipe))
-    assert "lerning_rate, did you mean learning_rate?" in answer and "stepz, did you mean steps?" in answer
 
 
 def test_all_problems_of_recipe_and_json_come_in_one_sentence(tmp_path):
