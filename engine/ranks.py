@@ -36,8 +36,6 @@ LAUNCHERS = {
 }
 """Launcher -> its variables for rank, number of ranks, rank on this machine; the first that are there count."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-REPEATS_TO_DIE = 2
-"""The second Ctrl-C stops at once; schedulers and launchers may repeat their signals, so those never do."""
 ON_HANG_SECONDS = 15.0
 """What a hung process takes for its last words at most: the disk they go to may be what hangs."""
 
@@ -179,17 +177,17 @@ class StopRequest:
     def __init__(self, launched: bool):
         """launched: the process was started by deepspeed, torchrun, srun or mpirun, whose death is a request too."""
         self.reason: str | None = None
-        self._interrupts = 0
+        self._interrupted = False
         self._watched = watched_parents() if launched else []
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame) -> None:
         self.reason = self.reason or signal.Signals(number).name
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts >= REPEATS_TO_DIE:
+        if number == signal.SIGINT:  # the second one stops at once; schedulers and launchers may repeat the others
+            if self._interrupted:
                 raise KeyboardInterrupt
+            self._interrupted = True
 
     def pending(self) -> bool:
         """True from the first request on; costs one or two reads of /proc a step."""

@@ -113,14 +113,11 @@ class RunFolder:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The record of one line, None where a crash or a full disk tore it."""
-    if not line.endswith(b"\n"):
-        return None
+    """The record of one line, None if a crash or a full disk tore it."""
     try:
-        record = json.loads(line)
+        return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    return record if isinstance(record, dict) and {"step", "time", "kind"} <= record.keys() else None
 
 
 def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
@@ -133,13 +130,12 @@ def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
     """The record's metrics as floats, nan and inf included; step, time and everything that is no number left out."""
-    values = {}
-    for name, value in record.items():
-        if name in ("step", "time", "kind") or isinstance(value, bool):
-            continue
-        if isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
-            values[name] = float(value)
-    return values
+    metrics = {name: value for name, value in record.items() if name not in ("step", "time", "kind")}
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if type(value) in (int, float) or value in ("nan", "inf", "-inf")
+    }
 
 
 def resolve_uri(uri: str, run_folder: Path) -> str:

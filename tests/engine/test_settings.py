@@ -7,6 +7,7 @@ import pytest
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.setting import find_problems, local_names, names_of
+from quincunx.engine import settings as settings_module
 from quincunx.engine.settings import (
     BUNDLED,
     PretrainSettings,
@@ -83,7 +84,8 @@ def test_every_setting_has_a_role():
     assert {"output", "probe", "shards", "cache"} <= local_names(GOOD) and "seed" not in local_names(GOOD)
 
 
-def test_the_five_jsons_are_filled_from_the_run_and_leave_no_auto():
+def test_the_five_jsons_are_filled_from_the_run_and_leave_no_auto(monkeypatch):
+    monkeypatch.setattr(settings_module, "bfloat16_supported", lambda: True)
     names = sorted(path.stem for path in BUNDLED.glob("*.json"))
     assert names == ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     for name in names:
@@ -96,6 +98,8 @@ def test_the_five_jsons_are_filled_from_the_run_and_leave_no_auto():
         assert parameters["betas"] == [0.9, 0.98] and parameters["torch_adam"] is ("offload" not in name)
         assert filled["gradient_clipping"] == 0.7 and filled["optimizer"]["type"] == "AdamW"
         assert precision_of(filled) == "float32" and filled["zero_optimization"]["stage"] == int(name[4])
+        on_gpu = load_machine(settings, world_size=2, cuda=True).config
+        assert precision_of(on_gpu) == "bfloat16" and not auto_keys(on_gpu)
 
 
 @pytest.fixture

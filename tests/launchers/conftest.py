@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from quincunx.engine.ranks import free_port
@@ -123,7 +124,7 @@ def begin(argv: list[str], log: Path, **environment: str) -> subprocess.Popen:
             variables.pop(name, None)
     with open(log, "w") as file:
         process = subprocess.Popen(argv, stdout=file, stderr=file, env=variables, cwd=ROOT, start_new_session=True)
-    process.mark = f"{MARK}={variables[MARK]}".encode()
+    process.mark = variables[MARK]
     return process
 
 
@@ -145,28 +146,17 @@ def run_command(argv: list[str], folder: Path, timeout: float = 240, environment
 
 def members(process: subprocess.Popen) -> list[int]:
     """Ids of all living processes that `begin` started, however remote (torchrun gives ranks sessions of their own)."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                variables = (entry / "environ").read_bytes().split(b"\0")  # a zombie's is empty
-            except OSError:
-                continue
-            if process.mark in variables:
-                found.append(int(entry.name))
-    return sorted(found)
+    everyone = psutil.process_iter(["environ"])
+    return sorted(one.pid for one in everyone if (one.info["environ"] or {}).get(MARK) == process.mark)
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """Ids of the training processes (not launchers, not helpers) of a command, in order of their start."""
     found = []
     for pid in members(process):
-        try:
-            words = [*Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"), b"", b""]
-        except OSError:
-            continue
-        if any(script.encode() in (words[1], words[2]) for script in (LAUNCHER, FINETUNE)):  # `python [-u] SCRIPT ...`
-            found.append(pid)
+        with contextlib.suppress(psutil.Error):  # it has ended
+            if {LAUNCHER, FINETUNE} & {*psutil.Process(pid).cmdline()[1:3]}:  # `python [-u] SCRIPT ...`
+                found.append(pid)
     return found
 
 
