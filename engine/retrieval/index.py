@@ -10,10 +10,8 @@ Letters: Q queries, N rows, D channels, K results.
 """
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +57,7 @@ class Index:
         self.report = report
         self.faiss = None if kind == "exact" else import_faiss(kind)
         self.approximate = kind in ("ivfpq", "hnsw")
-        self.shards = list(_shards(embeddings, shard_rows if self.approximate else BLOCK_ROWS))
+        self.shards = _shards(embeddings, shard_rows if self.approximate else BLOCK_ROWS)
         small = len(embeddings) * embeddings.width * 4 <= RESIDENT_BYTES
         self._stays = len(self.shards) == 1 if self.approximate else small
         self._resident: dict[int, Any] = {}
@@ -79,7 +77,7 @@ class Index:
         shards = progress_bar("searching", "shard", self.shards, show=len(queries_QD) >= FEW_QUERIES)
         search_shard = self._search_approximate if self.approximate else self._search_block
         for number, parts in enumerate(shards):
-            start, stop = (int(self.embeddings.starts[part]) for part in (parts[0], parts[-1] + 1))
+            start, stop = self._bounds(parts)
             first, last = np.searchsorted(self.embeddings.empty_rows, [start, stop])
             empty = torch.from_numpy(self.embeddings.empty_rows[first:last] - start).to(self.device)
             scores, rows = search_shard(number, queries_QD, depth + len(empty))
@@ -111,7 +109,7 @@ class Index:
         if number in self._resident:
             return self._resident[number]
         if self.approximate:
-            ready = self._placed(self._shard_index(number))
+            ready = self._placed(self._faiss_index(number))
         else:
             vectors_ND = np.concatenate([self.embeddings.parts[part] for part in self.shards[number]])
             ready = torch.from_numpy(vectors_ND).to("cpu" if self.kind == "flat" else self.device).float()
@@ -127,21 +125,28 @@ class Index:
         scores_QK[rows_QK < 0] = -np.inf
         return in_order(*(torch.from_numpy(array).to(self.device) for array in (scores_QK, rows_QK)))
 
-    def _shard_index(self, number: int) -> Any:
+    def _bounds(self, parts: range) -> tuple[int, int]:
+        """First row of a shard, and of what follows it."""
+        return int(self.embeddings.starts[parts.start]), int(self.embeddings.starts[parts.stop])
+
+    def _faiss_index(self, number: int) -> Any:
         """The faiss index of a shard: read where it was kept, else built and kept."""
-        first, stop = self.shards[number][0], self.shards[number][-1] + 1
-        digests = json.dumps(self.embeddings.manifest.get("parts", [])[first:stop])
+        parts = self.shards[number]
+        digests = json.dumps(self.embeddings.manifest.get("parts", [])[parts.start : parts.stop])
         description = {**self._options("building"), "parts": xxhash.xxh3_128_hexdigest(digests.encode())}
         path = None
         if self.embeddings.folder is not None:
             path = self.embeddings.folder / f"index-{self.kind}-{number:05d}.faiss"
-            if _kept(path, description):
+            if _is_kept(path, description):
                 return self.faiss.read_index(str(path))
         begun = time.monotonic()
-        index = self._build(first, stop)
+        index = self._build(parts)
         if path is not None:
             try:
-                _keep(self.faiss, index, path, description)
+                with written_whole(path, "wb") as file:
+                    self.faiss.write_index(index, self.faiss.PyCallbackIOWriter(file.write))
+                with written_whole(path.with_suffix(".json")) as file:
+                    json.dump({**description, "digest": file_digest(path)}, file)
             except (OSError, RuntimeError, SettingsError) as error:  # a folder that may only be read, a full disk
                 self.report(f"the index is not kept ({str(error).strip().splitlines()[-1]})")
         self.report(f"built {self.kind} over {index.ntotal} vectors in {time.monotonic() - begun:.1f} s")
@@ -157,31 +162,31 @@ class Index:
 
     def _options(self, *when: str) -> dict[str, Any]:
         """The kind with its options of "building" and "searching"."""
-        return {"kind": self.kind} | {n: asdict(self.options)[n] for w in when for n in OPTIONS[self.kind][w]}
+        names = [name for part in when for name in OPTIONS[self.kind][part]]
+        return {"kind": self.kind, **{name: getattr(self.options, name) for name in names}}
 
     def described(self) -> dict[str, Any]:
         """The kind, and every option that has a part in its results."""
         options = self._options("building", "searching")
         return {**options, "shards": len(self.shards) if self.approximate else 1}
 
-    def _build(self, first: int, stop: int) -> Any:
+    def _build(self, parts: range) -> Any:
         faiss, width = self.faiss, self.embeddings.width
-        starts = self.embeddings.starts
-        rows = int(starts[stop] - starts[first])
+        start, stop = self._bounds(parts)
         if self.kind == "hnsw":
             index = faiss.IndexHNSWFlat(width, self.options.links, faiss.METRIC_INNER_PRODUCT)
             index.hnsw.efConstruction = self.options.ef_construction
         else:
-            most = max(1, rows // LEAST_A_CENTROID)
-            num_lists = self.options.num_lists or max(1, min(round(4 * rows**0.5), most))
+            rows = stop - start
+            num_lists = self.options.num_lists or max(1, min(round(4 * rows**0.5), rows // LEAST_A_CENTROID))
             factory = f"IVF{num_lists},PQ{self._code_bytes()}"
             index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
             index.do_polysemous_training = False  # takes minutes, for a filter that is not used here
             wanted = max(256 * num_lists, 2**16)  # as many as faiss's k-means would look at
-            sample = np.linspace(starts[first], starts[stop] - 1, min(rows, wanted)).astype(np.int64)
+            sample = np.linspace(start, stop - 1, min(rows, wanted)).astype(np.int64)
             index.train(self.embeddings.vectors(sample))
-        for part in self.embeddings.parts[first:stop]:
-            index.add(np.array(part, np.float32))
+        for part in parts:
+            index.add(np.array(self.embeddings.parts[part], np.float32))
         return index
 
     def _code_bytes(self) -> int:
@@ -199,8 +204,8 @@ class Index:
     def _check_ivfpq(self) -> None:
         self._code_bytes()
         for parts in self.shards:
-            rows = int(self.embeddings.starts[parts[-1] + 1] - self.embeddings.starts[parts[0]])
-            if rows < max(256, self.options.num_lists or 0):
+            start, stop = self._bounds(parts)
+            if (rows := stop - start) < max(256, self.options.num_lists or 0):
                 raise SettingsError(
                     f"an ivfpq index of {self.options.num_lists or 'some'} lists cannot be trained on {rows} vectors, "
                     "it needs 256 and one for each list: take --index exact, fewer lists or larger shards"
@@ -230,34 +235,23 @@ def num_gpus(faiss: Any) -> int:
     return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
 
 
-def _shards(embeddings: Embeddings, shard_rows: int | None) -> Iterator[list[int]]:
+def _shards(embeddings: Embeddings, shard_rows: int | None) -> list[range]:
     """Part numbers of each shard: consecutive parts up to shard_rows rows, one part at least."""
-    shard: list[int] = []
-    rows = 0
-    for number, part in enumerate(embeddings.parts):
-        if shard and shard_rows is not None and rows + len(part) > shard_rows:
-            yield shard
-            shard, rows = [], 0
-        shard.append(number)
-        rows += len(part)
-    yield shard
+    first, shards = 0, []
+    for part in range(1, len(embeddings.parts)):
+        if shard_rows is not None and embeddings.starts[part + 1] - embeddings.starts[first] > shard_rows:
+            shards.append(range(first, part))
+            first = part
+    return [*shards, range(first, len(embeddings.parts))]
 
 
-def _kept(path: Path, description: dict[str, Any]) -> bool:
+def _is_kept(path: Path, description: dict[str, Any]) -> bool:
     """Whether `path` is the index of this description, undamaged."""
     try:
         kept = json.loads(path.with_suffix(".json").read_bytes())
         return kept == {**description, "digest": file_digest(path)}
     except (OSError, ValueError):
         return False
-
-
-def _keep(faiss: Any, index: Any, path: Path, description: dict[str, Any]) -> None:
-    staging = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    faiss.write_index(index, str(staging))
-    os.replace(staging, path)
-    with written_whole(path.with_suffix(".json")) as file:
-        json.dump({**description, "digest": file_digest(path)}, file)
 
 
 def in_order(scores_QK: torch.Tensor, rows_QK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

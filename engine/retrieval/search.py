@@ -11,7 +11,7 @@ from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.collection import Collection, make_collection
 from quincunx.engine.retrieval.files import in_groups
-from quincunx.engine.retrieval.trec import RUN, Qrels, check_against, write_run
+from quincunx.engine.retrieval.trec import RUN, Qrels, write_run
 
 if TYPE_CHECKING:
     from quincunx.engine.retrieval.dual_encoder import Retriever
@@ -146,6 +146,5 @@ def search_to_run(finder: Finder, queries: Collection, depth: int, output: str |
 
 def judged_queries(queries: Collection, qrels: Qrels, name: str) -> Collection:
     """The queries that the judgements name, in file order. Raises DataError if they name unknown ones."""
-    check_against(qrels, queries, None, name)
-    rows = np.sort(queries.rows(qrels))
+    rows = np.sort(queries.known_rows(list(qrels), "queries", name))
     return make_collection(queries.ids(rows), queries.texts(rows), queries.name)

@@ -204,11 +204,11 @@ def check_against(
     queries: Collection | None,
     passages: Collection | None,
     name: str,
-    drop: bool | None = None,
+    drop: bool = False,
 ) -> tuple[dict[str, dict[str, Value]], dict[str, int]]:
     """Compares the ids of qrels, a run or answers with those of their collections (None: not compared).
 
-    drop: leave unknown ids out; None where the user has no --unknown_ids to say so.
+    drop: leave unknown ids out.
 
     Returns:
         (rows without what is unknown, {"unknown_queries", "unknown_passages": how many lines were left out}); a query
@@ -222,7 +222,7 @@ def check_against(
         if collection is None:
             return set()
         if not drop:
-            collection.known_rows(ids, what, name, "" if drop is None else UNKNOWN_IDS)
+            collection.known_rows(ids, what, name, UNKNOWN_IDS)
             return set()
         return {id for id, row in zip(ids, collection.rows(ids), strict=True) if row < 0}
 
