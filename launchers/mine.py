@@ -8,7 +8,7 @@ See docs/mining.md.
 
 from dataclasses import dataclass, fields
 
-from quincunx.data_shards.errors import DataError, exit_with_one_sentence
+from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.candidates import CANDIDATES, ENDINGS
 from quincunx.engine.retrieval.files import input_digest, refuse_input
@@ -62,7 +62,9 @@ def main() -> None:
     drop = settings.unknown_ids == "drop"
     qrels = read_qrels(settings.qrels)
     queries, passages = read_queries(settings.queries), read_passages(settings.corpus, titles=settings.titles)
-    answers = None if settings.answers is None else read_answers(settings.answers)
+    answers = None
+    if settings.answers is not None:
+        answers, _ = check_against(read_answers(settings.answers), queries, None, settings.answers, drop=True)
     inputs = {name: getattr(settings, name) for name in ("run", "qrels", "answers", "teacher_scores")}
     made_from = {
         "rules": {field.name: getattr(settings, field.name) for field in fields(MiningRules)},
@@ -70,11 +72,6 @@ def main() -> None:
         "corpus": passages.digest,
         **{name: None if path is None else input_digest(path) for name, path in inputs.items()},
     }
-    if answers is not None and not any(query_id in queries for query_id in answers):
-        raise DataError(
-            f"{settings.answers} has answers of none of the queries of {settings.queries}: give the files that belong "
-            "together"
-        )
     counts: dict[str, int] = {}
     with artefact(settings.output, CANDIDATES, made_from, single=True, remake=settings.remake) as work:
         if work is None:

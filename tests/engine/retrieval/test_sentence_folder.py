@@ -1,9 +1,7 @@
 import pytest
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.retrieval.files import refuse_input
 from quincunx.engine.retrieval.sentence_folder import folder_written_whole
-from quincunx.launchers.evaluate import EvaluateSettings
 
 
 def write_half(folder):
@@ -23,10 +21,3 @@ def test_a_folder_takes_its_place_whole_or_the_old_one_stays(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match="cannot be written"), folder_written_whole(tmp_path / "file" / "model"):
         raise AssertionError
-
-
-def test_an_output_that_is_an_input_is_refused_by_its_flag(tmp_path):
-    settings = EvaluateSettings(run="run", qrels=str(tmp_path / "qrels"))
-    refuse_input(tmp_path / "run", settings)
-    with pytest.raises(SettingsError, match="is the qrels itself"):
-        refuse_input(tmp_path / "a" / ".." / "qrels", settings)
