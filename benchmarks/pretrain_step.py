@@ -95,7 +95,6 @@ def our_training(arguments: argparse.Namespace) -> tuple[Training, float]:
 
     from quincunx.data_shards.batches import to_device
     from quincunx.engine.model import build_model
-    from quincunx.engine.throughput import training_flops
 
     torch.manual_seed(0)
     lengths = passage_lengths(arguments.lengths, arguments.batch, arguments.max_tokens)
@@ -121,7 +120,7 @@ def our_training(arguments: argparse.Namespace) -> tuple[Training, float]:
     def loss() -> torch.Tensor:
         return model(to_device(batch, arguments.device), counts).loss
 
-    return Training(model, loss, arguments.device, master_weights=on_card), training_flops(model, batch)
+    return Training(model, loss, arguments.device, master_weights=on_card), model.flops(batch)
 
 
 def published_training(arguments: argparse.Namespace) -> Training:

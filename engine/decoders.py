@@ -13,47 +13,38 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from quincunx.data_shards.batches import Labels, Task, Text
 from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.encoder import init_std, norm_eps
 from quincunx.kernels.enhanced_attention import enhanced_attention, visible_attention
 from quincunx.kernels.launching import Implementation
 from quincunx.kernels.packed_attention import packed_attention
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerShape:
-    """Sizes of a decoder layer."""
-
-    hidden: int
-    heads: int
-    intermediate: int
-    activation: str
-    eps: float
-    dropout: float
-    init_std: float
-
-
 class DecoderLayer(nn.Module):
-    """One Transformer layer whose queries, keys and residual may come from different rows."""
+    """One Transformer layer whose queries, keys and residual may come from different rows; sizes are the encoder's."""
 
-    def __init__(self, shape: LayerShape):
+    def __init__(self, config: PretrainedConfig, dropout: float):
         super().__init__()
-        self.heads = shape.heads
-        self.query = nn.Linear(shape.hidden, shape.hidden, bias=False)
+        hidden, self.heads = config.hidden_size, config.num_attention_heads
+        # Gated feed-forwards (no hidden_act in the configuration) count their width differently: take BERT's.
+        intermediate = config.intermediate_size if hasattr(config, "hidden_act") else 4 * hidden
+        self.query = nn.Linear(hidden, hidden, bias=False)
         # Apart from the matrix: an enhanced decoder projects h and positions separately and adds the bias once.
-        self.query_bias = nn.Parameter(torch.zeros(shape.hidden))
-        self.key_value = nn.Linear(shape.hidden, 2 * shape.hidden)
-        self.attention_output = nn.Linear(shape.hidden, shape.hidden)
-        self.attention_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
-        self.intermediate = nn.Linear(shape.hidden, shape.intermediate)
-        self.activation = ACT2FN[shape.activation]
-        self.output = nn.Linear(shape.intermediate, shape.hidden)
-        self.output_norm = nn.LayerNorm(shape.hidden, eps=shape.eps)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.query_bias = nn.Parameter(torch.zeros(hidden))
+        self.key_value = nn.Linear(hidden, 2 * hidden)
+        self.attention_output = nn.Linear(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden, eps=norm_eps(config))
+        self.intermediate = nn.Linear(hidden, intermediate)
+        self.activation = ACT2FN[getattr(config, "hidden_act", "gelu")]
+        self.output = nn.Linear(intermediate, hidden)
+        self.output_norm = nn.LayerNorm(hidden, eps=norm_eps(config))
+        self.dropout = nn.Dropout(dropout)
         for module in (self.query, self.key_value, self.attention_output, self.intermediate, self.output):
-            nn.init.normal_(module.weight, std=shape.init_std)
+            nn.init.normal_(module.weight, std=init_std(config))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
@@ -77,9 +68,9 @@ class DecoderLayer(nn.Module):
 class MaskedDecoder(nn.Module):
     """n bidirectional layers over the embedded, masked text whose position 0 is h; the last at labelled rows only."""
 
-    def __init__(self, shape: LayerShape, num_layers: int):
+    def __init__(self, config: PretrainedConfig, dropout: float, num_layers: int):
         super().__init__()
-        self.layers = nn.ModuleList(DecoderLayer(shape) for _ in range(num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, dropout) for _ in range(num_layers))
 
     def forward(self, context_TD: torch.Tensor, text: Text, labels: Labels) -> torch.Tensor:
         """Hidden states [M, D] of the labelled rows."""
@@ -105,9 +96,9 @@ class EnhancedDecoder(nn.Module):
     h W_q + p W_q: S + P rows pass the product instead of T. `decode_enhanced` runs the decoders of all tasks.
     """
 
-    def __init__(self, shape: LayerShape):
+    def __init__(self, config: PretrainedConfig, dropout: float):
         super().__init__()
-        self.layers = nn.ModuleList([DecoderLayer(shape)])
+        self.layers = nn.ModuleList([DecoderLayer(config, dropout)])
 
     def queries(self, h_SD: torch.Tensor, positions_PD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two parts of the queries, [S, H, C] and [P, H, C]: row i of sequence s asks with h[s] + position[i]."""

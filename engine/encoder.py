@@ -95,6 +95,16 @@ class PackedEncoder(nn.Module):
         ).last_hidden_state[0]
 
 
+def norm_eps(config: PretrainedConfig) -> float:
+    """Epsilon of the encoder's LayerNorms."""
+    return getattr(config, "layer_norm_eps", None) or getattr(config, "norm_eps", 1e-12)
+
+
+def init_std(config: PretrainedConfig) -> float:
+    """Standard deviation of fresh weights."""
+    return getattr(config, "initializer_range", 0.02)
+
+
 def encoder_layers(encoder: nn.Module) -> list[nn.Module]:
     """A Hugging Face encoder's layers in their order; none if it keeps them elsewhere than BERT and ModernBERT."""
     stack = getattr(encoder, "encoder", encoder)
@@ -126,7 +136,7 @@ def load_encoder(
     RoBERTa-like encoders add two) and with `vocab_size` words of which `pad_token_id` is padding (both of the shards'
     tokenizer). `max_tokens` is the longest passage of the run. `dropout` replaces the checkpoint's hidden dropout.
 
-    Returns the encoder and the weights of its masked-LM head as `lm_head.LMHead` names them, None where the checkpoint
+    Returns the encoder and the weights of its masked-LM head as `model.LMHead` names them, None where the checkpoint
     has none. Raises SettingsError where the encoder has too few positions or too few words.
     """
     if from_scratch is not None:

@@ -146,7 +146,6 @@ def write_encoder(folder: Path, model_folder: Path, weights: "dict[str, torch.Te
     It has no pooler: training does not touch one, and random weights would look trained.
     Raises CheckpointError where the weights are not that configuration's.
     """
-    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModel
 
     encoder = AutoModel.from_config(AutoConfig.from_pretrained(model_folder))
@@ -155,11 +154,7 @@ def write_encoder(folder: Path, model_folder: Path, weights: "dict[str, torch.Te
     differing = [*(name for name in missing if not name.startswith("pooler.")), *unexpected]
     if differing:
         raise CheckpointError(f"the checkpoint is not of the model in {model_folder}: {differing[0]} is in one only")
-    encoder.config.architectures = [type(encoder).__name__]
-    encoder.config.save_pretrained(folder)
-    save_file(
-        {name: weight.contiguous() for name, weight in own.items()}, folder / "model.safetensors", {"format": "pt"}
-    )
+    encoder.save_pretrained(folder, state_dict=own)
     for path in model_folder.iterdir():
         if path.name != "config.json":
             shutil.copy(path, folder)
@@ -213,41 +208,36 @@ def write_bundle(folder: Path, weights: "dict[str, torch.Tensor]", description: 
     (folder / BUNDLE_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def first_and_last(run_folder: Path, kind: str) -> tuple[dict[str, float], dict[str, float]] | None:
-    """The first and the last record of `kind` ("held_out", "probe"), numbers and "step" only; None if there is none."""
-    records = [
-        {"step": record["step"], **numbers(record)} for record in read_metrics(run_folder) if record["kind"] == kind
-    ]
-    return (records[0], records[-1]) if records else None
-
-
 def held_out_table(run_folder: Path) -> str:
     """Markdown: each task's held-out loss and accuracy before and after, beside its unigram; "" if none was taken."""
-    ends = first_and_last(run_folder, "held_out")
-    if ends is None:
+    losses, accuracies, unigrams = (
+        curves(run_folder, "held_out", f"held_out/{measure}/") for measure in ("loss", "accuracy", "unigram")
+    )
+    if not unigrams:
         return ""
-    first, last = ends
+    steps = next(iter(unigrams.values()))[0]
     rows = [
-        f"| task | loss at step {first['step']} | loss at step {last['step']} | unigram | accuracy before | after |",
+        f"| task | loss at step {steps[0]} | loss at step {steps[-1]} | unigram | accuracy before | after |",
         "|---|---|---|---|---|---|",
     ]
-    for task in (name.removeprefix("held_out/loss/") for name in last if name.startswith("held_out/loss/")):
-        before, after = first.get(f"held_out/loss/{task}", float("nan")), last[f"held_out/loss/{task}"]
-        right = [ends[at].get(f"held_out/accuracy/{task}", float("nan")) for at in (0, 1)]
-        unigram = last[f"held_out/unigram/{task}"]
-        rows.append(f"| {task} | {before:.3f} | {after:.3f} | {unigram:.3f} | {right[0]:.1%} | {right[1]:.1%} |")
+    for task, (_, unigram) in unigrams.items():
+        loss, right = losses[task][1], accuracies[task][1]
+        rows.append(
+            f"| {task} | {loss[0]:.3f} | {loss[-1]:.3f} | {unigram[-1]:.3f} | {right[0]:.1%} | {right[-1]:.1%} |"
+        )
     return "\n".join(rows)
 
 
 def probe_table(run_folder: Path) -> str:
     """Markdown: the retrieval probe's measures before and after; "" where none was taken."""
-    ends = first_and_last(run_folder, "probe")
-    if ends is None:
+    measures = curves(run_folder, "probe", "probe/")
+    if not measures:
         return ""
-    first, last = ends
-    rows = [f"| measure | step {first['step']} | step {last['step']} |", "|---|---|---|"]
-    for name, title in (("probe/mrr@10", "MRR@10"), ("probe/ndcg@10", "nDCG@10")):
-        rows.append(f"| {title} | {first[name]:.3f} | {last[name]:.3f} |")
+    steps = measures["mrr@10"][0]
+    rows = [f"| measure | step {steps[0]} | step {steps[-1]} |", "|---|---|---|"]
+    for name, title in (("mrr@10", "MRR@10"), ("ndcg@10", "nDCG@10")):
+        values = measures[name][1]
+        rows.append(f"| {title} | {values[0]:.3f} | {values[-1]:.3f} |")
     return "\n".join(rows)
 
 

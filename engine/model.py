@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from quincunx.engine.decoders import (
     DecoderLayer,
     DecoderStream,
     EnhancedDecoder,
-    LayerShape,
     MaskedDecoder,
     copy_last_layers,
     decode_enhanced,
@@ -33,7 +32,9 @@ from quincunx.engine.encoder import (
     PackedEncoder,
     encoder_layers,
     encoder_multiply_adds,
+    init_std,
     load_encoder,
+    norm_eps,
 )
 from quincunx.kernels.launching import Implementation
 from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
@@ -65,21 +66,22 @@ class StepOutput(NamedTuple):
 
 
 class LMHead(nn.Module):
-    """Transform (dense, activation, LayerNorm) and tied output projection with a bias, up to the loss.
+    """Transform (dense, activation, LayerNorm) and tied output projection with a bias, up to the loss."""
 
-    Letters: N labelled rows, D hidden channels, E embedding channels (E < D in small ELECTRAs), V words.
-    """
+    def __init__(self, config: PretrainedConfig, words: nn.Embedding, weights: dict[str, torch.Tensor] | None):
+        """`weights` are those of the encoder's checkpoint (`encoder.head_weights`); None: fresh ones.
 
-    def __init__(self, hidden: int, embedding: int, vocab_size: int, activation: str, eps: float):
+        A checkpoint without a bias somewhere (ModernBERT's dense and norm) gets one of zeros.
+        """
         super().__init__()
-        self.dense = nn.Linear(hidden, embedding)
+        self.dense = nn.Linear(config.hidden_size, words.embedding_dim)
+        activation = getattr(config, "classifier_activation", None) or getattr(config, "hidden_act", "gelu")
         self.activation = ACT2FN[activation]
-        self.norm = nn.LayerNorm(embedding, eps=eps)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
-
-    def transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """[N, D] -> [N, E], what the word embeddings are compared with."""
-        return self.norm(self.activation(self.dense(hidden_ND)))
+        self.norm = nn.LayerNorm(words.embedding_dim, eps=norm_eps(config))
+        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
+        nn.init.normal_(self.dense.weight, std=init_std(config))
+        nn.init.zeros_(self.dense.bias)
+        self.load_state_dict(weights or {}, strict=False)
 
     def forward(
         self,
@@ -94,8 +96,9 @@ class LMHead(nn.Module):
 
         `output_weight_VE` is the word embedding's weight as `TiedRows` returns it.
         """
+        transformed_NE = self.norm(self.activation(self.dense(hidden_ND)))
         return linear_cross_entropy(
-            self.transform(hidden_ND), output_weight_VE, self.bias, labels_N, row_weights_N, task_slices, impl=kernels
+            transformed_NE, output_weight_VE, self.bias, labels_N, row_weights_N, task_slices, impl=kernels
         )
 
 
@@ -130,59 +133,54 @@ class PretrainModel(nn.Module):
     def __init__(
         self,
         encoder: PackedEncoder,
-        lm_head: LMHead,
         tasks: Sequence[TaskSpec],
         *,
-        decoder_layers: int,
-        query_stream: Literal["raw", "embedded"],
-        dropout: float,
         max_tokens: int,
+        head_weights: dict[str, torch.Tensor] | None = None,
+        decoder_layers: int = 2,
+        query_stream: Literal["raw", "embedded"] = "raw",
+        dropout: float | None = None,
         shared_decoder: bool = False,
         sentence_losses: Mapping[str, float] | None = None,
         kernels: Implementation = "auto",
     ):
         """`max_tokens` sizes a position table of the decoders' own where the encoder has none of width D.
 
-        `shared_decoder`: all tasks, whose decoders must then be of one kind, decode through one module.
+        `head_weights`: as load_encoder gives them. `dropout`: of the decoders; None: as the encoder's configuration has
+        it. `shared_decoder`: all tasks, whose decoders must then be of one kind, decode through one module.
         `sentence_losses`: weights of some of SENTENCE_LOSSES.
         """
         super().__init__()
         config = encoder.config
         self.encoder = encoder
-        self.lm_head = lm_head
+        self.lm_head = LMHead(config, encoder.word_embeddings, head_weights)
         self.tasks = tuple(tasks)
         self.query_stream = query_stream
         self.shared_decoder = shared_decoder
         self.kernels = kernels
         self.loss_weights = {"mlm": 1.0} | {task.name: task.weight for task in tasks} | dict(sentence_losses or {})
         """Weight lambda of each loss, in the order of a StepOutput's vectors."""
-        shape = LayerShape(
-            hidden=config.hidden_size,
-            heads=config.num_attention_heads,
-            # Gated feed-forwards (no hidden_act in the configuration) count their width differently: take BERT's.
-            intermediate=config.intermediate_size if hasattr(config, "hidden_act") else 4 * config.hidden_size,
-            activation=getattr(config, "hidden_act", "gelu"),
-            eps=norm_eps(config),
-            dropout=dropout,
-            init_std=getattr(config, "initializer_range", 0.02),
-        )
+        if dropout is None:
+            dropout = getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.0))
         self.decoders = nn.ModuleDict()
         assert not shared_decoder or len({task.decoder for task in tasks}) <= 1, "a shared decoder has one kind"
         for name, kind in {self.decoder_name(task.name): task.decoder for task in tasks}.items():
-            masked = kind == "masked"
-            self.decoders[name] = MaskedDecoder(shape, decoder_layers) if masked else EnhancedDecoder(shape)
+            if kind == "masked":
+                self.decoders[name] = MaskedDecoder(config, dropout, decoder_layers)
+            else:
+                self.decoders[name] = EnhancedDecoder(config, dropout)
         any_enhanced = any(task.decoder == "enhanced" for task in tasks)
         table = encoder.position_embeddings
-        if any_enhanced and query_stream == "embedded" and encoder.word_embeddings.embedding_dim != shape.hidden:
+        if any_enhanced and query_stream == "embedded" and encoder.word_embeddings.embedding_dim != config.hidden_size:
             raise SettingsError(
                 "query_stream embedded passes h through the embedding layer, which in this encoder is "
-                f"{encoder.word_embeddings.embedding_dim} wide and h {shape.hidden}; set query_stream to raw"
+                f"{encoder.word_embeddings.embedding_dim} wide and h {config.hidden_size}; set query_stream to raw"
             )
         self.position_table = None
         needs_table = any_enhanced and query_stream == "raw" and table is not None
-        if (table is None and tasks) or (needs_table and table.embedding_dim != shape.hidden):
-            self.position_table = nn.Embedding(max_tokens, shape.hidden)
-            nn.init.normal_(self.position_table.weight, std=shape.init_std)
+        if (table is None and tasks) or (needs_table and table.embedding_dim != config.hidden_size):
+            self.position_table = nn.Embedding(max_tokens, config.hidden_size)
+            nn.init.normal_(self.position_table.weight, std=init_std(config))
         self.register_buffer("lambdas", torch.tensor([*self.loss_weights.values()]), persistent=False)
 
     def decoder_name(self, task: str) -> str:
@@ -317,19 +315,15 @@ def build_model(
     tasks: Sequence[TaskSpec],
     *,
     max_tokens: int,
-    decoder_layers: int = 2,
-    decoder_init: Literal["random", "encoder"] = "random",
-    query_stream: Literal["raw", "embedded"] = "raw",
-    shared_decoder: bool = False,
-    sentence_losses: Mapping[str, float] | None = None,
     dropout: float | None = None,
+    decoder_init: Literal["random", "encoder"] = "random",
     from_scratch: Mapping[str, int] | None = None,
     vocab_size: int | None = None,
     pad_token_id: int | None = None,
     gradient_checkpointing: bool = False,
-    kernels: Implementation = "auto",
+    **decoding: Any,
 ) -> PretrainModel:
-    """The model of a run: `encoder` as `encoder.load_encoder` takes it, the rest as in engine/settings.py.
+    """The model of a run: `encoder` as `load_encoder` takes it, `decoding` as PretrainModel does.
 
     Random weights come from torch's global generator. Raises SettingsError where the encoder cannot serve the run.
     """
@@ -342,46 +336,11 @@ def build_model(
         dropout=dropout,
         gradient_checkpointing=gradient_checkpointing,
     )
-    words = packed.word_embeddings
-    if dropout is None:
-        dropout = getattr(packed.config, "hidden_dropout_prob", getattr(packed.config, "dropout", 0.0))
-    model = PretrainModel(
-        packed,
-        make_lm_head(packed.config, words.num_embeddings, words.embedding_dim, head_weights),
-        tasks,
-        decoder_layers=decoder_layers,
-        query_stream=query_stream,
-        dropout=dropout,
-        max_tokens=max_tokens,
-        shared_decoder=shared_decoder,
-        sentence_losses=sentence_losses,
-        kernels=kernels,
-    )
+    model = PretrainModel(packed, tasks, max_tokens=max_tokens, head_weights=head_weights, dropout=dropout, **decoding)
     if decoder_init == "encoder":
         for decoder in model.decoders.values():
             copy_last_layers(decoder, encoder_layers(packed.model))
     return model
-
-
-def make_lm_head(
-    config: PretrainedConfig, vocab_size: int, embedding: int, weights: dict[str, torch.Tensor] | None
-) -> LMHead:
-    """The head of an encoder: with the `weights` of its checkpoint (`encoder.head_weights`), or fresh (std 0.02).
-
-    A checkpoint without a bias somewhere (ModernBERT's dense and norm) gets one of zeros.
-    """
-    activation = getattr(config, "classifier_activation", None) or getattr(config, "hidden_act", "gelu")
-    head = LMHead(config.hidden_size, embedding, vocab_size, activation, norm_eps(config))
-    nn.init.normal_(head.dense.weight, std=getattr(config, "initializer_range", 0.02))
-    nn.init.zeros_(head.dense.bias)
-    if weights is not None:
-        head.load_state_dict(weights, strict=False)
-    return head
-
-
-def norm_eps(config: PretrainedConfig) -> float:
-    """Epsilon of the encoder's LayerNorms."""
-    return getattr(config, "layer_norm_eps", None) or getattr(config, "norm_eps", 1e-12)
 
 
 def is_bundle(name: str) -> bool:

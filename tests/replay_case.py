@@ -33,7 +33,7 @@ from quincunx.data_shards.batches import Batch, Context, Labels, Task, Text, mak
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.decoders import BERT_LAYER_NAMES, layer_weights
 from quincunx.engine.encoder import PACKED, PackedEncoder, head_weights
-from quincunx.engine.model import PretrainModel, make_lm_head
+from quincunx.engine.model import PretrainModel
 from quincunx.kernels.launching import Implementation
 
 LOSS_TOLERANCE = 1e-5
@@ -116,7 +116,6 @@ def build_model(impl: str, config: dict, tensors: dict[str, torch.Tensor], kerne
         raise ValueError(f"the case's weights do not fit its config: {report}")
     masked_lm.tie_weights()
     encoder = PackedEncoder(masked_lm.base_model)
-    words = encoder.word_embeddings
     decoders = {
         task: [under(tensors, f"weight.{head}.{i}.") for i in range(count_layers(tensors, head))]
         if impl == "master"
@@ -125,12 +124,10 @@ def build_model(impl: str, config: dict, tensors: dict[str, torch.Tensor], kerne
     }
     model = PretrainModel(
         encoder,
-        make_lm_head(bert_config, words.num_embeddings, words.embedding_dim, head_weights(masked_lm, encoder)),
         [TaskSpec(name=task, decoder="masked" if impl == "master" else "enhanced") for task in decoders],
-        decoder_layers=max(len(layers) for layers in decoders.values()),
-        query_stream="raw",
-        dropout=0.0,
         max_tokens=bert_config.max_position_embeddings,
+        head_weights=head_weights(masked_lm, encoder),
+        decoder_layers=max(len(layers) for layers in decoders.values()),
         kernels=kernels,
     )
     for task, layers in decoders.items():

@@ -11,7 +11,6 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.decoders import (
     DecoderStream,
     EnhancedDecoder,
-    LayerShape,
     MaskedDecoder,
     copy_last_layers,
     decode_enhanced,
@@ -20,8 +19,9 @@ from quincunx.engine.decoders import (
 LENGTHS = [9, 3, 14, 2]
 TEXT = make_text(np.arange(5, 5 + sum(LENGTHS)), np.cumsum([0, *LENGTHS]))
 WIDTH = 16
-SHAPE = LayerShape(
-    hidden=WIDTH, heads=2, intermediate=40, activation="gelu", eps=1e-12, dropout=0.0, init_std=0.3
+CONFIG = BertConfig(
+    hidden_size=WIDTH, num_attention_heads=2, intermediate_size=40, initializer_range=0.3, hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0, attn_implementation="eager",
 )  # fmt: skip
 
 
@@ -54,11 +54,7 @@ def random_rows(count, seed):
 
 def bert_layers(count):
     torch.manual_seed(3)
-    config = BertConfig(
-        hidden_size=WIDTH, num_attention_heads=2, intermediate_size=40, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, attn_implementation="eager",
-    )  # fmt: skip
-    layers = [BertLayer(config) for _ in range(count)]
+    layers = [BertLayer(CONFIG) for _ in range(count)]
     for layer in layers:
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -68,7 +64,7 @@ def bert_layers(count):
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
 def test_a_masked_decoder_is_bert_layers_read_at_the_labelled_rows(num_layers, task):
     layers = bert_layers(5)
-    decoder = MaskedDecoder(SHAPE, num_layers)
+    decoder = MaskedDecoder(CONFIG, 0.0, num_layers)
     copy_last_layers(decoder, layers)
     context = random_rows(sum(LENGTHS), 0)
     ours = decoder(context, TEXT, task.labels)
@@ -86,7 +82,7 @@ def test_a_masked_decoder_is_bert_layers_read_at_the_labelled_rows(num_layers, t
 
 
 def test_the_low_rank_query_equals_projecting_the_whole_query_stream(task):
-    decoder = EnhancedDecoder(SHAPE)
+    decoder = EnhancedDecoder(CONFIG, 0.0)
     torch.nn.init.normal_(decoder.layers[0].query_bias)
     context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
     low_rank = decode(decoder, context, h, table, task)
@@ -102,7 +98,7 @@ def test_the_low_rank_query_equals_projecting_the_whole_query_stream(task):
 
 def test_an_enhanced_row_does_not_see_its_own_token(task):
     """Changing the context at one position leaves that row's output as it was, and changes some other row's."""
-    decoder = EnhancedDecoder(SHAPE)
+    decoder = EnhancedDecoder(CONFIG, 0.0)
     context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
     before = decode(decoder, context, h, table, task)
     row = 5
@@ -118,7 +114,7 @@ def test_an_enhanced_row_does_not_see_its_own_token(task):
 
 
 def test_position_zero_reaches_every_enhanced_row(task):
-    decoder = EnhancedDecoder(SHAPE)
+    decoder = EnhancedDecoder(CONFIG, 0.0)
     context, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
     before = decode(decoder, context, h, table, task)
     changed = context.detach().clone()
@@ -129,7 +125,7 @@ def test_position_zero_reaches_every_enhanced_row(task):
 def test_decoders_of_several_tasks_run_together_as_they_would_alone(task):
     """Three tasks, two of them over one context, one over fewer sequences: outputs and all gradients."""
     torch.manual_seed(5)
-    decoders = [EnhancedDecoder(SHAPE) for _ in range(3)]
+    decoders = [EnhancedDecoder(CONFIG, 0.0) for _ in range(3)]
     for decoder in decoders:
         torch.nn.init.normal_(decoder.layers[0].query_bias)
     shared, h, table = random_rows(sum(LENGTHS), 0), random_rows(len(LENGTHS), 1), random_rows(20, 2)
@@ -162,6 +158,6 @@ def test_decoders_of_several_tasks_run_together_as_they_would_alone(task):
 
 def test_copying_more_layers_than_there_are_is_refused():
     with pytest.raises(SettingsError, match="needs 3 encoder layers, there are 2"):
-        copy_last_layers(MaskedDecoder(SHAPE, 3), bert_layers(2))
+        copy_last_layers(MaskedDecoder(CONFIG, 0.0, 3), bert_layers(2))
     with pytest.raises(SettingsError, match="BERT-like"):
-        copy_last_layers(MaskedDecoder(SHAPE, 1), [torch.nn.Linear(WIDTH, WIDTH)])
+        copy_last_layers(MaskedDecoder(CONFIG, 0.0, 1), [torch.nn.Linear(WIDTH, WIDTH)])

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from quincunx.data_shards.batches import join_texts, make_text
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.encoder import load_encoder
+from quincunx.engine.model import LMHead
 
 LENGTHS = [5, 40, 17, 2, 38, 30]
 SIZES = {
@@ -89,6 +90,20 @@ def test_packed_equals_padded_in_values_and_gradients(family, checkpoint):
             torch.testing.assert_close(
                 ours[name].grad, parameter.grad, rtol=0, atol=1e-5 * parameter.grad.norm().item() + 1e-5
             )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_of_a_checkpoint_is_carried_over(family, checkpoint):
+    """Loss and hits of our tied, chunked head = cross-entropy of the logits that Hugging Face's own head gives."""
+    folder, masked_lm = checkpoint(family)
+    encoder, weights = load_encoder(folder)
+    head = LMHead(encoder.config, encoder.word_embeddings, weights)
+    ids, labels = torch.randint(3, 99, (1, 40)), torch.randint(0, 99, (40,))
+    hidden, logits = masked_lm.base_model(input_ids=ids).last_hidden_state[0], masked_lm(input_ids=ids).logits[0]
+    arguments = encoder.word_embeddings.weight, labels, torch.full((40,), 1 / 40), [(0, 40)], "torch"
+    loss, _, correct = head(hidden, *arguments)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels), rtol=1e-5, atol=1e-6)
+    assert correct.item() == (logits.argmax(-1) == labels).sum().item()
 
 
 def test_modernberts_local_layers_matter_in_the_comparison(checkpoint):

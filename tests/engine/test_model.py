@@ -13,7 +13,7 @@ from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.tasks import TASKS as TASKS_OF_PACKER
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.export import write_bundle
-from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, build_model, load_bundle
+from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, TiedRows, build_model, load_bundle
 from quincunx.engine.training import parameter_groups
 
 TASKS = ("mkp", "cmp", "npr", "dor")
@@ -283,6 +283,26 @@ def test_a_bundle_gives_a_shared_decoder_back_to_any_tasks(tmp_path):
     write_bundle(tmp_path, {name: value for name, value in outside.items() if "lm_head" in name}, {"tasks": {}})
     load_bundle(make_model(shared_decoder=True), tmp_path, said.append)  # of masked language modelling alone
     assert len(said) == 1 and "fresh" in said[0]
+
+
+def test_the_two_gradients_of_the_tied_weight_add_up():
+    """Ids repeat, as words do; the reference is torch's embedding beside the weight itself."""
+    torch.manual_seed(0)
+    weight, ids, coefficients = torch.randn(7, 4), torch.tensor([3, 3, 0, 6, 3]), torch.randn(5, 4)
+    gradients = []
+    for tied in (True, False):
+        leaf = weight.clone().requires_grad_()
+        rows, output = TiedRows.apply(leaf, ids) if tied else (torch.nn.functional.embedding(ids, leaf), leaf)
+        assert torch.equal(rows, weight[ids]) and torch.equal(output, weight)
+        ((rows * coefficients).sum() + output.square().sum()).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_output_weight_is_the_word_embedding():
+    """No parameter of the head has its shape, so its gradient is the one that reaches the embedding."""
+    model = make_model(tasks=())
+    assert not any(parameter.shape == (VOCAB, 32) for parameter in model.lm_head.parameters())
 
 
 def test_the_same_seed_gives_the_same_model():
