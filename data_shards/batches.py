@@ -88,7 +88,7 @@ class Batch:
     tasks: dict[str, Task]
     """In the recipe's order; a task without rows is there with S = 0."""
     rows: Any = None
-    """The rows (order.Rows) that it was packed from."""
+    """The rows (stream.Rows) that it was packed from."""
     num_cut_texts: int = 0
     """How many texts of this batch were longer than max_tokens and were cut."""
 

@@ -22,8 +22,8 @@ from quincunx.data_shards.masks import (
     text_keys,
     threshold_texts,
 )
-from quincunx.data_shards.order import Rows
 from quincunx.data_shards.shards import ShardSet, token_dtype
+from quincunx.data_shards.stream import Rows
 from quincunx.data_shards.tasks import (
     CORRUPTION_CODE,
     DECODER_CORRUPTION_CODE,

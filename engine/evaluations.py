@@ -26,7 +26,7 @@ import torch
 
 from quincunx.data_shards.batches import Batch, Text, batches_by_length, join_texts, to_device
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.order import Rows
+from quincunx.data_shards.stream import Rows
 from quincunx.data_shards.tokenizer import tokenise
 from quincunx.engine.ranks import rank_and_world, sum_over_ranks
 

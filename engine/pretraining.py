@@ -15,10 +15,9 @@ import torch
 
 from quincunx.data_shards.batches import Batch, to_device
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.order import Order
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shards import ShardSet, open_shards
-from quincunx.data_shards.stream import Stream
+from quincunx.data_shards.stream import Order, Stream
 from quincunx.data_shards.tasks import TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.evaluations import load_held_out, load_probe, run_held_out, run_probe

@@ -1,7 +1,7 @@
 """Fine-tuning batches: queries in groups with a positive and hard negatives, drawn purely and tokenised on the fly.
 
 Which queries form step t, and in which order, is a pure function of (seed, t) and the number of queries
-(data_shards/order.py); ranks share the step's queries out, each a contiguous part. An epoch takes every query once, in
+(data_shards/stream.py); ranks share the step's queries out, each a contiguous part. An epoch takes every query once, in
 an order of its own. Steps do not stop at its end: if the number of queries is no multiple of the global batch, the last
 queries of an epoch share a step with the first of the next, so that none is lost. A query can stand twice in such a
 step; `known_positives` (losses.py) keeps it from being its own negative.
@@ -27,8 +27,7 @@ import xxhash
 from quincunx.data_shards.batches import Text, join_texts
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.hashing import compiled, fold, text_key
-from quincunx.data_shards.order import Order, Rows, permute_point
-from quincunx.data_shards.stream import Stream
+from quincunx.data_shards.stream import Order, Rows, Stream, permute_point
 from quincunx.data_shards.tokenizer import tokenise
 from quincunx.engine.retrieval.candidates import Candidates, check_negatives, check_scores
 from quincunx.engine.retrieval.collection import Collection
@@ -274,7 +273,7 @@ class RetrieverPacker(GroupPacker):
         self._passages = _TokenCache(groups.passages, tokenizer, max_passage_tokens, passage_prompt)
 
     def pack(self, rows: Rows) -> RetrieverBatch:
-        """The micro-batch of B queries; see order.Rows (there is one dataset)."""
+        """The micro-batch of B queries; see stream.Rows (there is one dataset)."""
         rows_BG, scores_BG = self.groups.draw(rows.epochs, rows.sample_ids)
         query_rows = self.groups.query_rows[rows.sample_ids]
         queries, num_cut_queries = self._queries.tokens(query_rows)
@@ -302,7 +301,7 @@ class RerankerPacker(GroupPacker):
         self._tokenizer = copy.deepcopy(tokenizer)
 
     def pack(self, rows: Rows) -> RerankerBatch:
-        """The micro-batch of B queries; see order.Rows (there is one dataset)."""
+        """The micro-batch of B queries; see stream.Rows (there is one dataset)."""
         from quincunx.engine.retrieval.cross_encoder import tokenise_pairs
 
         rows_BG, _ = self.groups.draw(rows.epochs, rows.sample_ids)

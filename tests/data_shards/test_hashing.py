@@ -16,7 +16,7 @@ from quincunx.kernels import enhanced_attention as torch_hashing
 
 UINT32 = st.integers(0, 2**32 - 1)
 ROOT = Path(__file__).parents[2]
-PROGRAM = "from quincunx.data_shards.order import permute_point; print(permute_point(7, 100, 8192))"
+PROGRAM = "from quincunx.data_shards.stream import permute_point; print(permute_point(7, 100, 8192))"
 
 
 def mix(x: int) -> int:

@@ -9,9 +9,9 @@ import pytest
 from quincunx.data_shards.build import build_shards
 from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.order import Rows
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shards import FIELDS, open_shards
+from quincunx.data_shards.stream import Rows
 from quincunx.data_shards.tasks import GENERATED, TASKS, TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.verify import verify_shards

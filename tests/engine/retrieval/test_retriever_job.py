@@ -92,4 +92,4 @@ def test_one_micro_batch_needs_no_cache(job):
 
 def whole_batch(job: RetrieverJob):
     order, settings = job.stream.order, job.settings
-    return job.stream.packer.pack(order.rank_batch(0, settings.global_batch, 0, 1))
+    return job.stream.packer.pack(order.global_batch(0, settings.global_batch))

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from quincunx.data_shards.batches import Batch, batches_by_length, join_texts
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import ALWAYS
-from quincunx.data_shards.order import Rows
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import Sample, write_shard_set
 from quincunx.data_shards.shards import Text, open_shards
+from quincunx.data_shards.stream import Rows
 from quincunx.data_shards.tasks import TASKS, TaskSpec, shares_served
 from quincunx.kernels.enhanced_attention import visibility
 
