@@ -19,7 +19,6 @@ from quincunx.engine.retrieval.search import (
     Finder,
     IndexKind,
     IndexOptions,
-    bm25_finder,
     dense_finder,
     judged_queries,
     search_to_run,
@@ -119,6 +118,8 @@ def open_finder(settings: SearchSettings) -> Finder:
 
     passages = read_passages(settings.corpus, titles=settings.titles) if settings.corpus is not None else None
     if settings.method == "bm25":
+        from quincunx.engine.retrieval.bm25 import bm25_finder
+
         return bm25_finder(passages, settings.k1, settings.b)
     from quincunx.engine.generate import device_and_precision
     from quincunx.engine.ranks import discover_environment

@@ -6,55 +6,44 @@ search via eager sparse scoring", 2024); a query is a sum of columns.
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.progress import FEW_QUERIES
+from quincunx.engine.retrieval.search import Finder
 
 
-def build(collection: Collection, k1: float = 1.5, b: float = 0.75) -> Any:
-    """A bm25s.BM25 over every text of the collection (an empty one is in it and never found).
+def bm25_finder(passages: Collection, k1: float, b: float) -> Finder:
+    """BM25 over the passages, indexed here and now; one without a word of the query, or without text, is no result.
 
-    Raises DataError if no text of the collection holds a word.
+    Raises DataError if no passage holds a word.
     """
     import bm25s
-
-    shown = sys.stderr.isatty()
-    tokens = bm25s.tokenize(collection.texts(), stopwords="en", stemmer=_stemmer(), show_progress=shown)
-    if not tokens.vocab:
-        raise DataError(f"no text of {collection.name} holds a word that is no stop word: BM25 has nothing to index")
-    retriever = bm25s.BM25(k1=k1, b=b, method="lucene")
-    retriever.index(tokens, show_progress=shown)
-    return retriever
-
-
-def _stemmer() -> Any:
     import Stemmer
 
-    return Stemmer.Stemmer("english")
+    words = {"stopwords": "en", "stemmer": Stemmer.Stemmer("english")}
+    shown = sys.stderr.isatty()
+    tokens = bm25s.tokenize(passages.texts(), **words, show_progress=shown)
+    if not tokens.vocab:
+        raise DataError(f"no text of {passages.name} holds a word that is no stop word: BM25 has nothing to index")
+    retriever = bm25s.BM25(k1=k1, b=b, method="lucene")
+    retriever.index(tokens, show_progress=shown)
 
-
-def search(retriever: Any, queries: Sequence[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """(scores float32 [Q, depth], rows int64 [Q, depth]), best first, equal scores by row.
-
-    A passage without a word of the query is no result; if there are fewer than `depth`, the rest is score 0, row -1.
-    """
-    import bm25s
-
-    scores_QD = np.zeros((len(queries), depth), np.float32)
-    rows_QD = np.full((len(queries), depth), -1, np.int64)
-    found = min(depth, retriever.scores["num_docs"])
-    if len(queries):
-        words = bm25s.tokenize(list(queries), stopwords="en", stemmer=_stemmer(), show_progress=False, return_ids=False)
+    def find(queries: list[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
+        scores_QD = np.zeros((len(queries), depth), np.float32)
+        rows_QD = np.full((len(queries), depth), -1, np.int64)
+        found = min(depth, len(passages))
+        asked = bm25s.tokenize(queries, **words, show_progress=False, return_ids=False)
         rows, scores = retriever.retrieve(
-            words, k=found, n_threads=os.cpu_count() or 1, show_progress=len(queries) >= FEW_QUERIES
+            asked, k=found, n_threads=os.cpu_count() or 1, show_progress=len(queries) >= FEW_QUERIES
         )
         order = np.lexsort((rows, -scores))  # bm25s leaves open in which order equal scores come
         rows_QD[:, :found] = np.take_along_axis(rows, order, 1)
         scores_QD[:, :found] = np.take_along_axis(scores, order, 1)
         rows_QD[scores_QD <= 0] = -1
-    return scores_QD, rows_QD
+        return scores_QD, rows_QD
+
+    made_from = {"method": "bm25", "k1": k1, "b": b, "collection": passages.digest}
+    return Finder(find, passages, passages.ids(), f"BM25 (k1 {k1}, b {b})", "bm25", made_from)

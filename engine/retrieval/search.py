@@ -111,19 +111,6 @@ def dense_finder(
     )
 
 
-def bm25_finder(passages: Collection, k1: float, b: float) -> Finder:
-    """BM25 over the passages, indexed here and now."""
-    from quincunx.engine.retrieval import bm25
-
-    index = bm25.build(passages, k1, b)
-
-    def find(queries: list[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
-        return bm25.search(index, queries, depth)
-
-    made_from = {"method": "bm25", "k1": k1, "b": b, "collection": passages.digest}
-    return Finder(find, passages, passages.ids(), f"BM25 (k1 {k1}, b {b})", "bm25", made_from)
-
-
 def search_to_run(finder: Finder, queries: Collection, depth: int, output: str | Path, remake: bool) -> int | None:
     """Searches for every query and writes a TREC run with a manifest beside it; returns its lines.
 

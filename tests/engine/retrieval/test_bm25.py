@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from quincunx.data_shards.errors import DataError
-from quincunx.engine.retrieval import bm25
+from quincunx.engine.retrieval.bm25 import bm25_finder
 from quincunx.engine.retrieval.collection import make_collection, read_passages, read_queries
 from quincunx.engine.retrieval.evaluation import evaluate
 from quincunx.engine.retrieval.trec import read_qrels
@@ -45,9 +45,8 @@ def formula(texts: list[str], query: list[str], k1: float, b: float) -> np.ndarr
 
 @pytest.mark.parametrize(("k1", "b"), [(1.5, 0.75), (0.9, 0.4)])
 def test_scores_are_lucenes_formula_and_the_best_come_first(passages, k1, b):
-    index = bm25.build(passages, k1, b)
     queries = ["lift drag", "the wing, the wing", "cone"]
-    scores_QD, rows_QD = bm25.search(index, queries, 300)
+    scores_QD, rows_QD = bm25_finder(passages, k1, b).find(queries, 300)
     for query, scores, rows in zip(queries, scores_QD, rows_QD):
         expected = formula(passages.texts(), [word.strip(",") for word in query.split() if word != "the"], k1, b)
         found = rows >= 0
@@ -58,16 +57,15 @@ def test_scores_are_lucenes_formula_and_the_best_come_first(passages, k1, b):
 
 
 def test_stemming_and_stop_words_and_queries_without_a_known_word(passages):
-    index = bm25.build(make_collection(["a", "b"], ["Flying wings of the plane", "a house"], "two"))
-    scores, rows = bm25.search(index, ["WING flies", "the of", "", "xyzzy"], 3)
+    two = make_collection(["a", "b"], ["Flying wings of the plane", "a house"], "two")
+    scores, rows = bm25_finder(two, 1.5, 0.75).find(["WING flies", "the of", "", "xyzzy"], 3)
     assert rows.tolist() == [[0, -1, -1], [-1, -1, -1], [-1, -1, -1], [-1, -1, -1]]
     assert scores[0, 0] > 0 and not scores[1:].any()
-    assert bm25.search(index, [], 3)[1].shape == (0, 3)
 
 
 def test_a_collection_without_words_is_refused():
     with pytest.raises(DataError, match="holds a word that is no stop word"):
-        bm25.build(make_collection(["a", "b"], ["", "the of"], "empty"))
+        bm25_finder(make_collection(["a", "b"], ["", "the of"], "empty"), 1.5, 0.75)
 
 
 @pytest.mark.skipif("QUINCUNX_DATA" not in os.environ, reason="QUINCUNX_DATA is the folder of the collections")
@@ -76,7 +74,7 @@ def test_scifact_has_the_known_ndcg(k1, b, expected):
     folder = Path(os.environ["QUINCUNX_DATA"], "scifact")
     passages, queries, qrels = read_passages(folder), read_queries(folder), read_qrels(folder / "qrels" / "test.tsv")
     texts = queries.texts(queries.rows(qrels))
-    scores_QD, rows_QD = bm25.search(bm25.build(passages, k1, b), texts, 100)
+    scores_QD, rows_QD = bm25_finder(passages, k1, b).find(texts, 100)
     run = {
         query_id: {passages.id_at(row): float(score) for row, score in zip(rows, scores) if row >= 0}
         for query_id, rows, scores in zip(qrels, rows_QD, scores_QD)

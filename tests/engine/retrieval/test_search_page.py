@@ -16,8 +16,8 @@ import pytest
 import uvicorn
 
 from quincunx.data_shards.errors import SettingsError
+from quincunx.engine.retrieval.bm25 import bm25_finder
 from quincunx.engine.retrieval.collection import make_collection
-from quincunx.engine.retrieval.search import bm25_finder
 from quincunx.engine.retrieval.search_page import make_app, search_on_terminal, serve_page
 
 PASSAGES = {
