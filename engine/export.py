@@ -29,23 +29,6 @@ if TYPE_CHECKING:
     import torch
 
 PLOT_FILE = "loss.png"
-# Okabe and Ito's palette, told apart by colour-blind eyes too; one colour a task wherever tasks are drawn.
-COLOURS = {
-    "mlm": "#000000",
-    "mkp": "#0072b2",
-    "cmp": "#d55e00",
-    "npr": "#009e73",
-    "dor": "#cc79a7",
-    "gor": "#e69f00",
-    "retromae": "#56b4e9",
-    "contrastive": "#0072b2",
-    "kl": "#d55e00",
-    "margin_mse": "#d55e00",
-    "listwise": "#009e73",
-    "r_drop": "#cc79a7",
-    "cross_entropy": "#0072b2",
-    "squared_error": "#0072b2",
-}
 ENCODER_PREFIX = "encoder.model."
 ENCODER_USAGE = """## Use
 
@@ -312,6 +295,7 @@ def plot_losses(run_folder: Path, path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.style.use("tableau-colorblind10")
     training = curves(run_folder, "train", "loss/")
     held_out = curves(run_folder, "held_out", "held_out/loss/")
     unigram = curves(run_folder, "held_out", "held_out/unigram/")
@@ -319,8 +303,8 @@ def plot_losses(run_folder: Path, path: Path) -> bool:
     if not tasks:
         return False
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for task in tasks:
-        colour = COLOURS.get(task, "#777777")
+    for number, task in enumerate(tasks):
+        colour = f"C{number}"
         axes.plot(*training.get(task, ([], [])), color=colour, linewidth=1, alpha=0.7)
         axes.plot(*held_out.get(task, ([], [])), color=colour, linewidth=1.5, marker="o", markersize=4, label=task)
         for level in unigram.get(task, ([], []))[1][-1:]:

@@ -5,10 +5,9 @@ part-00000.jsonl... and a manifest.json with everything that decides their conte
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.build_settings import SHORTEST_PASSAGE, CorpusFormat
@@ -16,10 +15,10 @@ from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.generations import KIND
 from quincunx.data_shards.passages import Passage, split_documents
 from quincunx.data_shards.readers import list_inputs, read_documents
-from quincunx.data_shards.records import Input, ReadReport
+from quincunx.data_shards.records import ReadReport
 from quincunx.data_shards.setting import as_plain, setting
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
-from quincunx.engine.ranks import Environment, choose_device
+from quincunx.engine.ranks import Environment, device_and_precision
 
 if TYPE_CHECKING:
     from quincunx.engine.generator import Generator, Sampling
@@ -112,7 +111,15 @@ def generate_corpus(settings: GenerateSettings, environment: Environment) -> dic
         max_new_tokens=settings.new_tokens,
     )
     generator.prompt_limit(sampling.max_new_tokens)
-    made_from = describe(settings, inputs, num_parts, tokenizer_digest(tokenizer), generator.digest, precision)
+    content = {name: value for name, value in as_plain(settings).items() if name not in NOT_CONTENT}
+    # Names and places of model and tokenizer do not decide the texts: their digests do.
+    made_from = {
+        "num_parts": num_parts,
+        "settings": content | {"max_new_tokens": settings.new_tokens, "precision": precision},
+        "model_digest": generator.digest,
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+        "sources": [{"name": source.name, "bytes": source.bytes, "digest": source.digest} for source in inputs],
+    }
     report = ReadReport(settings.on_bad_record)
     counts = {"parts": 0, "passages": 0, "texts": 0, "empty_texts": 0, "cut_prompts": 0}
     place = {"rank": environment.rank, "world_size": environment.world_size}
@@ -126,7 +133,10 @@ def generate_corpus(settings: GenerateSettings, environment: Environment) -> dic
             label = f"part {part + 1} of {num_parts}" if environment.is_main else None
             texts = generate_part(generator, passages, settings, sampling, label)
             with work.part(part, ".jsonl", mode="w") as file:
-                file.writelines(lines_of(settings.task, passages, texts))
+                for passage, of_passage in zip(passages, texts, strict=True):
+                    value = [text for text in of_passage if text] if settings.task == "queries" else of_passage[0]
+                    record = {"passage_id": passage.passage_id, settings.task: value}
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
             counts["parts"] += 1
             counts["passages"] += len(passages)
             counts["texts"] += sum(map(len, texts))
@@ -141,16 +151,6 @@ def generate_corpus(settings: GenerateSettings, environment: Environment) -> dic
     if torch.cuda.is_available() and device.startswith("cuda"):
         counts["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     return counts | dict(report.counts)
-
-
-def device_and_precision(device: str, precision: str, environment: Environment) -> tuple[str, str]:
-    """(torch's device, float32 or bfloat16) of this rank for encoding and generating, which train nothing.
-
-    precision auto: bfloat16 on a GPU, float32 elsewhere. Raises SettingsError as choose_device.
-    """
-    cuda = choose_device(device, environment)
-    precision = precision if precision != "auto" else "bfloat16" if cuda else "float32"
-    return f"cuda:{environment.local_rank}" if cuda else "cpu", precision
 
 
 def generate_part(
@@ -181,29 +181,3 @@ def tidy(text: str, task: str, is_seq2seq: bool) -> str:
     if task == "queries" and not is_seq2seq:
         text = text.partition("\n")[0]
     return " ".join(text.split())
-
-
-def lines_of(task: str, passages: list[Passage], texts: list[list[str]]) -> Iterator[str]:
-    """One JSON line per passage, in order."""
-    for passage, of_passage in zip(passages, texts, strict=True):
-        value = [text for text in of_passage if text] if task == "queries" else of_passage[0]
-        yield json.dumps({"passage_id": passage.passage_id, task: value}, ensure_ascii=False) + "\n"
-
-
-def describe(
-    settings: GenerateSettings,
-    inputs: list[Input],
-    num_parts: int,
-    tokenizer_digest: str,
-    model_digest: str,
-    precision: str,
-) -> dict[str, Any]:
-    """What decides the texts. Names and places of model and tokenizer do not: their digests do."""
-    content = {name: value for name, value in as_plain(settings).items() if name not in NOT_CONTENT}
-    return {
-        "num_parts": num_parts,
-        "settings": content | {"max_new_tokens": settings.new_tokens, "precision": precision},
-        "model_digest": model_digest,
-        "tokenizer_digest": tokenizer_digest,
-        "sources": [{"name": source.name, "bytes": source.bytes, "digest": source.digest} for source in inputs],
-    }

@@ -141,7 +141,7 @@ class Generator:
         """
         device = self.model.device
         longest = max(map(len, prompts))
-        input_ids = torch.full((len(prompts), longest), self._pad_token_id(), dtype=torch.long)
+        input_ids = torch.full((len(prompts), longest), self.model.generation_config.pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(prompts):
             columns = slice(0, len(ids)) if self.is_seq2seq else slice(longest - len(ids), longest)
@@ -165,10 +165,6 @@ class Generator:
         texts = self.tokenizer.batch_decode(output_ids[:, prompt_length:], skip_special_tokens=True)
         texts = [text.strip() for text in texts]
         return [texts[start : start + num_sequences] for start in range(0, len(texts), num_sequences)]
-
-    def _pad_token_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else self.tokenizer.eos_token_id
 
 
 def load_generator(name: str, device: str, precision: str) -> Generator:

@@ -135,6 +135,16 @@ def choose_device(device: str, environment: Environment) -> bool:
     return True
 
 
+def device_and_precision(device: str, precision: str, environment: Environment) -> tuple[str, str]:
+    """(torch's device, float32 or bfloat16) of this rank for encoding and generating, which train nothing.
+
+    precision auto: bfloat16 on a GPU, float32 elsewhere. Raises SettingsError as choose_device.
+    """
+    cuda = choose_device(device, environment)
+    precision = precision if precision != "auto" else "bfloat16" if cuda else "float32"
+    return f"cuda:{environment.local_rank}" if cuda else "cpu", precision
+
+
 def rank_and_world() -> tuple[int, int]:
     """(rank, number of ranks) of the process group, (0, 1) where there is none."""
     import torch.distributed as dist

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from quincunx.engine.ranks import sum_over_ranks
 
@@ -99,8 +100,6 @@ class Progress:
         self._first, self._total, self._is_main = first_step, total_steps, is_main
         self._began, self._bar = time.monotonic(), None
         if is_main and sys.stderr.isatty():
-            from tqdm import tqdm
-
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def step(self) -> None:
@@ -117,7 +116,7 @@ class Progress:
             done = step - self._first
             left = (time.monotonic() - self._began) / max(done, 1) * (self._total - step)
             rate = f"{metrics['passages_per_second']:.1f} passages/s"
-            self.say(f"step {step}/{self._total}  {shown}  {rate}  {duration(left)} left")
+            self.say(f"step {step}/{self._total}  {shown}  {rate}  {tqdm.format_interval(left)} left")
 
     def say(self, line: str) -> None:
         """Prints a line above the bar, on rank 0."""
@@ -129,10 +128,3 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def duration(seconds: float) -> str:
-    """3723 -> `1:02:03`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -13,7 +13,7 @@ from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.ranks import Environment, discover_environment, one_voice, without_local_rank
+from quincunx.engine.ranks import Environment, device_and_precision, discover_environment, one_voice, without_local_rank
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -63,7 +63,6 @@ def main() -> None:
 
 def encode(settings: EncodeSettings, environment: Environment) -> None:
     """This rank's share, and on rank 0 the rest."""
-    from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.dual_encoder import load_retriever
     from quincunx.engine.retrieval.embeddings import open_embeddings, write_embeddings

@@ -15,7 +15,7 @@ from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.ranks import Environment, discover_environment, one_voice, without_local_rank
+from quincunx.engine.ranks import Environment, device_and_precision, discover_environment, one_voice, without_local_rank
 from quincunx.engine.retrieval.candidates import CANDIDATES, ENDINGS
 from quincunx.launchers.command_line import parse_settings
 
@@ -75,7 +75,6 @@ def main() -> None:
 
 def score(settings: ScoreSettings, environment: Environment) -> None:
     """This rank's share, and on rank 0 the merged file."""
-    from quincunx.engine.generate import device_and_precision
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.cross_encoder import load_reranker
     from quincunx.engine.retrieval.files import input_digest

@@ -121,8 +121,7 @@ def open_finder(settings: SearchSettings) -> Finder:
         from quincunx.engine.retrieval.bm25 import bm25_finder
 
         return bm25_finder(passages, settings.k1, settings.b)
-    from quincunx.engine.generate import device_and_precision
-    from quincunx.engine.ranks import discover_environment
+    from quincunx.engine.ranks import device_and_precision, discover_environment
     from quincunx.engine.retrieval.dual_encoder import load_retriever
     from quincunx.engine.retrieval.embeddings import open_embeddings
     from quincunx.engine.retrieval.index import Index
