@@ -44,7 +44,7 @@ class Evaluation(NamedTuple):
     """What is measured before the first step, every so many steps, and after the last. Every rank takes part."""
 
     kind: str
-    """Kind of its records in metrics.jsonl: "held_out", "probe" or "dev"."""
+    """Kind of its records in metrics.jsonl: "held_out" or "probe"."""
     every: int
     """Steps between two measurements."""
     measure: Callable[[torch.device], dict[str, float]]
