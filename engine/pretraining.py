@@ -117,7 +117,7 @@ def prepare(settings: PretrainSettings, environment: Environment) -> PretrainJob
 def make_evaluations(
     settings: PretrainSettings, model: PretrainModel, packers: dict[str, Packer], micro_batch: int, shard_set: ShardSet
 ) -> list[Evaluation]:
-    """The held-out losses, where passages are held out, and the probe, where one is given."""
+    """The held-out losses, if passages are held out, and the probe, if one is given."""
     found = []
     if settings.held_out_every:
         held_out = load_held_out(packers["heldout"], packers["train"], settings.held_out_passages, micro_batch)
@@ -153,7 +153,7 @@ def describe_kernels(settings: PretrainSettings, cuda: bool, model: PretrainMode
 
 
 def check_tokenizer(settings: PretrainSettings, shard_sets: list[ShardSet]) -> None:
-    """Raises SettingsError where a pre-trained encoder does not read the tokens that the shards hold."""
+    """Raises SettingsError if a pre-trained encoder does not read the tokens that the shards hold."""
     if settings.from_scratch:
         return
     ours = tokenizer_digest(load_tokenizer(settings.encoder))

@@ -45,7 +45,7 @@ class Environment:
     """This process's place in the run."""
 
     launcher: str
-    """torch (deepspeed or torchrun), slurm, openmpi, or python where the process is alone."""
+    """torch (deepspeed or torchrun), slurm, openmpi, or python if the process is alone."""
     rank: int
     """0 to world_size - 1."""
     world_size: int
@@ -118,7 +118,7 @@ def free_port() -> int:
 
 
 def choose_device(device: str, environment: Environment) -> bool:
-    """Whether a `device` setting (auto, cpu, cuda) means a GPU. Raises SettingsError where this rank has none."""
+    """Whether a `device` setting (auto, cpu, cuda) means a GPU. Raises SettingsError if this rank has none."""
     import torch
 
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
@@ -146,7 +146,7 @@ def device_and_precision(device: str, precision: str, environment: Environment) 
 
 
 def rank_and_world() -> tuple[int, int]:
-    """(rank, number of ranks) of the process group, (0, 1) where there is none."""
+    """(rank, number of ranks) of the process group, (0, 1) if there is none."""
     import torch.distributed as dist
 
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)

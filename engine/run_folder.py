@@ -121,7 +121,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
-    """The run's records, oldest first; torn lines are left out. Nothing where the run has written none yet."""
+    """The run's records, oldest first; torn lines are left out. Nothing if the run has written none yet."""
     path = Path(run_folder) / METRICS_FILE
     if path.exists():
         with open(path, "rb") as file:
@@ -161,7 +161,7 @@ class TrackingState:
     """tracking.json: who the run is, where it is tracked, and how far the sender has come.
 
     run_id is ours, made when the run first starts and kept in its checkpoints; the MLflow run carries it as a tag, by
-    which it is found again even where a server made a run and died before it could answer.
+    which it is found again even if a server made a run and died before it could answer.
     """
 
     run_id: str

@@ -35,7 +35,7 @@ class RunSettings:
     deepspeed: str = setting("zero2", role="machine", local=True)
     """DeepSpeed JSON: a file, or zero1, zero2, zero3, zero2_offload or zero3_offload."""
     fresh: bool = setting(False, role="machine", local=True)
-    """Start anew where the run folder holds a run; the old one is moved aside, not deleted."""
+    """Start anew if the run folder holds a run; the old one is moved aside, not deleted."""
     dropout: float | None = setting(None, low=0, below=1)
     """Hidden dropout, 0 to 1 (default: the named encoder's)."""
     learning_rate: float = setting(1e-4, above=0, below=10**6)
@@ -81,7 +81,7 @@ class RunSettings:
     export: bool = setting(True, role="machine")
     """Export the finished models into OUTPUT/export at the end."""
     device: Literal["auto", "cpu", "cuda"] = setting("auto", role="machine")
-    """Where to train: cuda fails where there is no GPU, auto takes one where there is."""
+    """Where to train: cuda fails if there is no GPU, auto takes one if there is."""
     gradient_checkpointing: bool = setting(False, role="machine")
     """Recompute the encoder's activations in the backward pass: less memory, about a third more time."""
     compile: bool = setting(False, role="machine")
@@ -314,7 +314,7 @@ def fill_config(
     del filled["scheduler"]
     put(filled, "train_micro_batch_size_per_gpu", micro_batch)
     put(filled, "optimizer.type", "AdamW")
-    # torch's AdamW needs no compiler; an offloaded optimizer runs on the CPU, where only DeepSpeed's own is fast.
+    # torch's AdamW needs no compiler; an offloaded optimizer runs on the CPU, and only DeepSpeed's own is fast there.
     parameters = filled["optimizer"]["params"]
     if parameters.get("torch_adam", "auto") == "auto":
         parameters["torch_adam"] = lookup(config, "zero_optimization.offload_optimizer.device") != "cpu"
