@@ -209,7 +209,7 @@ def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:
 def _gather_block(token_ids, word_starts, offsets, has_next, indices, places, fields, tokens, starts, lengths):
     """Copies texts of samples `indices` of one block to rows `places` of the tables; returns how many it has cut.
 
-    fields: the row of offsets that each text of the tables is read from, or -1.
+    fields: number of the block's field that each text of the tables is read from, or -1.
     """
     limit = tokens.shape[2]
     num_cut = 0
@@ -219,9 +219,8 @@ def _gather_block(token_ids, word_starts, offsets, has_next, indices, places, fi
             sample, field = indices[n], fields[text]
             if field < 0 or (text == NEXT and not has_next[sample]):
                 continue
-            sample += text == NEXT
-            low = offsets[field, sample]
-            length = offsets[field, sample + 1] - low
+            at = field * len(has_next) + sample + (text == NEXT)
+            low, length = offsets[at], offsets[at + 1] - offsets[at]
             if length > limit:
                 num_cut += 1
                 length = limit

@@ -68,10 +68,13 @@ class Files:
         if digest_of(data) != digest:
             raise DataError("does not match its digest")
         if cached and size <= self.cache_bytes:
+            temporary = cached.with_name(f"{cached.name}.{os.getpid()}-{threading.get_ident()}.tmp")
             try:
                 self._make_room(size)
-                write_at_once(cached, data)
+                temporary.write_bytes(data)
+                os.replace(temporary, cached)
             except OSError as error:  # a full disk, or another process that evicts this file: the run goes on
+                temporary.unlink(missing_ok=True)
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
                     raise DataError(f"cannot be cached in {self.cache} ({error.strerror})") from None
         return data
@@ -120,14 +123,3 @@ class Files:
                     break
                 Path(path).unlink(missing_ok=True)
                 excess -= size
-
-
-def write_at_once(path: Path, data: bytes) -> None:
-    """Writes a file that appears under its name when it is whole; threads and processes may write the same one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

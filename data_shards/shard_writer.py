@@ -122,7 +122,7 @@ class StatisticsCounter:
         _count_block(
             block.token_ids,
             block.word_starts,
-            block.offsets[0],
+            block.offsets[: block.num_samples + 1],
             self.num_buckets,
             self.num_passages,
             self.token_counts,
@@ -212,10 +212,10 @@ class ShardWriter:
 
     def _close_block(self) -> None:
         data = encode_block(self._pending, len(self._counter.token_counts))
-        block = decode_block(data, check=False)
-        for name, lengths in zip(block.fields, block.lengths):
+        block = decode_block(data)
+        for name, lengths in zip(block.fields, np.diff(block.offsets).reshape(-1, block.num_samples)):
             self.field_counts[name] += int((lengths > 0).sum())
-            self.field_tokens[name] += int(lengths.sum(dtype=np.int64))
+            self.field_tokens[name] += int(lengths.sum())
         self.field_counts["next"] += int(block.has_next.sum())
         if self._split == "train":
             self._counter.add_block(block)

@@ -12,17 +12,19 @@ import json
 import os
 import struct
 import threading
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from cachetools import LRUCache, cachedmethod
 
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
-from quincunx.data_shards.shard_files import Files, write_at_once
+from quincunx.data_shards.shard_files import Files
 
 FORMAT, SCHEMA_VERSION = "quincunx-shards", 1
 MANIFEST_NAME, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
@@ -50,41 +52,39 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A decoded block of N samples with F fields; token_ids and lengths are read-only views of the bytes.
+    """A decoded block of N samples with F fields; token_ids is a read-only view of the bytes.
 
     fields       F names, FIELDS first
-    token_ids    uint16|uint32 [T]
-    lengths      int32 [F, N], 0 if the sample has no such text
-    offsets      int64 [F, N + 1]: text f of sample i is token_ids[offsets[f, i] : offsets[f, i + 1]]
+    token_ids    uint16|uint32 [T], field by field
+    offsets      int64 [F N + 1]: text f of sample i is token_ids[offsets[f N + i] : offsets[f N + i + 1]]
     word_starts  bool [T]
     has_next     bool [N], the next sample of the block is the next passage of the same document
     """
 
     fields: tuple[str, ...]
     token_ids: np.ndarray
-    lengths: np.ndarray
     offsets: np.ndarray
     word_starts: np.ndarray
     has_next: np.ndarray
 
     @property
     def num_samples(self) -> int:
-        return self.lengths.shape[1]
+        return len(self.has_next)
 
     @property
     def nbytes(self) -> int:
         """Memory the arrays hold, in bytes."""
-        arrays = (self.token_ids, self.lengths, self.offsets, self.word_starts, self.has_next)
-        return sum(array.nbytes for array in arrays)
+        return sum(array.nbytes for array in (self.token_ids, self.offsets, self.word_starts, self.has_next))
 
-    def row(self, field_name: str) -> int:
-        """The row of a field in lengths and offsets, -1 if no sample of the block has it."""
+    def row(self, field_name: str | None) -> int:
+        """Number f of a field, -1 if no sample of the block has it."""
         return self.fields.index(field_name) if field_name in self.fields else -1
 
     def text(self, field_name: str, index: int) -> Text:
         """The text of sample `index`; a missing text has no tokens."""
         row = self.row(field_name)
-        span = slice(*self.offsets[row, index : index + 2]) if row >= 0 else slice(0)
+        at = row * self.num_samples + index
+        span = slice(*self.offsets[at : at + 2]) if row >= 0 else slice(0)
         return Text(self.token_ids[span], self.word_starts[span])
 
 
@@ -93,38 +93,25 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def decode_block(data: bytes, *, check: bool = True) -> Block:
+def decode_block(data: bytes) -> Block:
     """Views into `data`, which must stay unchanged.
 
-    check: compare the block's own checksum; leave it out if the caller has compared a digest of all of `data`.
-
     Raises:
-        DataError: not a block, a newer block version, a wrong size, or a wrong checksum.
+        DataError: not a block, a newer block version, or a wrong checksum.
     """
-    if len(data) < HEADER.size + CHECKSUM_BYTES:
-        raise DataError(f"has only {len(data)} bytes, a block has at least {HEADER.size + CHECKSUM_BYTES}")
-    magic, version, token_bytes, num_samples, num_fields, name_bytes, num_tokens = HEADER.unpack_from(data)
-    if magic != MAGIC:
-        raise DataError("does not start with the magic of a block")
+    if len(data) < HEADER.size + CHECKSUM_BYTES or data[: len(MAGIC)] != MAGIC:
+        raise DataError(f"is not a block: its {len(data)} bytes do not start with the header of one")
+    _, version, token_bytes, num_samples, num_fields, name_bytes, num_tokens = HEADER.unpack_from(data)
     if version > BLOCK_VERSION:
         raise DataError(f"has block version {version}, this quincunx reads up to {BLOCK_VERSION}: update quincunx")
+    if xxhash.xxh3_64_digest(memoryview(data)[:-CHECKSUM_BYTES]) != bytes(data[-CHECKSUM_BYTES:])[::-1]:
+        raise DataError("does not match its checksum")
     sizes = (name_bytes, 4 * num_fields * num_samples, token_bytes * num_tokens, -(-num_tokens // 8))
     names_at, lengths_at, tokens_at, starts_at, has_next_at = accumulate(sizes, initial=HEADER.size)
-    end = has_next_at + -(-num_samples // 8)
-    size = end + -end % 8 + CHECKSUM_BYTES
-    if len(data) != size:
-        raise DataError(f"has {len(data)} bytes, its header says {size}")
-    if check and xxhash.xxh3_64_intdigest(memoryview(data)[:-8]) != struct.unpack("<Q", data[-8:])[0]:
-        raise DataError("does not match its checksum")
     fields = (*FIELDS, *bytes(data[names_at:lengths_at]).rstrip(b"\0").decode().split())
-    if token_bytes not in (2, 4) or num_fields != len(fields) or num_samples == 0:
-        raise DataError("has a damaged header")
-    lengths = np.frombuffer(data, "<i4", num_fields * num_samples, lengths_at).reshape(num_fields, num_samples)
-    if lengths.min() < 0 or int(lengths.sum(dtype=np.int64)) != num_tokens:
-        raise DataError("has a damaged length table")
-    offsets = np.zeros((num_fields, num_samples + 1), np.int64)
-    offsets[:, 1:] = np.cumsum(lengths, dtype=np.int64).reshape(lengths.shape)
-    offsets[1:, 0] = offsets[:-1, -1]
+    lengths = np.frombuffer(data, "<i4", num_fields * num_samples, lengths_at)
+    offsets = np.append(0, np.cumsum(lengths, dtype=np.int64))
+    assert num_fields == len(fields) and offsets[-1] == num_tokens
 
     def bits(at: int, count: int) -> np.ndarray:
         packed = np.frombuffer(data, np.uint8, -(-count // 8), at)
@@ -133,7 +120,6 @@ def decode_block(data: bytes, *, check: bool = True) -> Block:
     return Block(
         fields=fields,
         token_ids=np.frombuffer(data, f"<u{token_bytes}", num_tokens, tokens_at),
-        lengths=lengths,
         offsets=offsets,
         word_starts=bits(starts_at, num_tokens),
         has_next=bits(has_next_at, num_samples),
@@ -338,26 +324,26 @@ class ShardSet:
     def __init__(self, files: Files, manifest: Manifest, block_cache_bytes: int):
         self.path, self.manifest = files.root, manifest
         self._files = files
-        self._block_cache_bytes, self._cached_bytes = block_cache_bytes, 0
-        self._blocks: OrderedDict[tuple[str, int], Block] = OrderedDict()
+        self._blocks = LRUCache(block_cache_bytes, getsizeof=lambda block: block.nbytes)
         self._lock = threading.Lock()
         self._entries = {
             split: [(s.name, i, block) for s in manifest.shards if s.split == split for i, block in enumerate(s.blocks)]
             for split in SPLITS
         }
-        statistics, *tokenizer_files = (
-            (entry.name, self._read(name, name, 0, entry.bytes, entry.digest))
+        companions = {
+            name: self._read(name, name, 0, entry.bytes, entry.digest)
             for name, entry in manifest.files.items()
             if isinstance(entry, FileEntry)
-        )
-        self.statistics = Statistics.from_bytes(statistics[1])
+        }
+        self.statistics = Statistics.from_bytes(companions.pop(manifest.statistics.name))
         assert len(self.statistics.token_counts) == manifest.vocab_size
-        folder = files.folder / TOKENIZER_FOLDER if files.folder else files.cache / f"tokenizer-{manifest.dataset_id}"
-        if not files.folder:
-            folder.mkdir(exist_ok=True)
-            for name, content in tokenizer_files:
-                write_at_once(folder / name, content)
-        self.tokenizer_folder = str(folder)
+        if files.folder:
+            self.tokenizer_folder = str(files.folder / TOKENIZER_FOLDER)
+        else:
+            self.tokenizer_folder = str(files.cache / f"tokenizer-{manifest.dataset_id}")
+            for name, content in companions.items():
+                with written_whole(Path(self.tokenizer_folder, Path(name).name), "wb") as file:
+                    file.write(content)
 
     def num_blocks(self, split: str) -> int:
         return len(self._entries[split])
@@ -369,29 +355,20 @@ class ShardSet:
         """Samples of each block in global order, int64 [num_blocks]."""
         return np.array([entry.samples for _, _, entry in self._entries[split]], np.int64)
 
+    @cachedmethod(attrgetter("_blocks"), lock=attrgetter("_lock"))
     def read_block(self, split: str, index: int) -> Block:
         """Block `index` of a split, its bytes compared with the manifest, its ids with the vocabulary.
 
         Raises:
             DataError: names shard, block, what is wrong with it, and the remedy.
         """
-        with self._lock:
-            if (split, index) in self._blocks:
-                self._blocks.move_to_end((split, index))
-                return self._blocks[split, index]
         shard, number, entry = self._entries[split][index]
-        block = decode_block(self._read_member(shard, number, entry.offset, entry.size, entry.digest), check=False)
+        block = decode_block(self._read_member(shard, number, entry.offset, entry.size, entry.digest))
         if len(block.token_ids) and (worst := int(block.token_ids.max())) >= self.manifest.vocab_size:
             raise DataError(
                 f"block {number} of shard {shard} in {self.path} holds token id {worst} beyond the vocabulary of "
                 f"{self.manifest.vocab_size}: {REMEDY}"
             )
-        with self._lock:
-            if (split, index) not in self._blocks:
-                self._blocks[split, index] = block
-                self._cached_bytes += block.nbytes
-            while self._cached_bytes > self._block_cache_bytes and len(self._blocks) > 1:
-                self._cached_bytes -= self._blocks.popitem(last=False)[1].nbytes
         return block
 
     def passage_ids(self, split: str, index: int) -> list[str]:

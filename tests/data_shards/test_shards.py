@@ -131,7 +131,7 @@ def test_a_shard_set_is_shared_by_threads(pristine):
     expected = [shards.read_block("train", i).token_ids.sum() for i in indices]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda i: shards.read_block("train", i).token_ids.sum(), indices)) == expected
-    assert shards._cached_bytes == sum(block.nbytes for block in shards._blocks.values()) <= 20_000
+    assert 10_000 < sum(block.nbytes for block in shards._blocks.values()) <= 20_000
 
 
 def read_all_blocks(folder: Path) -> None:
