@@ -7,9 +7,7 @@ matches where its words follow each other in the text. The title is not searched
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import regex
 
@@ -30,31 +28,32 @@ def as_phrase(text: str) -> str:
     return f" {' '.join(words)} "
 
 
-_answer_phrase = lru_cache(maxsize=1 << 16)(as_phrase)
+def answer_matcher(answers: Iterable[str], is_regex: bool = False) -> Callable[[str], bool]:
+    """Whether a text contains one of the answers, as a function of the text; an answer without any word matches none.
+
+    is_regex: the answers are regular expressions (CuratedTREC's), searched without regard to case.
+
+    Raises DataError for an answer that is no regular expression.
+    """
+    if is_regex:
+        patterns = list(map(_compiled, answers))
+        return lambda text: any(pattern.search(unicodedata.normalize("NFD", text)) for pattern in patterns)
+    phrases = [phrase for phrase in map(as_phrase, answers) if phrase.strip()]
+
+    def has_phrase(text: str) -> bool:
+        own = as_phrase(text)
+        return any(phrase in own for phrase in phrases)
+
+    return has_phrase
 
 
-@lru_cache(maxsize=1 << 16)
-def _answer_pattern(answer: str) -> Any:
+def _compiled(answer: str) -> regex.Pattern:
     try:
-        return regex.compile(
-            unicodedata.normalize("NFD", answer), flags=regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
-        )
+        return regex.compile(unicodedata.normalize("NFD", answer), regex.IGNORECASE | regex.MULTILINE)
     except regex.error as error:
         raise DataError(
             f"the answer {answer!r} is no regular expression ({error}): fix it or match plain text"
         ) from None
-
-
-def has_answer(text: str, answers: Iterable[str], is_regex: bool = False) -> bool:
-    """Whether the text contains one of the answers; an answer without any word matches nothing.
-
-    is_regex: the answers are regular expressions (CuratedTREC's), searched without regard to case.
-    """
-    if is_regex:
-        normal = unicodedata.normalize("NFD", text)
-        return any(_answer_pattern(answer).search(normal) is not None for answer in answers)
-    phrase = as_phrase(text)
-    return any(wanted in phrase for answer in answers if (wanted := _answer_phrase(answer)).strip())
 
 
 def answer_hits(
@@ -78,7 +77,8 @@ def answer_hits(
     for query_id, wanted in answers.items():
         best = best_first(run.get(query_id, {}), max(depths))
         texts = map(passages.text_at, passages.known_rows(best, "passages", "the run"))
-        ranks = (rank for rank, text in enumerate(texts, 1) if has_answer(text, wanted, is_regex))
+        matches = answer_matcher(wanted, is_regex)
+        ranks = (rank for rank, text in enumerate(texts, 1) if matches(text))
         first = next(ranks, math.inf)
         for depth in depths:
             per_query[f"AnswerHit@{depth}"][query_id] = float(first <= depth)

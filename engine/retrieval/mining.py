@@ -14,7 +14,7 @@ import xxhash
 
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.setting import setting
-from quincunx.engine.retrieval.answers import has_answer
+from quincunx.engine.retrieval.answers import answer_matcher
 from quincunx.engine.retrieval.candidates import Candidates
 from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.files import first_of
@@ -124,6 +124,7 @@ def mine(
                 limit = choose(scores[id] for id in positives) - rules.margin
         own_answers = None if answers is None else answers.get(query_id)
         counts["queries_without_answers"] += answers is not None and not own_answers
+        has_answer = answer_matcher(own_answers or ())
         negatives, left_out = [], []
         ranked = ranked[: rules.depth]
         for rank, (id, row) in enumerate(zip(ranked, passages.rows(ranked), strict=True), 1):
@@ -139,7 +140,7 @@ def mine(
                 reason = "skipped_at_the_top"
             elif row in empty:
                 reason = "without_text"
-            elif own_answers and has_answer(passages.text_at(row), own_answers):
+            elif own_answers and has_answer(passages.text_at(row)):
                 reason = "with_an_answer"
             elif scores is not None and id not in scores:
                 unfit["scores"].append(f"{query_id} {id}")
@@ -159,7 +160,7 @@ def mine(
             if len(random) == wanted:
                 break
             id = passages.id_at(row)
-            if id in taken or row in empty or (own_answers and has_answer(passages.text_at(row), own_answers)):
+            if id in taken or row in empty or (own_answers and has_answer(passages.text_at(row))):
                 continue
             random[id] = None
         counts["random"] += len(random)
