@@ -76,7 +76,7 @@ def main() -> None:
     from quincunx.engine.retrieval.files import refuse_input
 
     for name in settings.measures:
-        evaluation.find_measure(name)
+        evaluation.find_measure(name, settings.relevant_from)
     inputs = {name: getattr(settings, name) for name in ("run", "qrels", "compare", "answers", "queries", "corpus")}
     for written in filter(None, (settings.output, settings.per_query)):
         refuse_input(written, settings)
@@ -87,7 +87,9 @@ def main() -> None:
     qrels, answers, dropped = None, None, {}
     if settings.qrels is not None:
         hint = "choose --no_positives keep (they count 0) or drop"
-        qrels, dropped["qrels"] = trec.load_qrels(settings.qrels, queries, passages, drop, settings.no_positives, hint)
+        found = trec.read_qrels(settings.qrels)
+        checked = trec.check_qrels(found, settings.qrels, queries, passages, drop, settings.no_positives, hint)
+        qrels, dropped["qrels"] = checked
     if settings.answers is not None:
         found = trec.read_answers(settings.answers)
         answers, dropped["answers"] = trec.check_against(found, queries, None, settings.answers, drop)

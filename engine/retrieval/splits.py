@@ -15,7 +15,7 @@ import xxhash
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import Collection, read_queries
 from quincunx.engine.retrieval.files import write_json_lines
-from quincunx.engine.retrieval.trec import Qrels, keep_positives, load_qrels, read_answers, read_dpr, write_qrels
+from quincunx.engine.retrieval.trec import Qrels, check_qrels, read_answers, read_dpr, read_qrels, write_qrels
 
 
 def sample_ids(ids: Iterable[str], number: int | None, seed: int) -> list[str]:
@@ -39,17 +39,17 @@ def read_split(
     Raises:
         DataError: files that cannot be read, ids that do not fit, or queries without positives.
     """
-    choice = ("drop" if drop else "stop", "leave them out with --unknown_ids drop")
     is_dpr = queries.removesuffix(".gz").endswith((".json", ".csv"))
-    judged, own_answers, counts = None, None, {"unknown_queries": 0, "queries_without_positives": 0}
+    judged, own_answers, counts = None, None, {}
     if is_dpr and None in (qrels, answers):
         asked, own_answers, judged = read_dpr(queries)
     else:
         asked = read_queries(queries)
     if qrels is not None:
-        judged, counts = load_qrels(qrels, asked, None, drop, *choice)
-    elif judged is not None:
-        judged, counts["queries_without_positives"] = keep_positives(judged, queries, *choice)
+        judged = read_qrels(qrels)
+    if judged is not None:
+        choice, hint = "drop" if drop else "stop", "leave them out with --unknown_ids drop"
+        judged, counts = check_qrels(judged, qrels or queries, asked, None, drop, choice, hint)
     return asked, judged, own_answers if answers is None else read_answers(answers), counts
 
 

@@ -62,33 +62,24 @@ def read_qrels(path: str | Path) -> Qrels:
     return qrels
 
 
-def load_qrels(
-    path: str,
+def check_qrels(
+    qrels: Qrels,
+    name: str,
     queries: Collection | None,
     passages: Collection | None,
     drop_unknown: bool,
     without_positives: str,
     hint: str,
 ) -> tuple[Qrels, dict[str, int]]:
-    """Qrels whose ids are known (None: not compared), as keep_positives leaves them, and the counts of the others.
+    """Qrels whose ids are known (None: not compared) and whose queries have positives, and the counts of the others.
+
+    without_positives: what to do with queries that no passage of grade 1 or more is judged for: stop refuses the file,
+        keep leaves them in, drop leaves them out. hint: the choices besides stop, for the message.
 
     Raises:
-        DataError: as read_qrels, check_against and keep_positives.
+        DataError: as check_against; queries without positives, or nothing left.
     """
-    qrels, dropped = check_against(read_qrels(path), queries, passages, path, drop_unknown)
-    qrels, num_lacking = keep_positives(qrels, path, without_positives, hint)
-    return qrels, {**dropped, "queries_without_positives": num_lacking}
-
-
-def keep_positives(qrels: Qrels, name: str, without_positives: str, hint: str) -> tuple[Qrels, int]:
-    """(qrels, number of queries that no passage of grade 1 or more is judged for).
-
-    without_positives: what to do with those queries: stop refuses the file, keep leaves them in, drop leaves them out.
-    hint: the choices besides stop, for the message.
-
-    Raises:
-        DataError: queries without positives, or nothing left.
-    """
+    qrels, counts = check_against(qrels, queries, passages, name, drop_unknown)
     lacking = dict.fromkeys(query_id for query_id, grades in qrels.items() if max(grades.values(), default=0) < 1)
     if lacking and without_positives == "stop":
         raise DataError(
@@ -99,7 +90,7 @@ def keep_positives(qrels: Qrels, name: str, without_positives: str, hint: str) -
         if len(lacking) == len(qrels):
             raise DataError(f"{name} judges no passage as relevant to any query: give other qrels")
         qrels = {query_id: grades for query_id, grades in qrels.items() if query_id not in lacking}
-    return qrels, len(lacking)
+    return qrels, {**counts, "queries_without_positives": len(lacking)}
 
 
 def write_qrels(path: str | Path, qrels: Qrels) -> None:

@@ -9,8 +9,7 @@ from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.collection import make_collection
 from quincunx.engine.retrieval.trec import (
     check_against,
-    keep_positives,
-    load_qrels,
+    check_qrels,
     read_answers,
     read_dpr,
     read_qrels,
@@ -125,14 +124,15 @@ def test_unknown_ids_are_counted_and_named_or_dropped():
         check_against({"q9": {"p1": 1}}, QUERIES, None, "qrels", drop=True)
 
 
-def test_queries_without_positives_are_named_kept_or_dropped(tmp_path):
-    write_qrels(tmp_path / "qrels", QRELS)
-    path = str(tmp_path / "qrels")
+def test_queries_without_positives_are_named_kept_or_dropped():
+    def check(qrels, choice):
+        return check_qrels(qrels, "qrels", None, None, False, choice, "pray")
+
     with pytest.raises(DataError, match=r"relevant to 1 of 2 queries \(first: q2\): remove these queries, or pray"):
-        load_qrels(path, None, None, False, "stop", "pray")
+        check(QRELS, "stop")
     none = {"unknown_queries": 0, "unknown_passages": 0, "queries_without_positives": 1}
-    assert load_qrels(path, None, None, False, "keep", "") == (QRELS, none)
-    assert load_qrels(path, None, None, False, "drop", "") == ({"q1": QRELS["q1"]}, none)
+    assert check(QRELS, "keep") == (QRELS, none)
+    assert check(QRELS, "drop") == ({"q1": QRELS["q1"]}, none) == check({**QRELS, "q2": {}}, "drop")
 
 
 def test_a_run_is_read_query_by_query_in_the_order_of_scores(tmp_path):
@@ -159,9 +159,6 @@ def test_dpr_files_give_questions_answers_and_judgements(tmp_path):
     assert queries.texts() == ["who flew first", "and then"]
     assert answers == {"0": ["Wright", "the Wrights"], "1": []} == read_answers(path)
     assert qrels == {"0": {"12": 1, "13": 1}, "1": {}}
-    with pytest.raises(DataError, match=r"nq judges no passage as relevant to 1 of 2 queries \(first: 1\)"):
-        keep_positives(qrels, "nq", "stop", "pray")
-    assert keep_positives(qrels, "nq", "drop", "") == ({"0": {"12": 1, "13": 1}}, 1)
     for wrong, message in (
         ({"positive_ctxs": ["12"]}, "not a list of objects"),
         ({"question": None}, "question is None"),
