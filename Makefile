@@ -25,7 +25,7 @@ test: .venv/.ready  ## lint, then every test that needs neither a GPU nor patien
 lint: .venv/.ready  ## ruff, without changing anything
 	@$(RUN) ruff check . && $(RUN) ruff format --check .
 
-format: .venv/.ready  ## ruff, mending what it can
+format: .venv/.ready  ## ruff, fixing what it can
 	@$(RUN) ruff check --fix . ; $(RUN) ruff format .
 
 test-slow: .venv/.ready  ## the long proofs: 50 kill points, every ZeRO stage across world sizes
