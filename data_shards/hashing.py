@@ -1,9 +1,9 @@
 """The one source of randomness: a 32-bit integer hash of (seed, epoch, sample id, task, position, word).
 
 No generator has state, so a mask or an order does not depend on packing, rank, worker count or restart. All
-arithmetic is uint32 and wraps; draws are compared as integers, never as floats. `kernels/hashing.py` is the same in
-torch, equal bit for bit. The functions are compiled by numba and meant to be called from compiled loops; called from
-Python they take and return integers.
+arithmetic is uint32 and wraps; draws are compared as integers, never as floats. `kernels/enhanced_attention.py` has the
+same in torch, equal bit for bit. The functions are meant to be called from compiled loops; called from Python they take
+and return integers.
 
 The mixer is Wellons' two-multiply `lowbias32` (hash-prospector); 2**30 is the scale of every threshold, so that
 draws and thresholds fit a non-negative int32 and "always" (2**30) has a value of its own.
@@ -83,24 +83,18 @@ def draw30(key, row, word):
 
 
 @compiled
-def word_hash(token_ids, start, end):
-    """Identity (uint32) of the word spelled by `token_ids[start:end]`: the fold chain of its ids, begun at 0."""
-    key = np.uint32(0)
-    for i in range(start, end):
-        key = fold(key, token_ids[i])
-    return key
-
-
-@compiled
 def word_slot(token_ids, start, end, vocab_size, num_buckets):
     """Slot of the word token_ids[start:end] in a shard set's statistics; num_buckets is a power of two.
 
     A word of one token has the slot of its id; one of several tokens shares slot vocab_size + hash mod num_buckets, so
-    that the table does not grow with the corpus.
+    that the table does not grow with the corpus. The hash is the fold chain of its ids, begun at 0.
     """
     if end - start == 1:
         return np.int64(token_ids[start])
-    return vocab_size + np.int64(word_hash(token_ids, start, end) & np.uint32(num_buckets - 1))
+    key = np.uint32(0)
+    for i in range(start, end):
+        key = fold(key, token_ids[i])
+    return vocab_size + np.int64(key & np.uint32(num_buckets - 1))
 
 
 def dataset_seed(seed: int, dataset: int) -> int:

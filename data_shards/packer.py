@@ -5,7 +5,6 @@ row, on which rank or worker, changes nothing. The compiled loops here and in ma
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -74,9 +73,11 @@ class Packer:
         self.only_mask, self.halves = corruption == "mask", neighbour == "halves"
         self.limit = max_tokens - 2
         self.vocabulary = _vocabulary(self.shard_sets)
-        self.vocab_size = self.vocabulary.size
         self.seeds = np.array([dataset_seed(seed, dataset) for dataset in range(len(shard_sets))], np.int64)
-        self.block_starts = [np.append(0, np.cumsum(shard_set.block_samples(split))) for shard_set in shard_sets]
+        samples = [shard_set.block_samples(split) for shard_set in shard_sets]
+        self.block_starts = np.append(0, np.cumsum(np.concatenate(samples)))
+        """int64, the first sample of each block, the blocks of all shard sets laid end to end."""
+        self.first_blocks = np.cumsum([0, *map(len, samples)])
         wanted = [field_of(task.name, neighbour) for task in tasks]
         self.sources = {"passage": "passage", "next": "passage" if "next" in wanted else None}
         """The block's field that each text is read from; None if no task needs it as it is stored."""
@@ -131,36 +132,25 @@ class Packer:
 
     def gather(self, rows: Rows) -> tuple[dict[str, Packed], int]:
         """The texts of the rows as they are stored, by name, and how many of them were cut at max_tokens."""
-        datasets, _, sample_ids = rows
-        shape = (len(self.sources), len(sample_ids), self.limit)
-        tokens, starts = np.empty(shape, token_dtype(self.vocab_size)), np.empty(shape, bool)
+        shape = (len(self.sources), len(rows.sample_ids), self.limit)
+        tokens, starts = np.empty(shape, token_dtype(self.vocabulary.size)), np.empty(shape, bool)
         lengths = np.zeros(shape[:2], np.int32)
-        num_cut = 0
-        for dataset in np.unique(datasets):
-            shard_set, block_starts = self.shard_sets[dataset], self.block_starts[dataset]
-            places = np.flatnonzero(datasets == dataset)
-            blocks = np.searchsorted(block_starts, sample_ids[places], side="right") - 1
-            by_block = np.argsort(blocks, kind="stable")
-            places, blocks = places[by_block], blocks[by_block]
-            indices = sample_ids[places] - block_starts[blocks]
-            for low, high in pairwise([*np.flatnonzero(np.diff(blocks, prepend=-1)), len(places)]):
-                block = shard_set.read_block(self.split, int(blocks[low]))
-                num_cut += _gather_block(
-                    block.token_ids,
-                    block.word_starts,
-                    block.offsets,
-                    block.has_next,
-                    indices[low:high],
-                    places[low:high],
-                    np.array([block.row(field) for field in self.sources.values()]),
-                    tokens,
-                    starts,
-                    lengths,
-                )
+        tables, num_cut = (tokens, starts, lengths), 0
+        numbers = rows.sample_ids + self.block_starts[self.first_blocks[rows.datasets]]
+        blocks = np.searchsorted(self.block_starts, numbers, side="right") - 1
+        by_block = np.argsort(blocks, kind="stable")
+        for places in np.split(by_block, np.flatnonzero(np.diff(blocks[by_block])) + 1):
+            number, dataset = blocks[places[0]], rows.datasets[places[0]]
+            block = self.shard_sets[dataset].read_block(self.split, int(number - self.first_blocks[dataset]))
+            fields = np.array([block.row(field) for field in self.sources.values()])
+            indices = numbers[places] - self.block_starts[number]
+            num_cut += _gather_block(
+                block.token_ids, block.word_starts, block.offsets, block.has_next, fields, indices, places, *tables
+            )
         if self.halves:
-            _split_halves(tokens, starts, lengths)
-        tables = zip(self.sources, tokens, starts, lengths)
-        return {name: pack_texts(*table, self.vocabulary) for name, *table in tables}, num_cut
+            _split_halves(*tables)
+        named = zip(self.sources, *tables)
+        return {name: pack_texts(*table, self.vocabulary) for name, *table in named}, num_cut
 
     def keys(self, text: Packed, rows: Rows, code: int) -> np.ndarray:
         """uint32 [S], what everything that `code` draws for a text is hashed from."""
@@ -206,7 +196,7 @@ def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:
 
 
 @compiled
-def _gather_block(token_ids, word_starts, offsets, has_next, indices, places, fields, tokens, starts, lengths):
+def _gather_block(token_ids, word_starts, offsets, has_next, fields, indices, places, tokens, starts, lengths):
     """Copies texts of samples `indices` of one block to rows `places` of the tables; returns how many it has cut.
 
     fields: number of the block's field that each text of the tables is read from, or -1.

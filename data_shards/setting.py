@@ -12,15 +12,14 @@ machine   nothing that is learned
 
 import dataclasses
 import math
+import operator
 from typing import Any
 
-from quincunx.data_shards.errors import SettingsError
-
 BOUNDS = {
-    "low": ("at least", lambda value, bound: value >= bound),
-    "above": ("above", lambda value, bound: value > bound),
-    "high": ("at most", lambda value, bound: value <= bound),
-    "below": ("below", lambda value, bound: value < bound),
+    "low": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "high": ("at most", operator.le),
+    "below": ("below", operator.lt),
 }
 
 
@@ -64,9 +63,3 @@ def as_plain(settings: Any) -> dict[str, Any]:
     """The settings as YAML and JSON can hold them."""
     values = dataclasses.asdict(settings)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def require(problems: list[str]) -> None:
-    """Raises one SettingsError with all `problems`."""
-    if problems:
-        raise SettingsError("; ".join(problems))

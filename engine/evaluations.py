@@ -91,7 +91,7 @@ def load_held_out(held_out: "Packer", train: "Packer", num_passages: int, micro_
     unigram = {}
     for task, labels in labels_by_task(batches).items():
         if len(labels):
-            counts = np.bincount(trained[task], minlength=held_out.vocab_size)
+            counts = np.bincount(trained[task], minlength=held_out.vocabulary.size)
             unigram[task] = -float(log_probabilities(counts)[labels].mean())
     return HeldOut(batches, unigram)
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.setting import as_plain, find_problems, names_of, require
+from quincunx.data_shards.setting import as_plain, find_problems, names_of
 
 Settings = TypeVar("Settings")
 
@@ -81,7 +81,8 @@ def parse_settings(
     if "--print_config" in words:
         print(yaml.safe_dump(as_plain(settings), sort_keys=False), end="")
         sys.exit(0)
-    require(find_problems(settings) + find_more(settings))
+    if problems := find_problems(settings) + find_more(settings):
+        raise SettingsError("; ".join(problems))
     if os.environ.get("QUINCUNX_CHECK"):  # of a chain: inputs may be made by its earlier stages
         named = [getattr(settings, name) for name in names_of(settings, "data")]
         paths = [path for value in named if value for path in (value if isinstance(value, list) else [value])]
