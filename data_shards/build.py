@@ -29,7 +29,7 @@ from quincunx.data_shards.build_task import TaskPlan, run_task
 from quincunx.data_shards.durable import file_digest, full_disk_is_named
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.generations import index_generations, list_generation_files
-from quincunx.data_shards.passages import document_texts
+from quincunx.data_shards.passages import text_parts
 from quincunx.data_shards.readers import list_inputs, read_documents
 from quincunx.data_shards.records import Input, ReadReport
 from quincunx.data_shards.shard_files import Files
@@ -198,7 +198,7 @@ def sample_texts(settings: BuildSettings, tasks: int) -> Iterator[str]:
     for task in range(tasks):
         taken = 0
         for document in read_documents(settings.format, settings.path, task, tasks, ReadReport("skip")):
-            for text in document_texts(document, settings.with_titles):
+            for text in map(" ".join, text_parts(document, settings.with_titles)):
                 yield text
                 taken += len(text)
             if taken >= budget:

@@ -43,12 +43,15 @@ class Passage:
     query: str = ""
 
 
-def document_texts(document: Document, with_titles: bool = True) -> list[str]:
-    """The texts that are tokenised: one for running text, one per passage of a ready-made collection."""
+def text_parts(document: Document, with_titles: bool = True) -> list[list[str]]:
+    """The texts that are tokenised, each in parts that one space joins; a sentence ends with its part.
+
+    Running text is one text of title and paragraphs, a ready-made collection has one text of one part a passage.
+    """
     title = [document.title] if with_titles and document.title else []
     if document.passage_ids:
-        return [" ".join([*title, paragraph]) for paragraph in document.paragraphs]
-    return [" ".join([*title, *document.paragraphs])]
+        return [[" ".join([*title, paragraph])] for paragraph in document.paragraphs]
+    return [[*title, *document.paragraphs]]
 
 
 def cut_tokens(tokens: Tokens, boundaries: list[int], limit: int) -> list[tuple[int, int]]:
@@ -100,26 +103,23 @@ def split_documents(
     report = report if report is not None else ReadReport()
     remaining = iter(documents)
     while batch := list(islice(remaining, BATCH_DOCUMENTS)):
-        texts = [document_texts(document, with_titles) for document in batch]
-        tokenized = iter(tokenize(tokenizer, [text for of_document in texts for text in of_document]))
+        texts = [text_parts(document, with_titles) for document in batch]
+        tokenized = iter(tokenize(tokenizer, [" ".join(parts) for of_document in texts for parts in of_document]))
         for document, of_document in zip(batch, texts):
             passages: list[Passage] = []
-            for k, text in enumerate(of_document):
-                tokens = next(tokenized)
-                passages += _cut_text(document, k, text, tokens, with_titles, max_tokens - NUM_SPECIAL, report)
+            for k, parts in enumerate(of_document):
+                passages += _cut_text(document, k, parts, next(tokenized), max_tokens - NUM_SPECIAL, report)
             yield document, passages
 
 
 def _cut_text(
-    document: Document, k: int, text: str, tokens: Tokens, with_titles: bool, limit: int, report: ReadReport
+    document: Document, k: int, parts: list[str], tokens: Tokens, limit: int, report: ReadReport
 ) -> list[Passage]:
     """The passages of the k-th text of a document."""
     if not len(tokens.token_ids):
         report.counts["empty_passages"] += 1
         return []
-    collection = bool(document.passage_ids)
-    title = [document.title] if with_titles and document.title else []
-    parts = [text] if collection else [*title, *document.paragraphs]  # a sentence ends with its part
+    text, collection = " ".join(parts), bool(document.passage_ids)
     bounds = [*accumulate((len(part) + 1 for part in parts[:-1]), initial=0), len(text)]
     sentences = [start + i for start, end in pairwise(bounds) for i in sentence_starts(text[start:end])]
     ranges = cut_tokens(tokens, sentences, limit)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quincunx.data_shards.passages import Passage, document_texts, split_documents
+from quincunx.data_shards.passages import Passage, split_documents, text_parts
 from quincunx.data_shards.readers import read_documents
 from quincunx.data_shards.records import Document, ReadReport
 from quincunx.data_shards.words import tokenize
@@ -54,7 +54,7 @@ def test_the_passages_tokens_are_the_documents_and_none_is_too_long(
 ):
     tokenizer = tokenizers[family]
     passages = split_document(document, tokenizer, max_tokens, with_titles)
-    whole = tokenize(tokenizer, document_texts(document, with_titles))
+    whole = tokenize(tokenizer, [" ".join(parts) for parts in text_parts(document, with_titles)])
     assert np.concatenate([p.token_ids for p in passages]).tolist() == [t for text in whole for t in text.token_ids]
     assert all(1 <= len(p.token_ids) <= max_tokens - 2 for p in passages)
     assert all(p.word_starts[0] and len(p.word_starts) == len(p.token_ids) for p in passages)
@@ -67,7 +67,8 @@ def test_the_passages_tokens_are_the_documents_and_none_is_too_long(
 def test_words_are_cut_only_where_one_is_longer_than_a_passage(tokenizers, family, document, max_tokens):
     tokenizer, report = tokenizers[family], ReadReport()
     ((_, passages),) = split_documents([document], tokenizer, max_tokens, report=report)
-    starts = np.concatenate([t.word_starts for t in tokenize(tokenizer, document_texts(document))])
+    texts = [" ".join(parts) for parts in text_parts(document)]
+    starts = np.concatenate([tokens.word_starts for tokens in tokenize(tokenizer, texts)])
     longest = np.diff(np.flatnonzero(np.append(starts, True))).max()
     first_tokens = np.cumsum([0, *(len(p.token_ids) for p in passages[:-1])])
     assert report.counts["cut_words"] == (~starts[first_tokens]).sum()
