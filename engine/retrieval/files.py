@@ -1,4 +1,4 @@
-"""Files of the field, record by record: every complaint names the file and the line, row or record."""
+"""DPR's files of questions record by record, and small things that every stage does with its files."""
 
 import ast
 import csv

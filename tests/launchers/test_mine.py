@@ -1,18 +1,13 @@
 """mine.py as a user runs it: files in, candidates and counts out, one sentence for what cannot be mined."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from quincunx.data_shards.artefact import open_artefact
 from quincunx.engine.retrieval.candidates import CANDIDATES, Candidates, iterate_candidates, write_candidates
 from quincunx.launchers.mine import main
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -33,37 +28,41 @@ def data(tmp_path):
 
 def command(data, *flags, run="run.trec", qrels="qrels.tsv"):
     words = [
-        "launchers/mine.py", "--run", data / run, "--qrels", data / qrels, "--corpus", data / "corpus.jsonl",
+        "mine.py", "--run", data / run, "--qrels", data / qrels, "--corpus", data / "corpus.jsonl",
         "--queries", data / "queries.tsv", "--output", data / "out.jsonl", *flags,
     ]  # fmt: skip
     return list(map(str, words))
 
 
-def mine(data, *flags):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable, *command(data, *flags)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+@pytest.fixture
+def mine(data, monkeypatch, capsys):
+    """Runs mine.py over that data; gives what it prints."""
+
+    def run(*flags) -> str:
+        monkeypatch.setattr(sys, "argv", command(data, *flags))
+        main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes_nothing(data):
-    done = mine(data, "--depth=3")
-    assert done.returncode == 0, done.stderr
+def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes_nothing(data, mine, refused):
+    shown = mine("--depth=3")
     rows = [Candidates("q0", ("p3",), ("p1", "p5")), Candidates("q1", ("p0",), ("p4",))]
     assert list(iterate_candidates(data / "out.jsonl")) == rows
     manifest = open_artefact(data / "out.jsonl", CANDIDATES, single=True, verify=True)
     assert manifest["made_from"]["rules"]["depth"] == 3 and manifest["details"]["queries"] == 2
     assert manifest["details"]["mining"]["left_out_positives"] == 2
-    assert "left out positives" in done.stdout
+    assert "left out positives" in shown
 
     written = (data / "out.jsonl").stat().st_mtime_ns
-    again = mine(data, "--depth=3")
-    assert again.returncode == 0 and "nothing to do" in again.stdout
-    other = mine(data, "--depth=4")
-    assert other.returncode == 2 and "was made otherwise (rules.depth was 3 and is 4)" in other.stderr
+    assert "nothing to do" in mine("--depth=3")
+    code, said = refused(main, *command(data, "--depth=4")[1:])
+    assert code == 2 and "was made otherwise (rules.depth was 3 and is 4)" in said
     assert (data / "out.jsonl").stat().st_mtime_ns == written
 
 
-def test_answers_the_teachers_margin_and_random_fill_work_together(data):
+def test_answers_the_teachers_margin_and_random_fill_work_together(data, mine):
     (data / "answers.jsonl").write_text('{"query_id": "q0", "answers": ["text 1", "amber"]}\n')
     scored = [
         Candidates("q0", ("p3",), ("p1", "p5", "p2"), {"p3": 5.0, "p1": 0.0, "p5": 4.5, "p2": 3.0}),
@@ -71,8 +70,7 @@ def test_answers_the_teachers_margin_and_random_fill_work_together(data):
     ]
     write_candidates(data / "scored.jsonl", scored)
     flags = ["--answers", data / "answers.jsonl", "--teacher_scores", data / "scored.jsonl", "--margin=1"]
-    done = mine(data, *flags, "--random_fill=3")
-    assert done.returncode == 0, done.stderr
+    mine(*flags, "--random_fill=3")
     first, second = list(iterate_candidates(data / "out.jsonl"))
     assert first.negatives[0] == "p2" and set(first.negatives[1:]) <= {"p0", "p4", "p5"}
     assert len(first.negatives) == len(second.negatives) == 3
