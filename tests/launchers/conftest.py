@@ -200,6 +200,18 @@ def harness() -> SimpleNamespace:
 
 
 @pytest.fixture
+def launched(monkeypatch, capsys):
+    """Runs a launcher in this process; gives what it prints."""
+
+    def run(main, *flags) -> str:
+        monkeypatch.setattr(sys, "argv", ["launcher", *map(str, flags)])
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
 def refused(monkeypatch, capsys):
     """Runs a launcher in this process, which must refuse its flags; gives its exit code and its one sentence."""
     from quincunx.data_shards.errors import exit_with_one_sentence

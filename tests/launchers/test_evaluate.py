@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +43,9 @@ def folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def run(folder, monkeypatch, capsys):
-    """Runs evaluate.py in that folder; gives what it prints."""
+def run(folder, monkeypatch, launched):
     monkeypatch.chdir(folder)
-
-    def run(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-        main()
-        return capsys.readouterr().out
-
-    return run
+    return partial(launched, main)
 
 
 def test_the_table_the_json_and_the_queries_say_the_same_as_ir_measures(folder, run):

@@ -1,7 +1,6 @@
 """mine.py as a user runs it: files in, candidates and counts out, one sentence for what cannot be mined."""
 
 import json
-import sys
 
 import pytest
 
@@ -28,26 +27,14 @@ def data(tmp_path):
 
 def command(data, *flags, run="run.trec", qrels="qrels.tsv"):
     words = [
-        "mine.py", "--run", data / run, "--qrels", data / qrels, "--corpus", data / "corpus.jsonl",
+        "--run", data / run, "--qrels", data / qrels, "--corpus", data / "corpus.jsonl",
         "--queries", data / "queries.tsv", "--output", data / "out.jsonl", *flags,
     ]  # fmt: skip
     return list(map(str, words))
 
 
-@pytest.fixture
-def mine(data, monkeypatch, capsys):
-    """Runs mine.py over that data; gives what it prints."""
-
-    def run(*flags) -> str:
-        monkeypatch.setattr(sys, "argv", command(data, *flags))
-        main()
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes_nothing(data, mine, refused):
-    shown = mine("--depth=3")
+def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes_nothing(data, launched, refused):
+    shown = launched(main, *command(data, "--depth=3"))
     rows = [Candidates("q0", ("p3",), ("p1", "p5")), Candidates("q1", ("p0",), ("p4",))]
     assert list(iterate_candidates(data / "out.jsonl")) == rows
     manifest = open_artefact(data / "out.jsonl", CANDIDATES, single=True, verify=True)
@@ -56,13 +43,13 @@ def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes
     assert "left out positives" in shown
 
     written = (data / "out.jsonl").stat().st_mtime_ns
-    assert "nothing to do" in mine("--depth=3")
-    code, said = refused(main, *command(data, "--depth=4")[1:])
+    assert "nothing to do" in launched(main, *command(data, "--depth=3"))
+    code, said = refused(main, *command(data, "--depth=4"))
     assert code == 2 and "was made otherwise (rules.depth was 3 and is 4)" in said
     assert (data / "out.jsonl").stat().st_mtime_ns == written
 
 
-def test_answers_the_teachers_margin_and_random_fill_work_together(data, mine):
+def test_answers_the_teachers_margin_and_random_fill_work_together(data, launched):
     (data / "answers.jsonl").write_text('{"query_id": "q0", "answers": ["text 1", "amber"]}\n')
     scored = [
         Candidates("q0", ("p3",), ("p1", "p5", "p2"), {"p3": 5.0, "p1": 0.0, "p5": 4.5, "p2": 3.0}),
@@ -70,7 +57,7 @@ def test_answers_the_teachers_margin_and_random_fill_work_together(data, mine):
     ]
     write_candidates(data / "scored.jsonl", scored)
     flags = ["--answers", data / "answers.jsonl", "--teacher_scores", data / "scored.jsonl", "--margin=1"]
-    mine(*flags, "--random_fill=3")
+    launched(main, *command(data, *flags, "--random_fill=3"))
     first, second = list(iterate_candidates(data / "out.jsonl"))
     assert first.negatives[0] == "p2" and set(first.negatives[1:]) <= {"p0", "p4", "p5"}
     assert len(first.negatives) == len(second.negatives) == 3
@@ -94,6 +81,6 @@ def test_what_cannot_be_mined_is_refused_in_one_sentence_and_nothing_is_written(
         (command(data, "--depth=1"), 3, "no negative is left of 1 queries (first: q1)"),
         (command(data, "--depth=0"), 2, "depth is 0"),
     ):
-        found, said = refused(main, *words[1:])
+        found, said = refused(main, *words)
         assert found == code and sentence in said, said
     assert not list(data.glob("*out.jsonl*"))

@@ -9,25 +9,22 @@ from quincunx.launchers.split import main
 
 
 @pytest.fixture
-def split(tmp_path, monkeypatch):
+def split(tmp_path, monkeypatch, launched):
     """Runs split.py over three queries and the qrels given, into tmp_path/out."""
     (tmp_path / "queries.tsv").write_text("q0\tfirst\nq1\tsecond\nq2\tthird\n")
-    words = ["split.py", "--queries", "queries.tsv", "--qrels", "qrels.tsv", "--output", "out"]
+    words = ["--queries", "queries.tsv", "--qrels", "qrels.tsv", "--output", "out"]
     monkeypatch.chdir(tmp_path)
 
-    def run(qrels: str, *more: str) -> None:
+    def run(qrels: str, *more: str) -> str:
         (tmp_path / "qrels.tsv").write_text(qrels)
-        monkeypatch.setattr("sys.argv", [*words, *more])
-        main()
+        return launched(main, *words, *more)
 
     return run
 
 
-def test_the_same_files_leave_it_and_changed_judgements_refuse_it(split, tmp_path, capsys):
-    split("q0\t0\tp1\t1\n")
-    assert "1 queries, 1 judgements" in capsys.readouterr().out
-    split("q0\t0\tp1\t1\n")
-    assert "nothing to do" in capsys.readouterr().out
+def test_the_same_files_leave_it_and_changed_judgements_refuse_it(split, tmp_path):
+    assert "1 queries, 1 judgements" in split("q0\t0\tp1\t1\n")
+    assert "nothing to do" in split("q0\t0\tp1\t1\n")
     with pytest.raises(SettingsError, match="out is there already and was made otherwise"):
         split("q0\t0\tp1\t1\nq1\t0\tp2\t1\n")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["details"]["queries"] == 1
