@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,8 +117,12 @@ def training_command(
     return [*before, script, "--deepspeed", f"ds_configs/{stage}.json", "--recipe", str(recipe)]
 
 
-def begin(argv: list[str], log: Path, **environment: str) -> subprocess.Popen:
-    """Starts a training command, its output going to `log`; all that it starts carries a mark in its environment."""
+@contextlib.contextmanager
+def started(argv: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """A training command whose output goes to `log`; in the end it and all that it started are killed.
+
+    All of them carry a mark in their environment.
+    """
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", MARK: uuid.uuid4().hex, **environment}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in environment:
@@ -125,27 +130,29 @@ def begin(argv: list[str], log: Path, **environment: str) -> subprocess.Popen:
     with open(log, "w") as file:
         process = subprocess.Popen(argv, stdout=file, stderr=file, env=variables, cwd=ROOT, start_new_session=True)
     process.mark = variables[MARK]
-    return process
+    try:
+        yield process
+    finally:
+        for pid in members(process):
+            send(pid, signal.SIGKILL)
+        process.wait()
 
 
 def run(shards: Path, folder: Path, timeout: float = 240, environment: dict | None = None, **arguments) -> Finished:
-    """Runs a tiny pre-training to its end; kills all of it should it not end."""
+    """Runs a tiny pre-training to its end."""
     return run_command(command(shards, folder, **arguments), folder, timeout, environment)
 
 
 def run_command(argv: list[str], folder: Path, timeout: float = 240, environment: dict | None = None) -> Finished:
-    """Runs a training command to its end; kills all of it should it not end."""
+    """Runs a training command to its end."""
     log = folder.parent / f"{folder.name}.log"
-    process = begin(argv, log, **(environment or {}))
-    try:
+    with started(argv, log, **(environment or {})) as process:
         code = process.wait(timeout)
-    finally:
-        kill_all(process)
     return Finished(code, log.read_text(), folder)
 
 
 def members(process: subprocess.Popen) -> list[int]:
-    """Ids of all living processes that `begin` started, however remote (torchrun gives ranks sessions of their own)."""
+    """Ids of a command's living processes, however remote (torchrun gives ranks sessions of their own)."""
     everyone = psutil.process_iter(["environ"])
     return sorted(one.pid for one in everyone if (one.info["environ"] or {}).get(MARK) == process.mark)
 
@@ -158,12 +165,6 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
             if {LAUNCHER, FINETUNE} & {*psutil.Process(pid).cmdline()[1:3]}:  # `python [-u] SCRIPT ...`
                 found.append(pid)
     return found
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    for pid in members(process):
-        send(pid, signal.SIGKILL)
-    process.wait()
 
 
 def wait_until(condition, seconds: float, what: str):
@@ -192,8 +193,7 @@ def committed(folder: Path) -> list[Path]:
 def harness() -> SimpleNamespace:
     """The functions above, since test modules cannot import a conftest."""
     functions = (
-        begin, command, committed, kill_all, lines, ranks_of, run, run_command, send, members, training_command,
-        wait_until,
+        command, committed, lines, members, ranks_of, run, run_command, send, started, training_command, wait_until,
     )  # fmt: skip
     named = {function.__name__: function for function in functions}
     return SimpleNamespace(**named, tiny=TINY, launcher=LAUNCHER, finetune=FINETUNE)

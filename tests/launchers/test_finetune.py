@@ -130,11 +130,10 @@ def test_a_run_killed_with_9_goes_on_bit_for_bit(whole, train, tiny, tmp_path, h
     settings = {**TINY, **tiny.files, "stage": "retriever1", "dropout": 0.0, "micro_batch": 8, "all_pairs": True}
     settings |= {"checkpoint_every": 1, "steps": 40}
     folder = tmp_path / "run"
-    process = harness.begin(
+    with harness.started(
         harness.training_command(harness.finetune, folder, settings, launcher="python"), tmp_path / "log"
-    )
-    harness.wait_until(lambda: harness.committed(folder), 120, "a first checkpoint")
-    harness.kill_all(process)
+    ):
+        harness.wait_until(lambda: harness.committed(folder), 120, "a first checkpoint")
     assert 0 < len(harness.lines(folder)) < 40
     through = train(tmp_path / "through", launch={"launcher": "python"}, **settings)
     resumed = train(folder, launch={"launcher": "python"}, **settings)

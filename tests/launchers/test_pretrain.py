@@ -172,16 +172,13 @@ def test_a_run_that_diverges_skips_steps_names_their_samples_and_ends_with_77(ti
 def test_a_hung_rank_ends_the_run_with_76_and_the_stacks(reference, tiny_shards, tmp_path, harness):
     """`reference` has compiled the loops, which take no time in the run that hangs."""
     argv = harness.command(tiny_shards, tmp_path / "run", ranks=2, steps=100_000, hang_minutes=0.25)
-    process = harness.begin(argv, tmp_path / "log")
-    try:
+    with harness.started(argv, tmp_path / "log") as process:
         wait_for_step(harness, process, tmp_path / "run", 2)
         first, second = harness.ranks_of(process)
         harness.send(second, signal.SIGSTOP)
         harness.wait_until(lambda: first not in harness.members(process), 90, "rank 0 ends")
         harness.send(second, signal.SIGKILL)
         assert process.wait(30) == 76
-    finally:
-        harness.kill_all(process)
     output = (tmp_path / "log").read_text()
     assert "hung: no step has finished" in output and "in train" in output
     assert harness.lines(tmp_path / "run", "event")
@@ -204,15 +201,12 @@ def test_a_request_to_stop_saves_at_the_next_step_and_leaves_no_process(
 ):
     folder = tmp_path / "run"
     argv = harness.command(tiny_shards, folder, ranks=2, launcher=launcher, steps=100_000, checkpoint_every=100_000)
-    process = harness.begin(argv, tmp_path / "log")
-    try:
+    with harness.started(argv, tmp_path / "log") as process:
         wait_for_step(harness, process, folder, 2)
         harness.send(process.pid if target == "launcher" else harness.ranks_of(process)[1], signal.SIGTERM)
         asked = max(harness.lines(folder))
         assert process.wait(90) in codes, (tmp_path / "log").read_text()
         harness.wait_until(lambda: not harness.members(process), 60, "all processes are gone")
-    finally:
-        harness.kill_all(process)
     output = (tmp_path / "log").read_text()
     saved = find_newest(folder / "checkpoints").step
     assert asked <= saved <= asked + 25, "a step takes 20 ms, the request is seen at the next one"

@@ -163,16 +163,13 @@ def kill_again_and_again(num_kills, one_rank, seed, shards, folder, harness, **s
     """
     draw, kills, inside = random.Random(seed), 0, 0
     for _ in range(num_kills):
-        process = harness.begin(harness.command(shards, folder, ranks=2, **settings), folder.parent / "killed.log")
-        try:
-            before = harness.lines(folder)
+        log, before = folder.parent / "killed.log", harness.lines(folder)
+        with harness.started(harness.command(shards, folder, ranks=2, **settings), log) as process:
 
             def training(process=process, before=before) -> bool:  # no sign: what a killed save has left behind
                 return process.poll() is not None or harness.lines(folder) != before
 
-            harness.wait_until(
-                training, 240, f"a step of {folder}: {folder.with_name('killed.log').read_text()[-2000:]}"
-            )
+            harness.wait_until(training, 240, f"a step of {folder}; {log} says why")
             time.sleep(draw.random() * (0.2 if settings["steps"] <= 6 else 1.0))
             inside += any((folder / "checkpoints").glob(".staging-*"))
             ranks = harness.ranks_of(process)
@@ -181,8 +178,6 @@ def kill_again_and_again(num_kills, one_rank, seed, shards, folder, harness, **s
             if one_rank:
                 process.wait(60)
             kills += bool(ranks)
-        finally:
-            harness.kill_all(process)
         for newest in harness.committed(folder)[-1:]:
             verify(newest)
     return kills, inside
