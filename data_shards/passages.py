@@ -11,7 +11,7 @@ cut by the same rule if it is too long.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 NUM_SPECIAL = 2
-BATCH_DOCUMENTS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +99,14 @@ def split_documents(
         report: counts `empty_passages` (no token), `cut_passages` (of a collection, too long) and `cut_words`.
     """
     assert max_tokens > NUM_SPECIAL
-    report = report if report is not None else ReadReport()
-    remaining = iter(documents)
-    while batch := list(islice(remaining, BATCH_DOCUMENTS)):
-        texts = [text_parts(document, with_titles) for document in batch]
-        tokenized = iter(tokenize(tokenizer, [" ".join(parts) for of_document in texts for parts in of_document]))
-        for document, of_document in zip(batch, texts):
-            passages: list[Passage] = []
-            for k, parts in enumerate(of_document):
-                passages += _cut_text(document, k, parts, next(tokenized), max_tokens - NUM_SPECIAL, report)
-            yield document, passages
+    report = report or ReadReport()
+    for document in documents:
+        texts = text_parts(document, with_titles)
+        tokenized = tokenize(tokenizer, [" ".join(parts) for parts in texts])
+        passages: list[Passage] = []
+        for k, (parts, tokens) in enumerate(zip(texts, tokenized)):
+            passages += _cut_text(document, k, parts, tokens, max_tokens - NUM_SPECIAL, report)
+        yield document, passages
 
 
 def _cut_text(

@@ -123,40 +123,6 @@ def test_an_error_before_the_first_part_leaves_nothing_in_the_way(tmp_path):
     assert list(open_artefact(tmp_path / "x", "split")["files"]) == ["whole"]
 
 
-def test_work_that_others_go_on_with_is_kept_and_not_published(tmp_path):
-    for _ in range(2):
-        with artefact(tmp_path / "x", "shards", {"tasks": 3}) as work:
-            work.left_unfinished = True
-            work.scratch("job").write_text("1")
-        assert not (tmp_path / "x").exists() and work.scratch("job").read_text() == "1"
-    with pytest.raises(SettingsError, match=r"begun otherwise \(tasks was 3 and is 4\)"):
-        with artefact(tmp_path / "x", "shards", {"tasks": 4}):
-            pass
-    with artefact(tmp_path / "x", "shards", {"tasks": 3}) as work:
-        work.made("whole").touch()
-    assert os.listdir(tmp_path) == ["x"]
-
-
-def test_a_kind_may_write_a_manifest_of_its_own_form(tmp_path):
-    def read(path: Path) -> dict | None:
-        made_from = {"a": int((path / "manifest.json").read_text())}
-        return {"kind": "own", "made_from": made_from, "files": {"rows": {"bytes": 3, "digest": ""}}}
-
-    with artefact(tmp_path / "x", "own", {"a": 1}, read_own=read) as work:
-        work.made("rows").write_text("abc")
-        work.made("manifest.json").write_text("1")
-    assert (tmp_path / "x" / "manifest.json").read_text() == "1"
-    with artefact(tmp_path / "x", "own", {"a": 1}, read_own=read) as work:
-        assert work is None
-    with pytest.raises(SettingsError, match=r"made otherwise \(a was 1 and is 2\)"):
-        with artefact(tmp_path / "x", "own", {"a": 2}, read_own=read):
-            pass
-    (tmp_path / "x" / "rows").unlink()
-    with pytest.raises(DataError, match="rows is missing"):
-        with artefact(tmp_path / "x", "own", {"a": 1}, read_own=read):
-            pass
-
-
 @pytest.mark.parametrize("first", [0, 2])
 def test_ranks_share_the_parts_in_any_order_and_the_first_one_publishes(first, tmp_path):
     path, made = tmp_path / "vectors", {}

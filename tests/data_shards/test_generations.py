@@ -3,8 +3,12 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from quincunx.data_shards.artefact import artefact
@@ -18,9 +22,6 @@ def write(path: Path, records: list[dict]) -> str:
 
 
 def test_files_of_every_kind_are_joined_by_passage_id(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     first = write(
         tmp_path / "a.jsonl",
         [{"passage_id": "1", "queries": ["was ist é?", " ", "two "]}, {"passage_id": 2, "queries": []}],
@@ -84,9 +85,6 @@ def test_a_folder_that_has_lost_a_part_and_a_path_without_generations_are_refuse
 
 
 def test_a_hundred_thousand_generations_need_little_memory(tmp_path):
-    import subprocess
-    import sys
-
     with open(tmp_path / "many.jsonl", "w") as file:
         for k in range(100_000):
             file.write(

@@ -5,6 +5,8 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -78,9 +80,6 @@ READ_DOCUMENTS = [
 def test_documents_come_from_jsonl_gzip_and_parquet_alike(tmp_path, kind):
     lines = "".join(json.dumps(record) + "\n" for record in DOCUMENTS).encode()
     if kind == "parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-
         table = pa.Table.from_pylist([{"title": "", **record} for record in DOCUMENTS])
         parquet.write_table(table, tmp_path / "docs.parquet", row_group_size=1)
     elif kind == "jsonl.gz":
@@ -94,9 +93,6 @@ def test_documents_come_from_jsonl_gzip_and_parquet_alike(tmp_path, kind):
 
 
 def test_parquet_takes_passages_too(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     table = pa.table({"id": [1, 2], "text": ["One.", "Two."], "score": [0.5, 0.5]})
     parquet.write_table(table, tmp_path / "passages.parquet")
     assert read_all("parquet", tmp_path) == [
@@ -182,9 +178,6 @@ def test_a_bad_record_stops_with_file_and_line_or_is_skipped_and_counted(tmp_pat
 
 
 def test_a_bad_line_of_a_compressed_file_and_a_bad_row_are_named_too(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     (tmp_path / "c.tsv.gz").write_bytes(gzip.compress(b"1\tgood\n2 bad\n"))
     with pytest.raises(DataError, match=r"^c\.tsv\.gz:2: 1 tab-separated"):
         read_all("msmarco", tmp_path)
@@ -197,9 +190,6 @@ def test_a_bad_line_of_a_compressed_file_and_a_bad_row_are_named_too(tmp_path):
 
 
 def test_what_is_no_corpus_is_refused_in_one_sentence(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
     with pytest.raises(DataError, match=r"no beir corpus at .* folder with corpus\.jsonl"):
         list_inputs("beir", str(tmp_path))
     (tmp_path / "corpus.jsonl").touch()

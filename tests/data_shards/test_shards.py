@@ -230,10 +230,3 @@ def test_ids_beyond_the_vocabulary_are_refused_even_where_every_digest_holds(dam
     with pytest.raises(DataError, match=r"block 0 of shard train-00000-000.tar .* beyond the vocabulary of 2000"):
         read_all_blocks(damaged)
     assert "train-00000-000.tar" in verify_shards(str(damaged)).damaged
-
-
-def test_ids_beyond_the_vocabulary_are_refused_by_the_writer(tmp_path):
-    text = Text(np.array([VOCAB_SIZE]), np.array([True]))
-    with pytest.raises(DataError, match=f"token id {VOCAB_SIZE} near passage 'p' is outside the vocabulary"):
-        write_shard_set(tmp_path, TOKENIZER, [[Sample("p", text)]])
-    assert not list(tmp_path.glob("*.tar"))
