@@ -15,7 +15,8 @@ from typing import Literal
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.search import (
-    OPTIONS,
+    BUILT_WITH,
+    SEARCHED_WITH,
     Finder,
     IndexKind,
     IndexOptions,
@@ -95,21 +96,18 @@ class SearchSettings(IndexOptions):
             problems.append(f"depth is {self.depth}; the page shows at most {MAX_RESULTS} passages")
         if not person and self.queries is None:
             problems.append("--output needs --queries")
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in self.unused():
-            if getattr(self, name) != defaults[name]:
-                problems.append(f"{name} has no effect with --method {self.method} --index {self.index}: leave it out")
-        return problems
-
-    def unused(self) -> list[str]:
-        """Settings that this method and index do not have."""
         own = {
             "bm25": ("k1", "b"),
             "dense": ("model", "embeddings", "index", "measure_recall", "pooling", "normalise", "max_tokens"),
-            **{kind: (*options["building"], *options["searching"]) for kind, options in OPTIONS.items()},
+            **{kind: (*BUILT_WITH[kind], *SEARCHED_WITH[kind]) for kind in BUILT_WITH},
         }
         idle = [name for kind, names in own.items() if kind not in (self.method, self.index) for name in names]
-        return idle if OPTIONS[self.index]["building"] else [*idle, "shard_rows"]
+        idle += ["shard_rows"] * (self.index not in BUILT_WITH)
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in idle:
+            if getattr(self, name) != defaults[name]:
+                problems.append(f"{name} has no effect with --method {self.method} --index {self.index}: leave it out")
+        return problems
 
 
 def open_finder(settings: SearchSettings) -> Finder:

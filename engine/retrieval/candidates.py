@@ -163,9 +163,9 @@ def parse_candidates(record: dict, known: dict[str, str]) -> Candidates:
     row = Candidates(query_id, *sides, scores or None)
     if not row.positives:
         raise BadRecordError(f"the query {query_id!r} has no positive")
-    if both := sorted(set(row.positives) & set(row.negatives)):
-        raise BadRecordError(f"the negative {both[0]!r} of the query {query_id!r} is one of its positives")
     if len(set(row.ids)) != len(row.ids):
+        if both := sorted(set(row.positives) & set(row.negatives)):
+            raise BadRecordError(f"the negative {both[0]!r} of the query {query_id!r} is one of its positives")
         raise BadRecordError(f"the query {query_id!r} has a candidate twice")
     for id, score in scores.items():
         if not math.isfinite(score):

@@ -23,7 +23,7 @@ from quincunx.data_shards.durable import file_digest, written_whole
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.embeddings import Embeddings
 from quincunx.engine.retrieval.progress import FEW_QUERIES, progress_bar
-from quincunx.engine.retrieval.search import OPTIONS, IndexKind, IndexOptions
+from quincunx.engine.retrieval.search import BUILT_WITH, SEARCHED_WITH, IndexKind, IndexOptions
 
 QUERIES_AT_ONCE = 256
 BLOCK_ROWS = 2**17
@@ -56,7 +56,7 @@ class Index:
         self.device = torch.device(device)
         self.report = report
         self.faiss = None if kind == "exact" else import_faiss(kind)
-        self.approximate = kind in ("ivfpq", "hnsw")
+        self.approximate = kind in BUILT_WITH
         self.shards = _shards(embeddings, shard_rows if self.approximate else BLOCK_ROWS)
         small = len(embeddings) * embeddings.width * 4 <= RESIDENT_BYTES
         self._stays = len(self.shards) == 1 if self.approximate else small
@@ -133,7 +133,7 @@ class Index:
         """The faiss index of a shard: read where it was kept, else built and kept."""
         parts = self.shards[number]
         digests = json.dumps(self.embeddings.manifest.get("parts", [])[parts.start : parts.stop])
-        description = {**self._options("building"), "parts": xxhash.xxh3_128_hexdigest(digests.encode())}
+        description = {**self._options(BUILT_WITH), "parts": xxhash.xxh3_128_hexdigest(digests.encode())}
         path = None
         if self.embeddings.folder is not None:
             path = self.embeddings.folder / f"index-{self.kind}-{number:05d}.faiss"
@@ -160,14 +160,14 @@ class Index:
             return self.faiss.index_cpu_to_all_gpus(index)
         return index
 
-    def _options(self, *when: str) -> dict[str, Any]:
-        """The kind with its options of "building" and "searching"."""
-        names = [name for part in when for name in OPTIONS[self.kind][part]]
+    def _options(self, *tables: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+        """The kind, and its options in BUILT_WITH and SEARCHED_WITH."""
+        names = [name for table in tables for name in table.get(self.kind, ())]
         return {"kind": self.kind, **{name: getattr(self.options, name) for name in names}}
 
     def described(self) -> dict[str, Any]:
         """The kind, and every option that has a part in its results."""
-        options = self._options("building", "searching")
+        options = self._options(BUILT_WITH, SEARCHED_WITH)
         return {**options, "shards": len(self.shards) if self.approximate else 1}
 
     def _build(self, parts: range) -> Any:

@@ -19,13 +19,9 @@ if TYPE_CHECKING:
     from quincunx.engine.retrieval.index import Index
 
 IndexKind = Literal["exact", "flat", "ivfpq", "hnsw"]
-OPTIONS = {
-    "exact": {"building": (), "searching": ()},
-    "flat": {"building": (), "searching": ()},
-    "ivfpq": {"building": ("num_lists", "code_bytes"), "searching": ("num_probes",)},
-    "hnsw": {"building": ("links", "ef_construction"), "searching": ("ef_search",)},
-}
-"""Options of IndexOptions that each kind of index has."""
+BUILT_WITH = {"ivfpq": ("num_lists", "code_bytes"), "hnsw": ("links", "ef_construction")}
+SEARCHED_WITH = {"ivfpq": ("num_probes",), "hnsw": ("ef_search",)}
+"""By kind of approximate index, the IndexOptions it has."""
 QUERIES_AT_ONCE = 2**15
 """Large collections pass through the memory, or into a GPU's, once for so many queries."""
 RECALL_DEPTHS = (10, 100)
