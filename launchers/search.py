@@ -30,6 +30,7 @@ from quincunx.launchers.command_line import parse_settings
 DEPTH_OF_A_RUN = 1000
 DEPTH_FOR_A_PERSON = 10
 RECALL_QUERIES = 100
+RECALL_DEPTHS = (10, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +169,13 @@ def main() -> None:
         print(f"{settings.output} is there, made from these files by these settings: nothing to do")
         return
     print(f"{settings.output}: {len(queries):,} queries, {lines:,} results, {finder.model}, {finder.index}")
-    if finder.recall is not None and settings.measure_recall:
+    if finder.find_exactly is not None and settings.measure_recall:
+        from quincunx.engine.retrieval.index import recall_against_exact
+
         some = queries.texts(range(min(len(queries), RECALL_QUERIES)))
-        for first, recall in finder.recall(some, depth):
+        rows_QK, exact_QK = (find(some, depth)[1] for find in (finder.find, finder.find_exactly))
+        for first in sorted({*(k for k in RECALL_DEPTHS if k < depth), depth}):
+            recall = recall_against_exact(rows_QK[:, :first], exact_QK[:, :first])
             print(f"  recall of the exact first {first} on {len(some)} queries: {recall:.4f}")
 
 

@@ -212,13 +212,6 @@ class Index:
                 )
 
 
-def search(
-    queries_QD: np.ndarray, embeddings: Embeddings, depth: int, kind: IndexKind = "exact", **arguments: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """(scores float32 [Q, depth], rows int64 [Q, depth]) of one search; further arguments are those of Index."""
-    return Index(embeddings, kind, **arguments).search(queries_QD, depth)
-
-
 def import_faiss(kind: str) -> Any:
     """faiss, or SettingsError."""
     try:

@@ -24,7 +24,6 @@ SEARCHED_WITH = {"ivfpq": ("num_probes",), "hnsw": ("ef_search",)}
 """By kind of approximate index, the IndexOptions it has."""
 QUERIES_AT_ONCE = 2**15
 """Large collections pass through the memory, or into a GPU's, once for so many queries."""
-RECALL_DEPTHS = (10, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +59,8 @@ class Finder:
     index: str
     made_from: dict[str, Any]
     """All that decides the results, as a run's manifest says"""
-    recall: Callable[[list[str], int], list[tuple[int, float]]] | None = None
-    """(queries, depth) -> [(K, recall of the exact search's first K)]; None if the search is exact"""
+    find_exactly: Callable[[list[str], int], tuple[np.ndarray, np.ndarray]] | None = None
+    """As find, but exact; None if find is"""
 
 
 def dense_finder(
@@ -74,18 +73,10 @@ def dense_finder(
 ) -> Finder:
     """Search by the vectors of a retriever. encoding: device, precision and batch_tokens of encode_texts."""
     from quincunx.engine.retrieval.dual_encoder import encode_texts
+    from quincunx.engine.retrieval.index import Index
 
-    def find(queries: list[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
-        return index.search(encode_texts(retriever, queries, "query", **encoding), depth)
-
-    def recall(queries: list[str], depth: int) -> list[tuple[int, float]]:
-        from quincunx.engine.retrieval.index import recall_against_exact, search
-
-        queries_QD = encode_texts(retriever, queries, "query", **encoding)
-        _, exact_QK = search(queries_QD, embeddings, depth, "exact", device=index.device)
-        _, rows_QK = index.search(queries_QD, depth)
-        depths = sorted({k for k in RECALL_DEPTHS if k < depth} | {depth})
-        return [(k, recall_against_exact(rows_QK[:, :k], exact_QK[:, :k])) for k in depths]
+    def finding(index: Index) -> Callable[[list[str], int], tuple[np.ndarray, np.ndarray]]:
+        return lambda queries, depth: index.search(encode_texts(retriever, queries, "query", **encoding), depth)
 
     made_from = {
         "method": "dense",
@@ -97,13 +88,13 @@ def dense_finder(
         "precision": encoding.get("precision", "float32"),
     }
     return Finder(
-        find,
+        finding(index),
         passages,
         embeddings.ids(),
         f"{name} ({retriever.digest})",
         index.kind,
         made_from,
-        recall if index.approximate else None,
+        finding(Index(embeddings, device=index.device)) if index.approximate else None,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval import index as index_file
 from quincunx.engine.retrieval.embeddings import Embeddings
-from quincunx.engine.retrieval.index import Index, recall_against_exact, search
+from quincunx.engine.retrieval.index import Index, recall_against_exact
 from quincunx.engine.retrieval.search import IndexOptions
 
 WIDTH, DEPTH, ROWS = 16, 20, 1200
@@ -29,6 +29,10 @@ def vectors():
 @pytest.fixture(scope="module")
 def queries():
     return random_vectors(40, seed=1)
+
+
+def search(queries_QD, embeddings, depth, kind="exact", **arguments):
+    return Index(embeddings, kind, **arguments).search(queries_QD, depth)
 
 
 def by_numpy(queries_QD, vectors_ND, depth):

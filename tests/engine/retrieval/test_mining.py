@@ -65,6 +65,7 @@ def test_passages_with_an_answer_are_no_negatives():
     [
         (0.0, "best", (6, 7, 8)),
         (3.0, "best", (7, 8)),
+        (2.5, "best", (7, 8)),  # just the limit's score is left out
         (0.0, "worst", (7, 8)),
         (4.0, "worst", (8,)),
         (-1.5, "best", (5, 6, 7, 8)),
@@ -80,12 +81,6 @@ def test_the_teachers_margin_counts_from_the_best_or_worst_positive(margin, marg
     found, counts = mined(run, teacher=TeacherScores(rows, "scored"), margin=margin, margin_from=margin_from)
     assert found["q1"].negatives == tuple(ranked(*negatives))
     assert counts["left_out_above_the_teachers_margin"] == 4 - len(negatives)
-
-
-def test_a_passage_with_just_the_limits_score_is_left_out():
-    rows = [Candidates("q0", ("p3",), ("p4", "p5"), {"p3": 2.0, "p4": 1.0, "p5": 0.999})]
-    found, _ = mined([("q0", ranked(4, 5))], teacher=TeacherScores(rows, "scored"), margin=1.0)
-    assert found["q0"].negatives == ("p5",)
 
 
 def test_missing_teacher_scores_are_refused_with_their_number():
