@@ -104,7 +104,8 @@ def decode_block(data: bytes) -> Block:
     _, version, token_bytes, num_samples, num_fields, name_bytes, num_tokens = HEADER.unpack_from(data)
     if version > BLOCK_VERSION:
         raise DataError(f"has block version {version}, this quincunx reads up to {BLOCK_VERSION}: update quincunx")
-    if xxhash.xxh3_64_digest(memoryview(data)[:-CHECKSUM_BYTES]) != bytes(data[-CHECKSUM_BYTES:])[::-1]:
+    stated = int.from_bytes(data[-CHECKSUM_BYTES:], "little")
+    if xxhash.xxh3_64_intdigest(memoryview(data)[:-CHECKSUM_BYTES]) != stated:
         raise DataError("does not match its checksum")
     sizes = (name_bytes, 4 * num_fields * num_samples, token_bytes * num_tokens, -(-num_tokens // 8))
     names_at, lengths_at, tokens_at, starts_at, has_next_at = accumulate(sizes, initial=HEADER.size)
