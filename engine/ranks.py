@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -159,11 +159,6 @@ def sum_over_ranks(values: "torch.Tensor") -> "torch.Tensor":
     if rank_and_world()[1] > 1:
         dist.all_reduce(values)
     return values
-
-
-def without_local_rank(arguments: Sequence[str]) -> list[str]:
-    """The arguments less `--local_rank=N`, which the deepspeed launcher adds; the environment says it too."""
-    return [word for word in arguments if word.split("=")[0] not in ("--local_rank", "--local-rank")]
 
 
 @contextlib.contextmanager

@@ -49,6 +49,8 @@ def parse_settings(
 
     outer = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     outer.add_argument(config_flag, dest="configs", action="append", nargs="?")
+    # DeepSpeed's launcher adds the local rank; the environment says it too.
+    outer.add_argument("--local_rank", "--local-rank", nargs="?")
     given, words = outer.parse_known_args(argv)
     configs = given.configs or [default_config]
     shipped = {path.stem: path for path in sorted(config_folder.glob("*.yaml"))} if config_folder else {}

@@ -6,14 +6,13 @@
 The same command again continues where it was stopped, on any number of processes. See docs/search.md.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.ranks import Environment, device_and_precision, discover_environment, one_voice, without_local_rank
+from quincunx.engine.ranks import Environment, device_and_precision, discover_environment, one_voice
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -58,7 +57,7 @@ class EncodeSettings:
 def main() -> None:
     environment = discover_environment()
     with one_voice(environment):
-        encode(parse_settings(EncodeSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:])), environment)
+        encode(parse_settings(EncodeSettings, __doc__.split("\n")[0]), environment)
 
 
 def encode(settings: EncodeSettings, environment: Environment) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
-from quincunx.engine.ranks import discover_environment, one_voice, without_local_rank
+from quincunx.engine.ranks import discover_environment, one_voice
 from quincunx.engine.retrieval.finetuning import FinetuneSettings, finetune
 from quincunx.engine.settings import find_config_problems
 from quincunx.launchers.command_line import parse_settings
@@ -27,7 +27,7 @@ DEFAULT_RECIPE = "retriever1"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs this rank; returns its exit code."""
-    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
     environment = discover_environment()
     with one_voice(environment):
         if any(word.split("=")[0] == "--stage" for word in arguments):

@@ -8,21 +8,19 @@ Tasks: cola, mrpc, stsb, qqp. The defaults are BERT's published settings; dev is
 predictions are written if there is a test file. docs/glue.md shows the files.
 """
 
-import sys
 from collections.abc import Sequence
 
 from quincunx.data_shards.errors import exit_with_one_sentence
-from quincunx.engine.ranks import discover_environment, one_voice, without_local_rank
+from quincunx.engine.ranks import discover_environment, one_voice
 from quincunx.engine.retrieval.glue import GlueSettings, run_glue
 from quincunx.launchers.command_line import parse_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs this rank; returns its exit code."""
-    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
     environment = discover_environment()
     with one_voice(environment):
-        return run_glue(parse_settings(GlueSettings, __doc__, arguments), environment)
+        return run_glue(parse_settings(GlueSettings, __doc__, argv), environment)
 
 
 if __name__ == "__main__":

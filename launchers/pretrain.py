@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from quincunx.data_shards.errors import exit_with_one_sentence
-from quincunx.engine.ranks import discover_environment, one_voice, without_local_rank
+from quincunx.engine.ranks import discover_environment, one_voice
 from quincunx.engine.settings import PretrainSettings, find_config_problems
 from quincunx.launchers.command_line import parse_settings
 
@@ -24,7 +24,7 @@ DEFAULT_RECIPE = "demo"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and runs this rank; returns its exit code."""
-    arguments = without_local_rank(sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
     environment = discover_environment()
     with one_voice(environment):
         if environment.is_main and not any(word.split("=")[0] == "--recipe" for word in arguments):

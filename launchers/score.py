@@ -8,14 +8,13 @@
 The same command again continues where it was stopped, on any number of processes. See docs/mining.md.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.ranks import Environment, device_and_precision, discover_environment, one_voice, without_local_rank
+from quincunx.engine.ranks import Environment, device_and_precision, discover_environment, one_voice
 from quincunx.engine.retrieval.candidates import CANDIDATES, ENDINGS
 from quincunx.launchers.command_line import parse_settings
 
@@ -70,7 +69,7 @@ class ScoreSettings:
 def main() -> None:
     environment = discover_environment()
     with one_voice(environment):
-        score(parse_settings(ScoreSettings, __doc__.split("\n")[0], without_local_rank(sys.argv[1:])), environment)
+        score(parse_settings(ScoreSettings, __doc__.split("\n")[0]), environment)
 
 
 def score(settings: ScoreSettings, environment: Environment) -> None:
