@@ -295,6 +295,7 @@ def put_sbatch_on_the_path(folder: Path, monkeypatch, script: str) -> None:
 
 def test_slurm_that_is_not_there_or_refuses_the_job_is_one_sentence(build_case, tmp_path, monkeypatch):
     slurm = build_case.settings(tmp_path / "out", executor="slurm", slurm_partition="cpu")
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingsError, match="executor slurm needs sbatch on this machine: give --executor local"):
         build_case.build(slurm)
     put_sbatch_on_the_path(tmp_path, monkeypatch, "exit 5")
