@@ -19,7 +19,6 @@ may end in an error for one of them; what is published is whole.
 """
 
 import contextlib
-import errno
 import fcntl
 import functools
 import json
@@ -44,7 +43,6 @@ from quincunx.data_shards.errors import DataError, SettingsError
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
-CANNOT_LOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 LOCK_PATIENCE_SECONDS, POLL_SECONDS, REPORT_SECONDS = 5.0, 0.2, 60.0
 
 
@@ -354,12 +352,12 @@ def held(folder: Path, path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError as error:
-                if error.errno in CANNOT_LOCK:
-                    break
+            except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise SettingsError(
                         f"{path} is being made by another process: wait for it, or stop it first"
                     ) from None
                 time.sleep(POLL_SECONDS)
+            except OSError:  # a file system that cannot lock
+                break
         yield

@@ -47,7 +47,7 @@ def merge_tasks(plan: TaskPlan, sources: tuple[FileEntry, ...], record: dict[str
         counter.add_statistics(Statistics.from_bytes(plan.task_file(task, "statistics.npz").read_bytes()))
     if plan.generations.exists():
         with closing(Generations(plan.generations)) as generations:
-            counts["unknown_generations"] = generations.counts["passages"] - counts["joined_generations"]
+            counts["unknown_generations"] = generations.count()["passages"] - counts["joined_generations"]
     shards = [shard for split in SPLITS for shard in entries if shard.split == split]
     if not shards:
         raise DataError(

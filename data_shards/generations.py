@@ -64,7 +64,7 @@ def index_generations(paths: Sequence[str], index_file: Path) -> dict[str, int]:
         connection.commit()
     os.replace(unfinished, index_file)
     with closing(Generations(index_file)) as generations:
-        return generations.counts
+        return generations.count()
 
 
 def _insert_file(connection: sqlite3.Connection, file: Path) -> None:
@@ -101,16 +101,16 @@ def parse_generation(record: dict[str, Any]) -> tuple[str, dict[str, list[str]]]
 
 
 class Generations:
-    """An index opened for reading, by as many processes as like.
-
-    counts  passages, and how many of them have each field
-    """
+    """An index opened for reading, by as many processes as like."""
 
     def __init__(self, index_file: Path):
         self._connection = sqlite3.connect(f"file:{quote(str(index_file.absolute()))}?mode=ro&immutable=1", uri=True)
+
+    def count(self) -> dict[str, int]:
+        """The passages, and how many of them have each field; reads the whole index."""
         columns = ", ".join(f"COUNT({name})" for name in GENERATED)
         found = self._connection.execute(f"SELECT COUNT(*), {columns} FROM generations").fetchone()
-        self.counts = dict(zip(("passages", *GENERATED), found, strict=True))
+        return dict(zip(("passages", *GENERATED), found, strict=True))
 
     def lookup(self, passage_id: str) -> dict[str, list[str]]:
         """The texts of a passage by field, without those that it has not."""

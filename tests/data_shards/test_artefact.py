@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import socket
@@ -159,7 +160,7 @@ def test_two_processes_do_not_make_the_same_thing_at_once(tmp_path, monkeypatch)
 
 def test_a_file_system_without_locks_serves(tmp_path, monkeypatch):
     def cannot(*_):
-        raise OSError(module.errno.ENOLCK, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(module.fcntl, "flock", cannot)
     assert make_file(tmp_path / "x") and not make_file(tmp_path / "x")

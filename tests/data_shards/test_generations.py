@@ -39,7 +39,7 @@ def test_files_of_every_kind_are_joined_by_passage_id(tmp_path):
     counts = index_generations([first, str(tmp_path / "b.jsonl.gz"), str(tmp_path / "c.parquet")], index)
     assert counts == {"passages": 4, "queries": 3, "continuation": 1}
     generations = Generations(index)
-    assert generations.counts == counts
+    assert generations.count() == counts
     assert generations.lookup("1") == {"queries": ["was ist é?", "two"], "continuation": ["and so on"]}
     assert generations.lookup("2") == {}
     assert generations.lookup("3") == {"queries": ["q"]}
