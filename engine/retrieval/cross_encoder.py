@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 
 from quincunx.data_shards.batches import Text
 from quincunx.data_shards.errors import SettingsError
@@ -124,12 +124,7 @@ def load_reranker(
         raise SettingsError(
             f"reranker {name!r} is of type {config.model_type}: give a bidirectional model of {', '.join(FAMILIES)}"
         )
-    has_head = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
-    if has_head and config.num_labels != num_labels:
-        raise SettingsError(
-            f"{name!r} gives {config.num_labels} labels, {num_labels} wanted: give a model with {num_labels}, or an "
-            "encoder without a classification head"
-        )
+    has_head = has_fitting_head(name, config, num_labels)
     model, report = fetch_pretrained(
         AutoModelForSequenceClassification.from_pretrained,
         name,
@@ -159,6 +154,17 @@ def load_reranker(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Reranker(encoder.eval(), tokenizer, max_tokens, _digest(encoder, tokenizer))
+
+
+def has_fitting_head(name: str, config: PretrainedConfig, num_labels: int) -> bool:
+    """Whether a model has a classification head. Raises SettingsError if it has one with other labels."""
+    has_head = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
+    if has_head and config.num_labels != num_labels:
+        raise SettingsError(
+            f"{name!r} gives {config.num_labels} labels, {num_labels} wanted: give a model with {num_labels}, or an "
+            "encoder without a classification head"
+        )
+    return has_head
 
 
 def _check_weights(name: str, model: nn.Module, missing: list[str], has_head: bool, allow_fresh_head: bool) -> None:

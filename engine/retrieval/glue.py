@@ -127,7 +127,6 @@ TASKS = {
 class Examples:
     """The examples of one file, in its order."""
 
-    path: Path
     sentences: list[list[str]]
     """One list a sentence column, one or two."""
     labels: np.ndarray | None
@@ -139,19 +138,19 @@ class Examples:
         return len(self.sentences[0])
 
 
-def find_files(folder: str, given: dict[str, str | None]) -> dict[str, Path]:
+def find_files(settings: GlueSettings) -> dict[str, Path]:
     """The file of each split: as given, else SPLIT.tsv or SPLIT.jsonl of the folder; there may be no test file.
 
     Raises DataError if there is no file for train or dev, or not the one that was given.
     """
     found = {}
     for split in SPLITS:
-        own = [f"{folder}/{split}.{ending}" for ending in ("tsv", "jsonl") if folder]
-        names = [given[split]] if given.get(split) else own
+        given = getattr(settings, split)
+        names = [given] if given else [f"{settings.data}/{split}.{ending}" for ending in ("tsv", "jsonl")]
         path = next((Path(name) for name in names if Path(name).is_file()), None)
-        if path is not None:
+        if path is not None and (given or settings.data):
             found[split] = path
-        elif split != "test" or given.get(split):
+        elif split != "test" or given:
             looked_for = " nor ".join(names)
             raise DataError(f"there is no {split} file ({looked_for}): give --data a folder that has one, or --{split}")
     return found
@@ -186,15 +185,7 @@ def read_examples(name: str, path: str | Path, split: str, *, skip_broken: bool 
         )
     kind = np.int64 if task.classes else np.float32
     columns = [list(column) for column in zip(*texts)]
-    return Examples(path, columns, None if split == "test" else np.array(labels, kind), len(broken))
-
-
-def unlike_published(name: str, split: str, examples: Examples) -> str | None:
-    """A sentence where a tsv file has another number of rows than GLUE's own; numbers then compare with nobody's."""
-    published = TASKS[name].rows[split]
-    if examples.path.suffix == ".jsonl" or len(examples) == published:
-        return None
-    return f"{examples.path} has {len(examples):,} examples, GLUE's {split} file of {TASKS[name].title} {published:,}"
+    return Examples(columns, None if split == "test" else np.array(labels, kind), len(broken))
 
 
 def _tsv_rows(task: Task, path: Path, split: str, broken: list[str] | None) -> Iterator[tuple[str, list[str], str]]:
@@ -202,40 +193,37 @@ def _tsv_rows(task: Task, path: Path, split: str, broken: list[str] | None) -> I
 
     broken: gets the places of rows with a wrong number of columns; None: they are refused.
     """
-    header: list[str] = [] if split == "test" else list(task.header)
-    count = 0
+    is_test, count = split == "test", 0
+    header = None if is_test or not task.header else task.header
     for number, line in enumerate(read_lines(path), 1):
         cells, place = line.rstrip("\r\n").split("\t"), f"{path}:{number}"
         if cells == [""]:
             continue
-        if not header:
+        if header is None:
             header = cells
-            wanted = task.sentences if split == "test" else (*task.sentences, task.label)
+            wanted = task.sentences if is_test else (*task.sentences, task.label)
             if missing := [column for column in wanted if column not in header]:
                 hint = " (a test file has none)" if missing == [task.label] else ""
                 raise DataError(
                     f"{place}: the header has no column {' nor '.join(missing)}{hint}: give a {split} file of "
                     f"{task.title}, tab-separated"
                 )
-            continue
-        if len(cells) != len(header):
-            if broken is None:
-                columns = f"{len(cells)} column{'s' * (len(cells) != 1)}"
-                remedy = "fix or remove the line" if split == "test" else "fix the line, or pass --skip_broken_rows"
+        elif len(cells) == len(header):
+            row = dict(zip(header, cells))
+            index = row.get("index", row.get("id", str(count)))
+            if is_test and index != str(count):
                 raise DataError(
-                    f"{place}: {columns} where {task.title} has {len(header)} ({', '.join(header)}): {remedy}"
+                    f"{place}: the index is {index!r} where {count} comes next, and predictions are numbered "
+                    "from 0 in the file's order: give the test file as GLUE publishes it"
                 )
+            count += 1
+            yield place, [row[column].strip() for column in task.sentences], row.get(task.label, "")
+        elif broken is not None:
             broken.append(place)
-            continue
-        row = dict(zip(header, cells, strict=True))
-        index = row.get("index", row.get("id", str(count)))
-        if split == "test" and index != str(count):
-            raise DataError(
-                f"{place}: the index is {index!r} where {count} comes next, and predictions are numbered "
-                "from 0 in the file's order: give the test file as GLUE publishes it"
-            )
-        count += 1
-        yield place, [row[column].strip() for column in task.sentences], row.get(task.label, "")
+        else:
+            columns = f"{len(cells)} column{'s' * (len(cells) != 1)}"
+            remedy = "fix or remove the line" if is_test else "fix the line, or pass --skip_broken_rows"
+            raise DataError(f"{place}: {columns} where {task.title} has {len(header)} ({', '.join(header)}): {remedy}")
 
 
 def _jsonl_rows(task: Task, path: Path) -> Iterator[tuple[str, list[str], Any]]:
@@ -266,18 +254,18 @@ def _label(task: Task, given: Any, place: str) -> float:
 def run_glue(settings: GlueSettings, environment: Environment) -> int:
     """Trains, measures dev, exports OUTPUT/classifier and writes OUTPUT/TASK.tsv; goes on from OUTPUT's checkpoint.
 
-    Raises SettingsError for a model that cannot serve and DataError for files that cannot be read.
+    Warns of files with another number of rows than GLUE's own: numbers then compare with nobody's. Raises SettingsError
+    for a model that cannot serve and DataError for files that cannot be read.
     """
-    task, output = TASKS[settings.task], Path(settings.output)
-    read = {
-        split: read_examples(settings.task, path, split, skip_broken=settings.skip_broken_rows)
-        for split, path in find_files(settings.data, {name: getattr(settings, name) for name in SPLITS}).items()
-    }
-    for split in ("train", "dev") if environment.is_main else ():
-        if (sentence := unlike_published(settings.task, split, read[split])) is not None:
-            print(f"warning: {sentence}", flush=True)
-        if read[split].num_broken:
-            print(f"warning: {read[split].num_broken} rows of {read[split].path} are broken and left out")
+    task, output, read = TASKS[settings.task], Path(settings.output), {}
+    for split, path in find_files(settings).items():
+        examples = read[split] = read_examples(settings.task, path, split, skip_broken=settings.skip_broken_rows)
+        published = task.rows.get(split, len(examples))
+        if environment.is_main and path.suffix != ".jsonl" and len(examples) != published:
+            size = f"{len(examples):,} examples, GLUE's {split} file of {task.title} {published:,}"
+            print(f"warning: {path} has {size}", flush=True)
+        if environment.is_main and examples.num_broken:
+            print(f"warning: {examples.num_broken} rows of {path} are broken and left out", flush=True)
     trainer = make_trainer(settings, read, environment.world_size, choose_device(settings.device, environment))
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -311,16 +299,12 @@ def make_trainer(settings: GlueSettings, read: dict[str, Examples], num_ranks: i
     )
 
     from quincunx.engine.encoder import fetch_pretrained
+    from quincunx.engine.retrieval.cross_encoder import has_fitting_head
 
     if settings.batch % num_ranks:
         raise SettingsError(f"batch {settings.batch} is not divisible by the {num_ranks} ranks: give a multiple")
     names = TASKS[settings.task].classes or ("score",)
-    config = fetch_pretrained(AutoConfig.from_pretrained, settings.encoder)
-    has_head = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
-    if has_head and config.num_labels != len(names):
-        raise SettingsError(
-            f"{settings.encoder} gives {config.num_labels} labels, {len(names)} wanted: give an encoder without a head"
-        )
+    has_fitting_head(settings.encoder, fetch_pretrained(AutoConfig.from_pretrained, settings.encoder), len(names))
     set_seed(settings.seed)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
     model = fetch_pretrained(AutoModelForSequenceClassification.from_pretrained, settings.encoder, **labels)
@@ -390,8 +374,10 @@ def write_predictions(path: str | Path, name: str, logits: np.ndarray) -> None:
     A class is 0 or 1; a score has three decimals and is cut to 0 ... 5. The index is the row's place in the file,
     from 0.
     """
+    if TASKS[name].classes:
+        answers = map(str, logits.argmax(1))
+    else:
+        answers = (f"{score:.3f}" for score in logits.reshape(-1).clip(0, HIGHEST_SCORE))
     with written_whole(path) as file:
         file.write("index\tprediction\n")
-        for index, row in enumerate(logits if TASKS[name].classes else logits.reshape(-1)):
-            answer = str(row.argmax()) if TASKS[name].classes else f"{min(max(float(row), 0.0), HIGHEST_SCORE):.3f}"
-            file.write(f"{index}\t{answer}\n")
+        file.writelines(f"{index}\t{answer}\n" for index, answer in enumerate(answers))

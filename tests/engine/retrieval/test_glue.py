@@ -9,10 +9,10 @@ import pytest
 from quincunx.data_shards.errors import DataError
 from quincunx.engine.retrieval.glue import (
     TASKS,
+    GlueSettings,
     find_files,
     measure,
     read_examples,
-    unlike_published,
     write_predictions,
 )
 
@@ -68,9 +68,9 @@ def test_test_files_have_no_labels(task, tmp_path):
     assert len(examples) == 1 and examples.labels is None
     assert examples.sentences == ([["Bill ran ."]] if task == "cola" else [["A b"], ["C d"]])
     if task != "cola":
-        assert "has no column " + TASKS[task].label in refusal(task, examples.path, "dev")
+        assert "has no column " + TASKS[task].label in refusal(task, tmp_path / "test.tsv", "dev")
     else:
-        assert "test.tsv:1: 2 columns where CoLA has 4" in refusal(task, examples.path, "dev")
+        assert "test.tsv:1: 2 columns where CoLA has 4" in refusal(task, tmp_path / "test.tsv", "dev")
 
 
 def test_a_test_file_in_another_order_than_its_index_is_refused(tmp_path):
@@ -130,25 +130,18 @@ def test_broken_rows_are_left_out_only_on_demand_counted_and_never_of_a_test_fil
 
 
 def test_files_are_found_in_the_folder_or_as_given(tmp_path):
+    data = str(tmp_path)
     with pytest.raises(
         DataError, match=r"there is no train file \(.*train.tsv nor .*train.jsonl\): give --data a folder"
     ):
-        find_files(str(tmp_path), {})
-    train = written(tmp_path, MRPC, "train.tsv")
-    dev = written(tmp_path, "", "dev.jsonl")
-    assert find_files(str(tmp_path), {"test": None}) == {"train": train, "dev": dev}
+        find_files(GlueSettings(data=data))
+    train, dev = written(tmp_path, MRPC, "train.tsv"), written(tmp_path, "", "dev.jsonl")
+    assert find_files(GlueSettings(data=data)) == {"train": train, "dev": dev}
     other = written(tmp_path, MRPC, "other.txt")
-    assert find_files(str(tmp_path), {"dev": str(other)})["dev"] == other
-    assert find_files("", {"train": str(train), "dev": str(other)})["train"] == train
+    assert find_files(GlueSettings(data=data, dev=str(other)))["dev"] == other
+    assert find_files(GlueSettings(train=str(train), dev=str(other))) == {"train": train, "dev": other}
     with pytest.raises(DataError, match="there is no test file"):
-        find_files(str(tmp_path), {"test": str(tmp_path / "absent.tsv")})
-
-
-def test_a_file_of_another_size_than_the_published_one_is_said(tmp_path):
-    examples = read_examples("mrpc", written(tmp_path, MRPC), "dev")
-    assert "train.tsv has 2 examples, GLUE's dev file of MRPC 408" in unlike_published("mrpc", "dev", examples)
-    whole = MRPC + "1\t2\t3\ta\tb\n" * 406
-    assert unlike_published("mrpc", "dev", read_examples("mrpc", written(tmp_path, whole), "dev")) is None
+        find_files(GlueSettings(data=data, test=str(tmp_path / "absent.tsv")))
 
 
 # 1e-12: sums of some hundred float64 terms in another order.
