@@ -54,7 +54,7 @@ def measure(cell: Cell) -> dict[str, float]:
     tokens, found = cell.made_from["finetune"]["max_passage_tokens"], {}
     for pooling in ("cls", "mean"):
         retriever = load_retriever(
-            str(encoder), pooling=pooling, normalise=False, max_passage_tokens=tokens, max_query_tokens=32
+            str(encoder), pooling=pooling, normalise=False, max_tokens={"query": 32, "passage": tokens}
         )
         vectors = [
             encode_texts(retriever, texts, kind).astype(np.float64)

@@ -71,7 +71,7 @@ def encode(settings: EncodeSettings, environment: Environment) -> None:
         settings.model,
         pooling=settings.pooling,
         normalise={"model": None, "yes": True, "no": False}[settings.normalise],
-        **{f"max_{settings.kind}_tokens": settings.max_tokens},
+        max_tokens={settings.kind: settings.max_tokens},
     )
     read = partial(read_passages, titles=settings.titles) if settings.kind == "passage" else read_queries
     collection = read(settings.corpus, format=settings.format)

@@ -130,7 +130,7 @@ def open_finder(settings: SearchSettings) -> Finder:
         settings.model,
         pooling=settings.pooling,
         normalise={"model": None, "yes": True, "no": False}[settings.normalise],
-        max_query_tokens=settings.max_tokens,
+        max_tokens={"query": settings.max_tokens},
     )
     embeddings = open_embeddings(
         settings.embeddings,

@@ -8,7 +8,7 @@ Letters: T tokens, S sequences, B queries, N passages, D channels.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import xxhash
+from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from tokenizers import normalizers
 from torch import nn
@@ -23,17 +24,18 @@ from torch.nn.functional import normalize
 
 from quincunx.data_shards.batches import Text, batches_by_length, join_texts, to_device
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.tokenizer import load_tokenizer, tokenise, tokenizer_digest
-from quincunx.engine.encoder import PackedEncoder, load_encoder
+from quincunx.data_shards.tokenizer import load_tokenizer, resolve_model, tokenise, tokenizer_digest
+from quincunx.engine.encoder import PackedEncoder, fetch_pretrained, load_encoder
 from quincunx.engine.retrieval.sentence_folder import (
+    KINDS,
     Tower,
-    fetch_folder,
     folder_written_whole,
     read_sentence_folder,
     write_sentence_folder,
 )
 
 BATCH_TOKENS, CPU_BATCH_TOKENS = 8192, 4096
+MODEL_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 Kind = Literal["query", "passage"]
 Pooling = Literal["cls", "mean"]
 Precision = Literal["float32", "bfloat16"]
@@ -117,30 +119,22 @@ class Retriever:
     model: DualEncoder
     tokenizer: Any
     """A fast tokenizer of Hugging Face, the same for both sides."""
-    max_query_tokens: int
-    """[CLS] and [SEP] counted, as in max_passage_tokens; longer texts are cut."""
-    max_passage_tokens: int
+    max_tokens: dict[Kind, int]
+    """[CLS] and [SEP] counted; longer texts are cut."""
+    prompts: dict[Kind, str]
+    """Text put before every query, and before every passage."""
     digest: str
     """16 hex digits, see model_digest."""
-    query_prompt: str = ""
-    """Text put before every query."""
-    passage_prompt: str = ""
-
-    def max_tokens(self, kind: Kind) -> int:
-        return self.max_query_tokens if kind == "query" else self.max_passage_tokens
-
-    def prompt(self, kind: Kind) -> str:
-        return self.query_prompt if kind == "query" else self.passage_prompt
 
 
-def model_digest(model: DualEncoder, tokenizer: Any, prompts: tuple[str, str] = ("", "")) -> str:
+def model_digest(model: DualEncoder, tokenizer: Any, prompts: dict[Kind, str]) -> str:
     """xxh3_64 (16 hex digits) of weights, pooling, normalisation, tokenizer and prompts.
 
     Models with equal digests give equal vectors (for texts within the length limits).
     """
     said = f"{model.pooling} {model.normalise} {tokenizer_digest(tokenizer)}"
-    if any(prompts):
-        said += f" {prompts!r}"
+    if any(prompts.values()):
+        said += f" {(prompts['query'], prompts['passage'])!r}"
     digest = xxhash.xxh3_64(said.encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -148,26 +142,11 @@ def model_digest(model: DualEncoder, tokenizer: Any, prompts: tuple[str, str] = 
     return digest.hexdigest()
 
 
-def encode_texts(
-    retriever: Retriever,
-    texts: Sequence[str],
-    kind: Kind,
-    *,
-    device: torch.device | str = "cpu",
-    batch_tokens: int | None = None,
-    precision: Precision = "float32",
-    progress: Callable[[int], Any] | None = None,
-) -> np.ndarray:
-    """float32 [texts, D], in the order of `texts`; further arguments as run_packed has them."""
-    prompt = retriever.prompt(kind)
-    rows = tokenise([prompt + text for text in texts], retriever.tokenizer, retriever.max_tokens(kind))
-    model = retriever.model
-
-    def encode(text: Text, batch: np.ndarray) -> torch.Tensor:
-        return model.encode_packed(text, kind)
-
-    options = {"device": device, "batch_tokens": batch_tokens, "precision": precision, "progress": progress}
-    return run_packed(model, encode, rows, (model.width,), **options)
+def encode_texts(retriever: Retriever, texts: Sequence[str], kind: Kind, **options: Any) -> np.ndarray:
+    """float32 [texts, D], in the order of `texts`; options: device, batch_tokens, precision, progress of run_packed."""
+    model, prompt = retriever.model, retriever.prompts[kind]
+    rows = tokenise([prompt + text for text in texts], retriever.tokenizer, retriever.max_tokens[kind])
+    return run_packed(model, lambda text, _: model.encode_packed(text, kind), rows, (model.width,), **options)
 
 
 def run_packed(
@@ -215,8 +194,7 @@ def load_retriever(
     *,
     pooling: Pooling | None = None,
     normalise: bool | None = None,
-    max_query_tokens: int | None = None,
-    max_passage_tokens: int | None = None,
+    max_tokens: Mapping[Kind, int | None] | None = None,
     dropout: float | None = None,
     gradient_checkpointing: bool = False,
 ) -> Retriever:
@@ -229,28 +207,29 @@ def load_retriever(
     Raises:
         SettingsError: not found, modules that are not supported, or more tokens than the encoder has positions.
     """
-    layout = read_sentence_folder(fetch_folder(name))
-    tokenizer = _tokenizer_for_search(layout.passage)
-    options = {"dropout": dropout, "gradient_checkpointing": gradient_checkpointing, "vocab_size": len(tokenizer)}
-    passage = load_encoder(str(layout.passage.folder), **options)[0]
-    query = load_encoder(str(layout.query.folder), **options)[0] if layout.query else None
-    if query is not None and tokenizer_digest(_tokenizer_for_search(layout.query)) != tokenizer_digest(tokenizer):
+    folder = resolve_model(name)
+    if not Path(folder).is_dir():
+        folder = fetch_pretrained(snapshot_download, folder, allow_patterns=MODEL_FILES)
+    layout = read_sentence_folder(Path(folder))
+    tokenizers = {kind: _tokenizer_for_search(tower) for kind, tower in layout.towers.items()}
+    if len({tokenizer_digest(tokenizer) for tokenizer in tokenizers.values()}) > 1:
         raise SettingsError(f"the two towers of {name} have different tokenizers; give one where they agree")
-    given = {"query": max_query_tokens, "passage": max_passage_tokens}
-    said = {"query": layout.max_query_tokens, "passage": layout.max_passage_tokens}
-    limits = {}
-    for kind, encoder in (("query", query or passage), ("passage", passage)):
-        longest, limit = encoder.max_length, given[kind]
+    tokenizer, encoders, limits = tokenizers["passage"], {}, {}
+    for kind, tower in layout.towers.items():
+        options = {"dropout": dropout, "gradient_checkpointing": gradient_checkpointing, "vocab_size": len(tokenizer)}
+        encoders[kind] = load_encoder(str(tower.folder), **options)[0]
+    for kind in KINDS:
+        longest, limit = encoders.get(kind, encoders["passage"]).max_length, (max_tokens or {}).get(kind)
         if limit is not None and not 3 <= limit <= longest:
             raise SettingsError(
                 f"max_{kind}_tokens is {limit}; {name} reads 3 to {longest} tokens: give a number among them"
             )
-        limits[f"max_{kind}_tokens"] = limit or min(said[kind] or longest, longest)
-    normalise = layout.passage.normalise if normalise is None else normalise
-    model = DualEncoder(passage, query, pooling or layout.passage.pooling, normalise).eval()
-    prompts = {"query_prompt": layout.query_prompt, "passage_prompt": layout.passage_prompt}
-    digest = model_digest(model, tokenizer, tuple(prompts.values()))
-    return Retriever(model, tokenizer, **limits, digest=digest, **prompts)
+        limits[kind] = limit or min(layout.max_tokens[kind] or longest, longest)
+    said = layout.towers["passage"]
+    normalise = said.normalise if normalise is None else normalise
+    model = DualEncoder(encoders["passage"], encoders.get("query"), pooling or said.pooling, normalise).eval()
+    digest = model_digest(model, tokenizer, layout.prompts)
+    return Retriever(model, tokenizer, limits, layout.prompts, digest)
 
 
 def _tokenizer_for_search(tower: Tower) -> Any:

@@ -116,8 +116,8 @@ def write_embeddings(
         "dtype": dtype,
         "normalised": retriever.model.normalise,
         "pooling": retriever.model.pooling,
-        "max_tokens": retriever.max_tokens(kind),
-        "prompt": retriever.prompt(kind),
+        "max_tokens": retriever.max_tokens[kind],
+        "prompt": retriever.prompts[kind],
         "precision": precision,
         "part_rows": part_rows,
     }

@@ -253,24 +253,17 @@ class GroupPacker:
 class RetrieverPacker(GroupPacker):
     """Groups of queries and passages as two packed texts, for the dual encoder. See stream_examples.
 
-    max_query_tokens, max_passage_tokens: longer texts are cut there, [CLS] and [SEP] counted. The prompts stand before
-    every text.
+    max_tokens, prompts: of "query" and "passage"; longer texts are cut there, [CLS] and [SEP] counted, and the prompt
+        stands before every text.
     """
 
-    def __init__(
-        self,
-        groups: Groups,
-        tokenizer: Any,
-        *,
-        max_query_tokens: int,
-        max_passage_tokens: int,
-        query_prompt: str = "",
-        passage_prompt: str = "",
-    ):
+    def __init__(self, groups: Groups, tokenizer: Any, max_tokens: dict[str, int], prompts: dict[str, str]):
         self.groups = groups
         tokenizer = copy.deepcopy(tokenizer)  # whatever the run does with its own must not reach the workers
-        self._queries = _TokenCache(groups.queries, tokenizer, max_query_tokens, query_prompt)
-        self._passages = _TokenCache(groups.passages, tokenizer, max_passage_tokens, passage_prompt)
+        self._queries, self._passages = (
+            _TokenCache(collection, tokenizer, max_tokens[kind], prompts[kind])
+            for kind, collection in (("query", groups.queries), ("passage", groups.passages))
+        )
 
     def pack(self, rows: Rows) -> RetrieverBatch:
         """The micro-batch of B queries; see stream.Rows (there is one dataset)."""

@@ -202,9 +202,8 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
     if settings.is_reranker:
         job, packer = RerankerJob, RerankerPacker(groups, loaded.tokenizer, max_tokens=settings.max_pair_tokens)
     else:
-        limits = {name: getattr(settings, name) for name in ("max_query_tokens", "max_passage_tokens")}
-        prompts = {"query_prompt": loaded.query_prompt, "passage_prompt": loaded.passage_prompt}
-        job, packer = RetrieverJob, RetrieverPacker(groups, loaded.tokenizer, **limits, **prompts)
+        job = RetrieverJob
+        packer = RetrieverPacker(groups, loaded.tokenizer, loaded.max_tokens, loaded.prompts)
         if settings.probe is not None and settings.probe_every:
             probe = load_probe(
                 Path(settings.probe),
@@ -213,7 +212,8 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
                 settings.max_query_tokens,
                 split=settings.probe_split,
                 titles=settings.titles,
-                **prompts,
+                query_prompt=loaded.prompts["query"],
+                passage_prompt=loaded.prompts["passage"],
             )
     stream = stream_examples(
         packer,
@@ -252,8 +252,9 @@ def load_to_train(settings: FinetuneSettings) -> "Retriever | Reranker":
     if settings.is_reranker:
         loaded = load_reranker(settings.encoder, max_tokens=settings.max_pair_tokens, **training)
     else:
-        names = ("pooling", "normalise", "max_query_tokens", "max_passage_tokens")
-        loaded = load_retriever(settings.encoder, **{name: getattr(settings, name) for name in names}, **training)
+        limits = {"query": settings.max_query_tokens, "passage": settings.max_passage_tokens}
+        given = {"pooling": settings.pooling, "normalise": settings.normalise, "max_tokens": limits}
+        loaded = load_retriever(settings.encoder, **given, **training)
         model = loaded.model
         if settings.towers == "shared" and not model.shared:
             raise SettingsError(f"encoder {settings.encoder} has two towers; take --towers separate")

@@ -84,7 +84,7 @@ def dense_finder(
         "collection": embeddings.manifest["collection_digest"],
         "embeddings": {key: embeddings.manifest[key] for key in ("dtype", "max_tokens", "precision")},
         "index": index.described(),
-        "max_query_tokens": retriever.max_query_tokens,
+        "max_query_tokens": retriever.max_tokens["query"],
         "precision": encoding.get("precision", "float32"),
     }
     return Finder(

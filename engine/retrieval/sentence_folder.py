@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.tokenizer import resolve_model
 
 if TYPE_CHECKING:
     from quincunx.engine.retrieval.dual_encoder import Retriever
 
+KINDS = ("query", "passage")
 OWN_FILE = "retriever.json"
 SETTINGS_FILE = "config_sentence_transformers.json"
 MODULE_CLASS = "sentence_transformers.models.{}"  # the name that every version of the library knows
@@ -41,33 +41,13 @@ class Tower:
 
 @dataclass(frozen=True)
 class SentenceFolder:
-    """What a folder says about a retriever; the defaults are a plain encoder's."""
+    """What a folder says about a retriever; dictionaries are by kind, "query" and "passage"."""
 
-    passage: Tower
-    query: Tower | None = None
-    """None if one encoder reads both sides."""
-    query_prompt: str = ""
-    passage_prompt: str = ""
-    max_query_tokens: int | None = None
-    max_passage_tokens: int | None = None
-
-
-def fetch_folder(name: str) -> Path:
-    """The folder that a model's name means; a hub id is downloaded or found in the cache. Raises SettingsError."""
-    source = resolve_model(name)
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SettingsError(
-            f"model {name!r} could not be loaded ({reason}); give a folder, a package:NAME/FOLDER, or a model of the "
-            "Hugging Face hub that this machine reaches or has cached"
-        ) from error
+    towers: dict[str, Tower]
+    """The passages', and the queries' unless one encoder reads both."""
+    max_tokens: dict[str, int | None]
+    """None if nothing in the folder says."""
+    prompts: dict[str, str]
 
 
 def read_sentence_folder(folder: Path) -> SentenceFolder:
@@ -79,27 +59,28 @@ def read_sentence_folder(folder: Path) -> SentenceFolder:
         SettingsError: a module that is not supported (Dense, another pooling), or files that contradict each other.
     """
     if not (folder / "modules.json").is_file():
-        return SentenceFolder(Tower(folder))
+        return SentenceFolder({"passage": Tower(folder)}, dict.fromkeys(KINDS), dict.fromkeys(KINDS, ""))
     settings, own = _read(folder / SETTINGS_FILE), _read(folder / OWN_FILE)
     modules = [(_kind(module["type"]), folder / module["path"]) for module in _read(folder / "modules.json", list)]
     cosine = settings.get("similarity_fn_name") == "cosine"
     if modules and modules[0][0] == "Router":
-        passage, query = _read_router(folder, modules[0][1], modules[1:], cosine)
+        towers = _read_router(folder, modules[0][1], modules[1:], cosine)
     else:
-        passage, query = _read_tower(folder, modules, cosine), None
+        towers = {"passage": _read_tower(folder, modules, cosine)}
+    limits = {kind: towers.get(kind, towers["passage"]).max_tokens for kind in KINDS}
     prompts = settings.get("prompts") or {}
     default = prompts.get(settings.get("default_prompt_name"), "")
     return SentenceFolder(
-        passage=passage,
-        query=query,
-        query_prompt=prompts.get("query", default),
-        passage_prompt=next((prompts[name] for name in PASSAGE_PROMPTS if name in prompts), default),
-        max_query_tokens=own.get("max_query_tokens") or (query or passage).max_tokens,
-        max_passage_tokens=own.get("max_passage_tokens") or passage.max_tokens,
+        towers,
+        {kind: own.get(f"max_{kind}_tokens") or limit for kind, limit in limits.items()},
+        {
+            "query": prompts.get("query", default),
+            "passage": next((prompts[name] for name in PASSAGE_PROMPTS if name in prompts), default),
+        },
     )
 
 
-def _read_router(folder: Path, place: Path, rest: list[tuple[str, Path]], cosine: bool) -> list[Tower]:
+def _read_router(folder: Path, place: Path, rest: list[tuple[str, Path]], cosine: bool) -> dict[str, Tower]:
     """The towers of a Router's routes document and query; `rest` are the modules after it."""
     config = _read(place / "router_config.json")
     routes, types = config.get("structure", {}), config.get("types", {})
@@ -108,15 +89,18 @@ def _read_router(folder: Path, place: Path, rest: list[tuple[str, Path]], cosine
             f"the Router of {place} has the routes {', '.join(routes) or 'none'}; give a model with the routes query "
             "and document"
         )
-    modules = {route: [(_kind(types[name]), place / name) for name in names] for route, names in routes.items()}
-    passage, query = (_read_tower(folder, [*modules[route], *rest], cosine) for route in ("document", "query"))
+    towers = {}
+    for kind, route in (("passage", "document"), ("query", "query")):
+        modules = [(_kind(types[name]), place / name) for name in routes[route]]
+        towers[kind] = _read_tower(folder, [*modules, *rest], cosine)
     for what in ("pooling", "normalise", "lower_case"):
-        if getattr(passage, what) != getattr(query, what):
+        query, passage = (getattr(towers[kind], what) for kind in KINDS)
+        if query != passage:
             raise SettingsError(
-                f"{folder} has {what} {getattr(query, what)} for queries and {getattr(passage, what)} for documents; "
-                "give a model whose two towers agree in it"
+                f"{folder} has {what} {query} for queries and {passage} for documents; give a model whose two towers "
+                "agree in it"
             )
-    return [passage, query]
+    return towers
 
 
 def _read(path: Path, kind: type = dict) -> Any:
@@ -170,22 +154,20 @@ def write_sentence_folder(folder: Path, retriever: "Retriever") -> dict[str, tup
     Returns {"passage": (folder of the encoder and tokenizer, longest text in tokens)}, and "query" if the towers are
     separate.
     """
-    model, similarity = retriever.model, "cosine" if retriever.model.normalise else "dot"
-    limits = {"query": retriever.max_query_tokens, "passage": retriever.max_passage_tokens}
+    model, limits = retriever.model, retriever.max_tokens
     if model.shared:
-        modules, places = ["Transformer", "Pooling"], {"passage": (folder, max(limits.values()))}
-        poolings = [folder / "1_Pooling"]
+        modules, places, poolings = ["Transformer", "Pooling"], {"passage": folder}, [folder / "1_Pooling"]
+        limits = {"passage": max(limits.values())}
     else:
-        modules, places, poolings, structure = ["Router"], {}, [], {}
-        for kind, route in (("query", "query"), ("passage", "document")):
-            structure[route] = [f"{route}_0_Transformer", f"{route}_1_Pooling"]
-            places[kind] = (folder / structure[route][0], limits[kind])
-            poolings.append(folder / structure[route][1])
+        routes = {"query": "query", "passage": "document"}
+        structure = {route: [f"{route}_0_Transformer", f"{route}_1_Pooling"] for route in routes.values()}
         types = {name: MODULE_CLASS.format(name.rpartition("_")[2]) for names in structure.values() for name in names}
         parameters = {"default_route": "document", "allow_empty_key": True}
         _write(folder / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
-    for place, max_tokens in places.values():
-        _write(place / "sentence_bert_config.json", {"max_seq_length": max_tokens, "do_lower_case": False})
+        modules, places = ["Router"], {kind: folder / structure[route][0] for kind, route in routes.items()}
+        poolings = [folder / pooling for _, pooling in structure.values()]
+    for kind, place in places.items():
+        _write(place / "sentence_bert_config.json", {"max_seq_length": limits[kind], "do_lower_case": False})
     for place in poolings:
         modes = {name: mode == model.pooling for name, mode in POOLINGS.items()}
         _write(place / "config.json", {"word_embedding_dimension": model.width, **modes})
@@ -197,11 +179,12 @@ def write_sentence_folder(folder: Path, retriever: "Retriever") -> dict[str, tup
         for n, kind in enumerate(modules)
     ]
     _write(folder / "modules.json", listed)
-    prompts = {"query": retriever.query_prompt, "document": retriever.passage_prompt}
+    prompts = {"query": retriever.prompts["query"], "document": retriever.prompts["passage"]}
     prompts = {name: prompt for name, prompt in prompts.items() if prompt}
+    similarity = "cosine" if model.normalise else "dot"
     _write(folder / SETTINGS_FILE, {"similarity_fn_name": similarity, "prompts": prompts})
-    _write(folder / OWN_FILE, {f"max_{kind}_tokens": limit for kind, limit in limits.items()})
-    return places
+    _write(folder / OWN_FILE, {f"max_{kind}_tokens": retriever.max_tokens[kind] for kind in KINDS})
+    return {kind: (place, limits[kind]) for kind, place in places.items()}
 
 
 def _write(path: Path, content: Any) -> None:

@@ -61,8 +61,8 @@ def encoder(tmp_path_factory):
 
 def saved(retriever, folder, query_tokens=9, passage_tokens=9, **more):
     """Saves a retriever with these limits, and gives the folder's path."""
-    limits = {"max_query_tokens": query_tokens, "max_passage_tokens": passage_tokens}
-    save_retriever(folder / "saved", replace(retriever, **limits), **{"card": "", **more})
+    limits = {"query": query_tokens, "passage": passage_tokens}
+    save_retriever(folder / "saved", replace(retriever, max_tokens=limits), **{"card": "", **more})
     return str(folder / "saved")
 
 
@@ -79,7 +79,7 @@ def test_vectors_equal_sentence_transformers_on_the_saved_folder(family, pooling
     folder = saved(start, tmp_path, MAX_TOKENS, MAX_TOKENS)
     ours, theirs = load_retriever(folder), sentence_transformer(folder)
     assert ours.digest == start.digest and ours.model.pooling == pooling and ours.model.normalise == normalise
-    assert ours.max_query_tokens == ours.max_passage_tokens == theirs.max_seq_length == MAX_TOKENS
+    assert set(ours.max_tokens.values()) == {theirs.max_seq_length} == {MAX_TOKENS}
     assert theirs.similarity_fn_name == ("cosine" if normalise else "dot")
     vectors = encode_texts(ours, TEXTS, "passage", batch_tokens=64)
     assert vectors.dtype == np.float32
@@ -95,8 +95,8 @@ def test_two_towers_become_the_router_of_sentence_transformers(pooling, normalis
     assert not start.model.shared
     folder = saved(start, tmp_path, 12, MAX_TOKENS)
     ours, theirs = load_retriever(folder), sentence_transformer(folder)
-    assert (ours.max_query_tokens, ours.max_passage_tokens) == (12, MAX_TOKENS)
-    assert ours.digest == model_digest(start.model, start.tokenizer)
+    assert ours.max_tokens == {"query": 12, "passage": MAX_TOKENS}
+    assert ours.digest == model_digest(start.model, start.tokenizer, start.prompts)
     queries, passages = encode_texts(ours, TEXTS, "query"), encode_texts(ours, TEXTS, "passage")
     np.testing.assert_allclose(queries, theirs.encode_query(TEXTS), rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(passages, theirs.encode_document(TEXTS), rtol=0, atol=TOLERANCE)
@@ -119,7 +119,7 @@ def test_folders_that_sentence_transformers_saves_load_with_their_prompts(normal
         theirs = SentenceTransformer(modules=modules, **prompts)
         theirs.save(str(tmp_path / name))
         ours = load_retriever(str(tmp_path / name))
-        assert ours.max_query_tokens == MAX_TOKENS and ours.model.normalise == normalise
+        assert ours.max_tokens["query"] == MAX_TOKENS and ours.model.normalise == normalise
         for kind, expected in (("query", theirs.encode_query(TEXTS)), ("passage", theirs.encode_document(TEXTS))):
             np.testing.assert_allclose(encode_texts(ours, TEXTS, kind), expected, rtol=0, atol=TOLERANCE)
 
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_read_as_it_is_meant_is_refused(file, change, se
 def test_towers_of_different_tokenizers_and_lengths_beyond_the_positions_are_refused(encoder, tmp_path):
     start = load_retriever(encoder("bert"))
     with pytest.raises(SettingsError, match=r"max_query_tokens is 49; .* reads 3 to 48 tokens"):
-        load_retriever(encoder("bert"), max_query_tokens=49)
+        load_retriever(encoder("bert"), max_tokens={"query": 49})
     start.model.query = load_retriever(encoder("bert", seed=1)).model.passage
     folder = saved(start, tmp_path)
     train_wordpiece(["other words altogether"] * 3, 40).save_pretrained(tmp_path / "saved" / "query_0_Transformer")

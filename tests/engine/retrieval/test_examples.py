@@ -47,7 +47,8 @@ def make_packer(tokenizer, kind="retriever", with_scores=False, **options):
     groups = make_groups(with_scores)
     if kind == "reranker":
         return RerankerPacker(groups, tokenizer, **{"max_tokens": 48, **options})
-    return RetrieverPacker(groups, tokenizer, **{"max_query_tokens": 16, "max_passage_tokens": 40, **options})
+    limits, prompts = {"query": 16, "passage": 40}, {"query": "", "passage": ""}
+    return RetrieverPacker(groups, tokenizer, **{"max_tokens": limits, "prompts": prompts, **options})
 
 
 def make_stream(packer, **options):
@@ -121,8 +122,8 @@ def test_workers_and_restarts_do_not_change_a_batch(tokenizer, kind):
 
 
 def test_a_retriever_batch_holds_the_texts_of_its_rows_cut_and_counted(tokenizer):
-    limits = {"max_query_tokens": 12, "max_passage_tokens": 30}
-    packer = make_packer(tokenizer, query_prompt="aeio: ", passage_prompt="ubdg: ", **limits)
+    prompts = {"query": "aeio: ", "passage": "ubdg: "}
+    packer = make_packer(tokenizer, max_tokens={"query": 12, "passage": 30}, prompts=prompts)
     cut = []
     for batch in make_stream(packer).step(3):
         assert len(batch) == 2 and batch.num_passages == 8
