@@ -97,7 +97,7 @@ def identify(settings: BuildSettings, inputs: list[Input]) -> tuple[dict[str, An
     files = list_generation_files(settings.generations)
     sources = [*inputs, *(Input(path.name, (path,), path.stat().st_size) for path in files)]
     with ThreadPoolExecutor(8) as pool:
-        digests = list(pool.map(lambda source: source.digest, sources))
+        corpus = list(pool.map(Input.describe, sources))
     content = {name: getattr(settings, name) for name in CONTENT}
     content["tasks"] = settings.tasks or max(1, min(MAX_TASKS, -(-sum(s.bytes for s in inputs) // TASK_BYTES)))
     given_digest = ""
@@ -107,7 +107,6 @@ def identify(settings: BuildSettings, inputs: list[Input]) -> tuple[dict[str, An
     content |= {"num_generation_files": len(files), "block_version": 1, "schema_version": SCHEMA_VERSION}
     if settings.pairs:  # absent otherwise: sets from before it keep their identity
         content["pairs"] = True
-    corpus = [{"name": s.name, "bytes": s.bytes, "digest": digest} for s, digest in zip(sources, digests)]
     return content, content | {"corpus": corpus, "tokenizer_digest": given_digest}
 
 

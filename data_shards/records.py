@@ -11,7 +11,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +78,9 @@ class Input:
     files: tuple[Path, ...]
     bytes: int
 
-    @cached_property
-    def digest(self) -> str:
-        """xxh3_128 (32 hex digits) of the files' content in order; reads them all, once."""
-        return file_digest(*self.files)
+    def describe(self) -> dict[str, Any]:
+        """Name, bytes, and digest of the files' content in order; reads them all."""
+        return {"name": self.name, "bytes": self.bytes, "digest": file_digest(*self.files)}
 
 
 class BadRecordError(Exception):
@@ -224,8 +222,7 @@ def parse_beir(line: str) -> Row | None:
         return None
     passage_id = check_id(_field(record, "_id"), "_id")
     title, text = check_text(record.get("title") or "", "title"), check_text(_field(record, "text"), "text")
-    metadata = record.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
+    metadata = record["metadata"] if isinstance(record.get("metadata"), dict) else {}
     article, order = metadata.get("article"), metadata.get("paragraph")
     return Row(
         _passage(passage_id, title, text),

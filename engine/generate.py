@@ -118,7 +118,7 @@ def generate_corpus(settings: GenerateSettings, environment: Environment) -> dic
         "settings": content | {"max_new_tokens": settings.new_tokens, "precision": precision},
         "model_digest": generator.digest,
         "tokenizer_digest": tokenizer_digest(tokenizer),
-        "sources": [{"name": source.name, "bytes": source.bytes, "digest": source.digest} for source in inputs],
+        "sources": [source.describe() for source in inputs],
     }
     report = ReadReport(settings.on_bad_record)
     counts = {"parts": 0, "passages": 0, "texts": 0, "empty_texts": 0, "cut_prompts": 0}

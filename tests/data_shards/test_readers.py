@@ -203,15 +203,14 @@ def test_what_is_no_corpus_is_refused_in_one_sentence(tmp_path):
         read_all("parquet", tmp_path)
 
 
-def test_inputs_are_named_alike_wherever_the_corpus_lies(tmp_path):
-    digests = []
-    for place in ("here", "there"):
+def test_inputs_are_described_alike_wherever_the_corpus_lies(tmp_path):
+    described = {}
+    for place, document in (("here", DOCUMENTS[1]), ("there", DOCUMENTS[1]), ("changed", DOCUMENTS[2])):
         for name in ("x", "y"):
             (tmp_path / place / name).mkdir(parents=True)
-            (tmp_path / place / name / "docs.jsonl").write_text(json.dumps(DOCUMENTS[1]) + "\n")
+            (tmp_path / place / name / "docs.jsonl").write_text(json.dumps(document) + "\n")
         inputs = list_inputs("documents", str(tmp_path / place / "*" / "docs.jsonl"))
+        described[place] = [source.describe() for source in inputs]
         assert [source.name for source in inputs] == ["x/docs.jsonl", "y/docs.jsonl"]
-        digests.append([source.digest for source in inputs])
-    assert digests[0] == digests[1]
-    (tmp_path / "there" / "x" / "docs.jsonl").write_text(json.dumps(DOCUMENTS[2]) + "\n")
-    assert list_inputs("documents", str(tmp_path / "there" / "*" / "docs.jsonl"))[0].digest != digests[0][0]
+    assert described["here"] == described["there"]
+    assert described["here"][0]["digest"] != described["changed"][0]["digest"]
