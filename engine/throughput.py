@@ -98,33 +98,27 @@ class Progress:
 
     def __init__(self, first_step: int, total_steps: int, is_main: bool):
         self._first, self._total, self._is_main = first_step, total_steps, is_main
-        self._began, self._bar = time.monotonic(), None
-        if is_main and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._began = time.monotonic()
+        shown = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.1, "disable": not is_main or None}
+        self._bar = tqdm(total=total_steps, initial=first_step, **shown)  # None: disabled where there is no terminal
 
     def step(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Shows the losses after `step` optimizer steps."""
         losses = {name.removeprefix("loss/"): value for name, value in metrics.items() if name.startswith("loss/")}
         shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items() if name != "total")
-        if self._bar is not None:
-            self._bar.set_postfix_str(shown)
-        else:
-            done = step - self._first
-            left = (time.monotonic() - self._began) / max(done, 1) * (self._total - step)
+        self._bar.set_postfix_str(shown)
+        if self._bar.disable:
+            left = (time.monotonic() - self._began) / max(step - self._first, 1) * (self._total - step)
             rate = f"{metrics['passages_per_second']:.1f} passages/s"
             self.say(f"step {step}/{self._total}  {shown}  {rate}  {tqdm.format_interval(left)} left")
 
     def say(self, line: str) -> None:
         """Prints a line above the bar, on rank 0."""
-        if self._bar is not None:
-            self._bar.write(line, file=sys.stderr)
-        elif self._is_main:
-            print(line, file=sys.stderr, flush=True)
+        if self._is_main:
+            tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
