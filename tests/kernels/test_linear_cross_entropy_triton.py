@@ -80,17 +80,20 @@ def redone(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "form"), FORMS)
-@pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, 127, 128, 129])
-def test_around_a_tile_of_rows_the_error_is_eager_torchs(device, dtype, form, rows):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *({"rows": rows} for rows in (1, 2, 31, 32, 33, 127, 128, 129)),
+        *(
+            {"words": words, "width": width}
+            for words, width in ((2, 8), (64, 32), (127, 33), (128, 64), (129, 20), (300, 72))
+        ),
+    ],
+    ids=str,
+)
+def test_around_a_tile_the_error_is_eager_torchs(device, dtype, form, sizes):
     """Tiles are 32 rows in the interpreter and 128 on GPUs."""
-    inputs = make_inputs(device, dtype, rows)
-    assert_as_good_as_eager(run(inputs, form), inputs, form)
-
-
-@pytest.mark.parametrize(("dtype", "form"), FORMS)
-@pytest.mark.parametrize(("words", "width"), [(2, 8), (64, 32), (127, 33), (128, 64), (129, 20), (300, 72)])
-def test_around_a_tile_of_words_and_channels_the_error_is_eager_torchs(device, dtype, form, words, width):
-    inputs = make_inputs(device, dtype, words=words, width=width)
+    inputs = make_inputs(device, dtype, **sizes)
     assert_as_good_as_eager(run(inputs, form), inputs, form)
 
 
