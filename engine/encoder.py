@@ -132,9 +132,10 @@ def load_encoder(
 
     `name` is a Hugging Face name or folder, or `package:NAME/FOLDER` for one that an installed package carries. With
     `from_scratch` only its architecture is taken (`name` may then also be a model type, such as "bert"), at those sizes
-    (hidden_size, num_hidden_layers, ...: transformers' names; max_position_embeddings is the longest passage, to which
-    RoBERTa-like encoders add two) and with `vocab_size` words of which `pad_token_id` is padding (both of the shards'
-    tokenizer). `max_tokens` is the longest passage of the run. `dropout` replaces the checkpoint's hidden dropout.
+    (transformers' names: hidden_size, num_hidden_layers, num_attention_heads; intermediate_size, by default four times
+    hidden_size; max_position_embeddings, the longest passage, to which RoBERTa-like encoders add two) and with
+    `vocab_size` words of which `pad_token_id` is padding (both of the shards' tokenizer). `max_tokens` is the longest
+    passage of the run. `dropout` replaces the checkpoint's hidden dropout.
 
     Returns the encoder and the weights of its masked-LM head as `model.LMHead` names them, None where the checkpoint
     has none. Raises SettingsError where the encoder has too few positions or too few words.
@@ -171,17 +172,16 @@ def _random_masked_lm(name: str, sizes: Mapping[str, int], vocab_size: int | Non
     config = AutoConfig.for_model(name) if known else fetch_pretrained(AutoConfig.from_pretrained, name)
     _check_type(name, config)
     sizes = {"vocab_size": vocab_size, "pad_token_id": pad_token_id, **sizes}
-    if "hidden_size" in sizes:
-        sizes.setdefault("intermediate_size", 4 * sizes["hidden_size"])
-    if "embedding_size" in config.to_dict():
-        sizes["embedding_size"] = sizes.get("hidden_size")
-    if "hidden_dim" in config.to_dict():  # DistilBERT's name of it
-        sizes["hidden_dim"] = sizes.pop("intermediate_size", None)
     sizes = {key: value for key, value in sizes.items() if value is not None}
+    sizes.setdefault("intermediate_size", 4 * sizes["hidden_size"])
+    fields = config.to_dict()
+    if "embedding_size" in fields:
+        sizes["embedding_size"] = sizes["hidden_size"]
+    if "hidden_dim" in fields:  # DistilBERT's name of it
+        sizes["hidden_dim"] = sizes.pop("intermediate_size")
     # Built anew rather than changed in place: some configurations derive other fields from these (layer_types).
-    fields = {**config.to_dict(), **sizes}
-    if "num_hidden_layers" in sizes:
-        fields.pop("layer_types", None)
+    fields |= sizes
+    fields.pop("layer_types", None)
     # Special ids of the architecture's own tokenizer mean nothing where another one has fewer words.
     for key, value in fields.items():
         if key.endswith("_token_id") and isinstance(value, int) and value >= fields["vocab_size"]:

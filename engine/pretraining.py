@@ -173,7 +173,7 @@ def make_model(
         "hidden_size": settings.hidden_size,
         "num_hidden_layers": settings.num_layers,
         "num_attention_heads": settings.num_heads,
-        "intermediate_size": settings.intermediate_size or 4 * (settings.hidden_size or 0),
+        "intermediate_size": settings.intermediate_size,
         "max_position_embeddings": settings.max_positions or settings.max_tokens,
     }
     if unknown := [name for name, _ in settings.sentence_weights() if name not in SENTENCE_LOSSES]:

@@ -1,6 +1,5 @@
 """Which implementation of a kernel runs, chosen once at start-up."""
 
-import functools
 import importlib.util
 import os
 from typing import Literal
@@ -22,7 +21,6 @@ def is_recent(index: int | None) -> bool:
     return torch.version.hip is not None or (card.major, card.minor) >= OLDEST_CAPABILITY
 
 
-@functools.cache
 def choose(implementation: Implementation, device: torch.device | str) -> Literal["triton", "torch"]:
     """The implementation that runs on `device`: `auto` is Triton on CUDA devices from Ampere on, torch elsewhere.
 

@@ -15,9 +15,6 @@ from quincunx.kernels import launching
 def not_interpreted(monkeypatch):
     """As on a user's machine: these tests' own process interprets kernels."""
     monkeypatch.setattr(launching, "INTERPRETED", False)
-    launching.choose.cache_clear()
-    yield
-    launching.choose.cache_clear()
 
 
 def test_auto_takes_torch_where_there_is_no_card_and_torch_is_always_to_be_had():
@@ -41,7 +38,6 @@ def test_triton_on_an_old_card_or_without_the_package_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(major=7, minor=5))
     with pytest.raises(ValueError, match=r"compute capability 7\.5, kernels need 8\.0"):
         launching.choose("triton", "cuda:0")
-    launching.choose.cache_clear()
     monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton package is not installed"):
         launching.choose("triton", "cuda:0")
