@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from synthetic import RECIPES, make_batch, passage_lengths, recipe_tasks, versions
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop, mm_flop, register_flop_formula, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, register_flop_formula, sdpa_flop
 
 from quincunx.engine.model import build_model
 
@@ -26,12 +26,6 @@ TARGETS = {"master": 105.0, "quincunx": 112.0}
 def count_addmm_in_place(self_shape, a_shape, b_shape, *_, out_shape=None, **__) -> int:
     """The weight gradient of the LM head is summed in place, which torch's counter does not know."""
     return addmm_flop(self_shape, a_shape, b_shape)
-
-
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-def count_onednn_linear(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
-    """What whole chunks of logits take on a CPU."""
-    return mm_flop(x_shape, (weight_shape[1], weight_shape[0]))
 
 
 @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)

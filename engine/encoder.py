@@ -51,18 +51,13 @@ class PackedEncoder(nn.Module):
         self.config: PretrainedConfig = model.config
 
     @property
-    def embeddings(self) -> nn.Module:
-        """The embedding layer: word (and position, type) embeddings, LayerNorm, dropout."""
-        return self.model.embeddings
-
-    @property
     def word_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
     @property
     def position_embeddings(self) -> nn.Embedding | None:
         """The table of absolute positions, None where the encoder has none (ModernBERT)."""
-        return getattr(self.embeddings, "position_embeddings", None)
+        return getattr(self.model.embeddings, "position_embeddings", None)
 
     @property
     def position_offset(self) -> int:
@@ -80,7 +75,7 @@ class PackedEncoder(nn.Module):
         arguments = {"input_ids": None, "inputs_embeds": word_vectors_TE[None]}
         if self.position_embeddings is not None:
             arguments["position_ids"] = positions_T[None] + self.position_offset
-        embedded = self.embeddings(**arguments)[0]
+        embedded = self.model.embeddings(**arguments)[0]
         project = getattr(self.model, "embeddings_project", None)  # ELECTRA's; ALBERT's stands in its stack of layers
         project = project or getattr(getattr(self.model, "encoder", None), "embedding_hidden_mapping_in", None)
         return embedded if project is None else project(embedded)

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from quincunx.kernels.launching import Implementation, choose
 
@@ -19,7 +18,6 @@ Form = Literal["auto", "A", "B"]
 # they are twice as many as the weight's at most; 17,536 rows, 1 GB in bf16, on a GPU, where small chunks would be bound
 # by the traffic of dW (half as many rows in float32).
 LARGEST_CHUNK = {"cpu": 2**23, "cuda": 2**29}
-HAS_ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")  # what torch.compile calls; not in every build of torch
 
 
 class Gradients(NamedTuple):
@@ -106,22 +104,6 @@ def largest_chunk(hidden_ND: torch.Tensor, num_words: int) -> int:
     return max(1, rows // multiple * multiple or rows)
 
 
-def logits(hidden_KD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor, chunk_rows: int) -> torch.Tensor:
-    """hidden @ weight.T + bias, [K, V].
-
-    In float32 on a CPU torch takes MKL, which on AMD's processors needs twice oneDNN's time (docs/log.md). oneDNN
-    builds and keeps code for every number of rows it meets, so only whole chunks, all of one shape, go to it; a last
-    chunk that is two thirds full is filled up.
-    """
-    is_plain = hidden_KD.device.type == "cpu" and hidden_KD.dtype == torch.float32
-    is_whole = 3 * len(hidden_KD) >= 2 * chunk_rows
-    if HAS_ONEDNN and is_plain and is_whole and not torch.compiler.is_compiling():
-        whole_KD = F.pad(hidden_KD, (0, 0, 0, chunk_rows - len(hidden_KD)))
-        scores_KV = torch.ops.mkldnn._linear_pointwise(whole_KD, weight_VD, bias_V.contiguous(), "none", [], "")
-        return scores_KV[: len(hidden_KD)]
-    return torch.addmm(bias_V, hidden_KD, weight_VD.T)
-
-
 def _run_chunks(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -137,7 +119,7 @@ def _run_chunks(
     for start in range(0, len(hidden_ND), chunk_rows):
         rows = slice(start, min(start + chunk_rows, len(hidden_ND)))
         hidden_KD, labels_K1 = hidden_ND[rows], labels_N[rows, None]
-        scores_KV = logits(hidden_KD, weight_VD, bias_V, chunk_rows).to(wide)
+        scores_KV = torch.addmm(bias_V, hidden_KD, weight_VD.T).to(wide)
         highest_K1, target_K1 = scores_KV.amax(-1, keepdim=True), scores_KV.gather(1, labels_K1)
         correct_N[rows] = (target_K1 >= highest_K1)[:, 0]
         torch.softmax(scores_KV, dim=-1, out=scores_KV)
