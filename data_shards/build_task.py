@@ -88,9 +88,8 @@ def run_task(plan: TaskPlan, task: int) -> None:
     tokenizer = load_tokenizer(str(plan.tokenizer_folder))
     report = ReadReport(content["on_bad_record"])
     counter = StatisticsCounter(len(tokenizer), content["num_buckets"])
-    writers = open_writers(
-        plan.shards_folder, task, counter, block_samples=content["block_samples"], shard_bytes=content["shard_bytes"]
-    )
+    limits = {name: content[name] for name in ("block_samples", "shard_bytes")}
+    writers = open_writers(plan.shards_folder, task, counter, **limits)
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     documents = read_documents(content["format"], plan.path, task, plan.num_tasks, report)
     split_up = split_documents(documents, tokenizer, content["max_tokens"], content["with_titles"], report)
@@ -137,10 +136,7 @@ def id_hash(identifier: str) -> int:
 
 
 def make_samples(
-    passages: list[Passage],
-    tokenizer: "PreTrainedTokenizerFast",
-    generations: Generations | None,
-    counts: Counter[str],
+    passages: list[Passage], tokenizer: "PreTrainedTokenizerFast", generations: Generations | None, counts: Counter[str]
 ) -> list[Sample]:
     """A document's samples, with the generated texts of each passage by its id; counts `joined_generations`.
 

@@ -175,13 +175,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        split: str,
-        task: int,
-        counter: StatisticsCounter,
-        block_samples: int,
-        shard_bytes: int,
+        self, folder: Path, split: str, task: int, counter: StatisticsCounter, block_samples: int, shard_bytes: int
     ):
         self.num_lost_neighbours = 0
         self.field_counts = Counter(passage=0, next=0, queries=0, continuation=0)
