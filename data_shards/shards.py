@@ -7,11 +7,13 @@ offset, never through a tar reader: a cut inside a tar header or a zero-filled s
 no error.
 """
 
+import contextlib
 import io
 import json
 import os
 import struct
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from operator import attrgetter
@@ -125,6 +127,13 @@ def decode_block(data: bytes) -> Block:
         word_starts=bits(starts_at, num_tokens),
         has_next=bits(has_next_at, num_samples),
     )
+
+
+def check_ids(block: Block, vocab_size: int) -> None:
+    """Raises DataError if the block holds a token id that the vocabulary does not."""
+    worst = int(block.token_ids.max())
+    if worst >= vocab_size:
+        raise DataError(f"holds token id {worst} beyond the vocabulary of {vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -331,11 +340,11 @@ class ShardSet:
             split: [(s.name, i, block) for s in manifest.shards if s.split == split for i, block in enumerate(s.blocks)]
             for split in SPLITS
         }
-        companions = {
-            name: self._read(name, name, 0, entry.bytes, entry.digest)
-            for name, entry in manifest.files.items()
-            if isinstance(entry, FileEntry)
-        }
+        companions = {}
+        for name, entry in manifest.files.items():
+            if isinstance(entry, FileEntry):
+                with self._named(name):
+                    companions[name] = files.read(name, 0, entry.bytes, entry.digest)
         self.statistics = Statistics.from_bytes(companions.pop(manifest.statistics.name))
         assert len(self.statistics.token_counts) == manifest.vocab_size
         if files.folder:
@@ -364,28 +373,27 @@ class ShardSet:
             DataError: names shard, block, what is wrong with it, and the remedy.
         """
         shard, number, entry = self._entries[split][index]
-        block = decode_block(self._read_member(shard, number, entry.offset, entry.size, entry.digest))
-        if len(block.token_ids) and (worst := int(block.token_ids.max())) >= self.manifest.vocab_size:
-            raise DataError(
-                f"block {number} of shard {shard} in {self.path} holds token id {worst} beyond the vocabulary of "
-                f"{self.manifest.vocab_size}: {REMEDY}"
-            )
+        with self._named(f"block {number} of shard {shard}"):
+            block = decode_block(self._read_member(shard, entry.offset, entry.size, entry.digest))
+            check_ids(block, self.manifest.vocab_size)
         return block
 
     def passage_ids(self, split: str, index: int) -> list[str]:
         """The corpus's own ids of the passages of a block."""
         shard, number, entry = self._entries[split][index]
-        content = self._read_member(shard, number, entry.ids_offset, entry.ids_size, entry.ids_digest)
+        with self._named(f"block {number} of shard {shard}"):
+            content = self._read_member(shard, entry.ids_offset, entry.ids_size, entry.ids_digest)
         return bytes(content).decode().split("\n")
 
-    def _read_member(self, shard: str, number: int, offset: int, size: int, digest: str) -> memoryview:
+    def _read_member(self, shard: str, offset: int, size: int, digest: str) -> memoryview:
         """The content of a tar member, after its header and content have been compared with the manifest."""
-        what = f"block {number} of shard {shard}"
-        data = self._read(what, shard, offset - TAR_HEADER_BYTES, size + TAR_HEADER_BYTES, digest)
+        data = self._files.read(shard, offset - TAR_HEADER_BYTES, size + TAR_HEADER_BYTES, digest)
         return memoryview(data)[TAR_HEADER_BYTES:]
 
-    def _read(self, what: str, name: str, offset: int, size: int, digest: str) -> bytes:
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Has a DataError say what is wrong and how to fix it."""
         try:
-            return self._files.read(name, offset, size, digest)
+            yield
         except DataError as error:
             raise DataError(f"{what} in {self.path} {error}: {REMEDY}") from None

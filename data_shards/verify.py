@@ -20,6 +20,7 @@ from quincunx.data_shards.shards import (
     FileEntry,
     Manifest,
     ShardEntry,
+    check_ids,
     decode_block,
     read_manifest,
 )
@@ -122,8 +123,7 @@ def check_block(data: bytes, entry: BlockEntry, vocab_size: int) -> Block:
     block = decode_block(data[entry.offset : entry.offset + entry.size])
     if block.num_samples != entry.samples:
         raise DataError(f"holds {block.num_samples} samples, the manifest says {entry.samples}")
-    if int(block.token_ids.max()) >= vocab_size:
-        raise DataError(f"holds token id {int(block.token_ids.max())} beyond the vocabulary of {vocab_size}")
+    check_ids(block, vocab_size)
     num_ids = data[entry.ids_offset : entry.ids_offset + entry.ids_size].count(b"\n") + 1
     if num_ids != entry.samples:
         raise DataError(f"has {num_ids} passage ids for {entry.samples} samples")
