@@ -156,7 +156,10 @@ def generate_corpus(settings: GenerateSettings, environment: Environment) -> dic
 def generate_part(
     generator: "Generator", passages: list[Passage], settings: GenerateSettings, sampling: "Sampling", label: str | None
 ) -> list[list[str]]:
-    """The texts of each passage, in order; batched by length. label: of the progress bar, None: no bar."""
+    """The texts of each passage, in order, each on one line; batched by length.
+
+    label: of the progress bar, None: no bar.
+    """
     from tqdm import tqdm
 
     prompts = [settings.prompt.replace("{passage}", passage.text) for passage in passages]
@@ -171,13 +174,8 @@ def generate_part(
             ids = [passages[i].passage_id for i in batch]
             generated = generator.generate(ids, [token_ids[i] for i in batch], num_sequences, sampling)
             for i, of_passage in zip(batch, generated):
-                texts[i] = [tidy(text, settings.task, generator.is_seq2seq) for text in of_passage]
+                if settings.task == "queries" and not generator.is_seq2seq:  # a causal model writes on
+                    of_passage = [text.partition("\n")[0] for text in of_passage]
+                texts[i] = [" ".join(text.split()) for text in of_passage]
             bar.update(len(batch))
     return texts
-
-
-def tidy(text: str, task: str, is_seq2seq: bool) -> str:
-    """On one line; of a query by a causal model, which writes on, the first line only."""
-    if task == "queries" and not is_seq2seq:
-        text = text.partition("\n")[0]
-    return " ".join(text.split())

@@ -116,8 +116,8 @@ class Sender:
             if record["kind"] != "event" and record["step"] > reached.get(record["kind"], -1):
                 reached[record["kind"]] = record["step"]
                 milliseconds = int(record["time"] * 1000)
-                metrics += [
-                    Metric(mlflow_name(name), value, milliseconds, record["step"])
+                metrics += [  # MLflow refuses "@": probe/mrr@10 is shown as probe/mrr_at_10
+                    Metric(name.replace("@", "_at_"), value, milliseconds, record["step"])
                     for name, value in numbers(record).items()
                 ]
         for start in range(0, len(metrics), METRICS_A_BATCH):
@@ -151,11 +151,6 @@ class Sender:
         for monitor in self._system.monitors:
             monitor.clear_metrics()
         self.client.log_batch(self.run, metrics=[Metric(f"system/{name}", v, now, step) for name, v in samples.items()])
-
-
-def mlflow_name(name: str) -> str:
-    """MLflow refuses "@": probe/mrr@10 is shown as probe/mrr_at_10."""
-    return name.replace("@", "_at_")
 
 
 def _create_database(uri: str) -> None:

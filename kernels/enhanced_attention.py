@@ -62,7 +62,12 @@ def enhanced_attention(
     assert fits or impl != "triton", f"the kernels take no heads of {k_THC.shape[-1]} channels in {k_THC.dtype}"
     explicit = explicit_visibility_SLL is not None
     if explicit or not fits or not len(k_THC) or choose(impl, k_THC.device) == "torch":
-        return _attend_in_torch(*floats, cu_seqlens, position_starts_S, *rule, explicit_visibility_SLL)
+        # The twin of the Triton kernels forms all T queries.
+        sequences_S = torch.arange(num_sequences, device=k_THC.device)
+        sequences_T = torch.repeat_interleave(sequences_S, cu_seqlens.diff())
+        positions_T = torch.arange(len(k_THC), device=k_THC.device) + (position_starts_S - cu_seqlens[:-1])[sequences_T]
+        q_THC = h_query_SHC.index_select(0, sequences_T) + position_query_PHC.index_select(0, positions_T)
+        return visible_attention(q_THC, k_THC, v_THC, cu_seqlens, *rule, explicit_visibility_SLL)
     from quincunx.kernels.enhanced_attention_triton import Attention
 
     with torch.cuda.device_of(k_THC):  # Triton launches on the current device.
@@ -91,24 +96,6 @@ def _check(
     assert all(x.dtype == torch.int32 and x.is_contiguous() for x in bounds)
     assert [len(x) for x in bounds] == lengths, [len(x) for x in bounds]
     assert max_length <= len(position_query_PHC), f"{max_length} positions, {len(position_query_PHC)} in the table"
-
-
-def _attend_in_torch(
-    h_query_SHC: torch.Tensor,
-    position_query_PHC: torch.Tensor,
-    k_THC: torch.Tensor,
-    v_THC: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    position_starts_S: torch.Tensor,
-    *visibility: torch.Tensor | None,
-) -> torch.Tensor:
-    """The twin of the Triton kernels, which forms all T queries."""
-    lengths_S = cu_seqlens.diff()
-    sequences_T = torch.repeat_interleave(torch.arange(len(lengths_S), device=k_THC.device), lengths_S)
-    rows_T = torch.arange(len(k_THC), device=k_THC.device) - cu_seqlens[sequences_T]
-    positions_T = rows_T + position_starts_S[sequences_T]
-    q_THC = h_query_SHC.index_select(0, sequences_T) + position_query_PHC.index_select(0, positions_T)
-    return visible_attention(q_THC, k_THC, v_THC, cu_seqlens, *visibility)
 
 
 @torch.compiler.disable

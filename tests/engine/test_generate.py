@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from quincunx.data_shards.tokenizer_training import train_wordpiece
 from quincunx.engine.generate import GenerateSettings, generate_corpus
 from quincunx.engine.generator import Sampling, draw, load_generator, uniform
 from quincunx.engine.ranks import Environment
+
+SAMPLING = Sampling(seed=1, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8)
 
 
 def place(rank: int, world_size: int) -> Environment:
@@ -98,9 +101,7 @@ def test_a_draw_follows_the_models_distribution_within_top_k_and_top_p():
     logits = torch.tensor([0.50, 0.25, 0.15, 0.10]).log()
 
     def frequencies(**changes) -> list[float]:
-        sampling = Sampling(
-            **({"seed": 3, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 1} | changes)
-        )
+        sampling = replace(SAMPLING, seed=3, **changes)
         num = 20_000
         uniforms = torch.tensor([uniform(3, f"p{i}", 0, 0) for i in range(num)], dtype=torch.float64)
         tokens = draw(logits.flip(0).expand(num, 4), uniforms, sampling)
@@ -118,26 +119,24 @@ def test_a_draw_follows_the_models_distribution_within_top_k_and_top_p():
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_texts_depend_on_seed_passage_and_number_but_not_on_the_batch(models, kind):
     generator = load_generator(str(models / kind), "cpu", "float32")
-    sampling = Sampling(seed=1, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8)
     prompts = generator.tokenize([f"{'word ' * k}and passage {k}" for k in range(1, 10)], 8)
     ids = [f"p{k}" for k in range(1, 10)]
-    together = generator.generate(ids, prompts, 3, sampling)
-    alone = [generator.generate([i], [prompt], 3, sampling)[0] for i, prompt in zip(ids, prompts)]
-    fewer = generator.generate(ids[::-1], prompts[::-1], 2, sampling)[::-1]
+    together = generator.generate(ids, prompts, 3, SAMPLING)
+    alone = [generator.generate([i], [prompt], 3, SAMPLING)[0] for i, prompt in zip(ids, prompts)]
+    fewer = generator.generate(ids[::-1], prompts[::-1], 2, SAMPLING)[::-1]
     assert together == alone
     assert [texts[:2] for texts in together] == fewer
     assert all(len(set(texts)) == 3 for texts in together)
-    assert len({texts[0] for texts in generator.generate(ids, [prompts[0]] * 9, 1, sampling)}) == 9
-    other = Sampling(seed=2, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=8)
-    assert generator.generate(ids, prompts, 3, other) != together
+    assert len({texts[0] for texts in generator.generate(ids, [prompts[0]] * 9, 1, SAMPLING)}) == 9
+    assert generator.generate(ids, prompts, 3, replace(SAMPLING, seed=2)) != together
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_without_chance_the_text_is_that_of_hugging_faces_own_greedy_search(models, kind):
     generator = load_generator(str(models / kind), "cpu", "float32")
     prompts = generator.tokenize(["one passage of text", "a longer passage of text that is padded less"], 8)
-    sampling = Sampling(seed=1, temperature=1.0, top_k=1, top_p=1.0, max_new_tokens=8)
-    for (ours,), prompt in zip(generator.generate(["a", "b"], prompts, 1, sampling), prompts):
+    texts = generator.generate(["a", "b"], prompts, 1, replace(SAMPLING, top_k=1))
+    for (ours,), prompt in zip(texts, prompts):
         output = generator.model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0]
         new = output[1:] if generator.is_seq2seq else output[len(prompt) :]
         assert ours == generator.tokenizer.decode(new, skip_special_tokens=True).strip()
