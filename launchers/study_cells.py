@@ -15,7 +15,7 @@ from typing import Any
 
 from quincunx.data_shards.artefact import differences
 from quincunx.data_shards.durable import file_digest, written_whole
-from quincunx.data_shards.errors import EXIT_DIVERGED, SettingsError
+from quincunx.data_shards.errors import EXIT_DIVERGED, DataError, SettingsError
 from quincunx.engine.retrieval.study_report import describe_code, read_pretraining, results_of
 from quincunx.engine.retrieval.trec import read_qrels
 from quincunx.engine.run_folder import read_metrics
@@ -29,12 +29,12 @@ Run = Callable[..., None]
 """run(command, **flags): one launcher; raises CommandFailed."""
 
 
-class CommandFailed(Exception):
-    """A command of a cell ended with `code`, or was not begun because of a request to stop."""
+class CommandFailed(DataError):
+    """A command of a cell ended with `exit_code`, or was not begun because of a request to stop."""
 
-    def __init__(self, code: int, sentence: str = ""):
+    def __init__(self, exit_code: int, sentence: str):
         super().__init__(sentence)
-        self.code = code
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ def collection_digests(folder: Path, split: str) -> dict[str, str]:
 
 
 def make_data(cell: Cell, run: Run) -> None:
-    """What cells of a collection share: shards, judged queries with a probe, BM25 beside them, training candidates."""
+    """What cells of a collection share: shards, a probe of judged queries, BM25 and its record, candidates."""
     folder = cell.data
     if not (folder / "result.json").exists():
         make_shards(cell, run)
@@ -222,6 +222,8 @@ def make_data(cell: Cell, run: Run) -> None:
         run("search", method="bm25", **texts, depth=ranks, output=train / "bm25.trec")
         kept = {"depth": ranks, "num_negatives": TRAIN_NEGATIVES, "random_fill": TRAIN_NEGATIVES}
         run("mine", run=train / "bm25.trec", **texts, **kept, output=cell.candidates)
+    if cell.bm25() is None:
+        write_record(cell.bm25_file, {**results_of(folder), "made_from": cell.bm25_made_from})
 
 
 def make_shards(cell: Cell, run: Run) -> None:
@@ -240,11 +242,11 @@ def make_shards(cell: Cell, run: Run) -> None:
 
 
 def search_and_judge(cell: Cell, folder: Path, run: Run, **search: Any) -> None:
-    """Searches for the judged queries, and evaluates what is found; results_in reads it."""
+    """Searches for the judged queries, and evaluates what is found."""
     measures, found = cell.made_from["measures"], folder / "run.trec"
     run("search", **search, qrels=cell.judged, depth=depth_for(measures), output=found)
-    results = {"output": folder / "result.json", "per_query": folder / "queries.jsonl"}
-    run("evaluate", run=found, qrels=cell.judged, measures=measures, **results)
+    judged = {"qrels": cell.judged, "per_query": folder / "queries.jsonl"}
+    run("evaluate", run=found, **judged, measures=measures, output=folder / "result.json")
 
 
 def depth_for(measures: Sequence[str]) -> int:
@@ -253,19 +255,13 @@ def depth_for(measures: Sequence[str]) -> int:
     return max([100, *cutoffs])
 
 
-def make_bm25(cell: Cell) -> None:
-    """Writes BM25's record of the cell's collection, if it is not there."""
-    if cell.bm25() is None:
-        write_record(cell.bm25_file, {**results_of(cell.data), "made_from": cell.bm25_made_from})
-
-
 def make_cell(cell: Cell, run: Run) -> None:
     """Runs the cell's commands, each of which goes on where it stopped, and writes the cell's record."""
     record: dict[str, Any] = {"collection": cell.collection.name, "variant": cell.variant, "seed": cell.seed}
     try:
         train_and_judge(cell, run)
     except CommandFailed as failed:
-        if failed.code != EXIT_DIVERGED:
+        if failed.exit_code != EXIT_DIVERGED:
             raise
         record["diverged"] = True
     else:
