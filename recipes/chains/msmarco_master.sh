@@ -37,13 +37,13 @@ judge bm25 dev
 
 train finetune --recipe retriever1 --encoder "$encoder" "${training[@]}" --candidates "$out/bm25.negatives.jsonl" \
     "${retriever[@]}" --output "$out/retriever1"
-find_with retriever1 "$out/retriever1/export/retriever" "$corpus" dev
-mine_with retriever1 "$out/retriever1/export/retriever" 200 "${mining[@]}"      # paper: top 200
+find_with retriever1 dev
+mine_with retriever1 200 "${mining[@]}"      # paper: top 200
 
 train finetune --recipe retriever2 --encoder "$encoder" "${training[@]}" --candidates "$out/retriever1.negatives.jsonl" \
     "${retriever[@]}" --output "$out/retriever2"
-find_with retriever2 "$out/retriever2/export/retriever" "$corpus" dev
-mine_with retriever2 "$out/retriever2/export/retriever" 200 "${mining[@]}"
+find_with retriever2 dev
+mine_with retriever2 200 "${mining[@]}"
 
 train finetune --recipe reranker --encoder "$teacher" "${training[@]}" --candidates "$out/retriever2.negatives.jsonl" \
     --max_pair_tokens 192 --output "$out/reranker"
@@ -53,7 +53,7 @@ train score --model "$out/reranker/export/reranker" --corpus "$corpus" --queries
 judge reranker dev
 
 train finetune --recipe distil --encoder "$encoder" "${training[@]}" --candidates "$out/scored.jsonl" "${retriever[@]}" --output "$out/distil"
-find_with distil "$out/distil/export/retriever" "$corpus" dev
+find_with distil dev
 for year in 19 20; do
     stage search --model "$out/distil/export/retriever" --embeddings "$out/distil.vectors" --queries "$out/trec$year/queries.jsonl" \
         "${searching[@]}" --output "$out/distil.trec$year.trec"

@@ -7,7 +7,8 @@ set -euo pipefail
 . "$(dirname "$0")/stage.sh"
 data=${DATA:-nq} out=${OUTPUT:-nq_run} encoder=${ENCODER:-runs/master_nq/export/encoder}   # paper: pre-trained on these passages
 corpus=$data/psgs_w100.tsv
-training=(--corpus "$corpus" --queries "$out/train/queries.jsonl" --answers "$out/train/answers.jsonl")
+training=(--corpus "$corpus" --queries "$out/train/queries.jsonl")
+mining=(--answers "$out/train/answers.jsonl" --random_fill 16)       # passages that contain an answer are no negatives
 encoding=() searching=(--depth 100)
 retriever=(--max_query_tokens 32 --max_passage_tokens 192 --learning_rate 1e-5 --epochs None --steps 20000)    # paper
 judge() {   # answer match at 20 and 100 (paper)
@@ -19,20 +20,20 @@ stage split --queries "$data/biencoder-nq-train.json" --output "$out/train"
 stage split --queries "$data/nq-dev.csv" --output "$out/dev"
 stage split --queries "$data/nq-test.csv" --output "$out/test"
 
-stage search --method bm25 --k1 0.9 --b 0.4 --corpus "$corpus" --queries "$out/train/queries.jsonl" --depth 200 --output "$out/bm25.train.trec"
-stage mine --run "$out/bm25.train.trec" "${training[@]}" --qrels "$out/train/qrels.tsv" --depth 200 --random_fill 16 \
-    --output "$out/bm25.negatives.jsonl"                         # passages that contain an answer are no negatives
+stage search --method bm25 --k1 0.9 --b 0.4 "${training[@]}" --depth 200 --output "$out/bm25.train.trec"
+stage mine --run "$out/bm25.train.trec" "${training[@]}" --qrels "$out/train/qrels.tsv" --depth 200 "${mining[@]}" \
+    --output "$out/bm25.negatives.jsonl"
 for split in dev test; do
     stage search --method bm25 --k1 0.9 --b 0.4 --corpus "$corpus" --queries "$out/$split/queries.jsonl" --depth 100 --output "$out/bm25.$split.trec"
     judge bm25 "$split"
 done
 
-train finetune --recipe retriever1 --encoder "$encoder" "${training[@]:0:4}" --candidates "$out/bm25.negatives.jsonl" \
+train finetune --recipe retriever1 --encoder "$encoder" "${training[@]}" --candidates "$out/bm25.negatives.jsonl" \
     "${retriever[@]}" --output "$out/retriever1"
-find_with retriever1 "$out/retriever1/export/retriever" "$corpus" dev test
-mine_with retriever1 "$out/retriever1/export/retriever" 200 --random_fill 16
+find_with retriever1 dev test
+mine_with retriever1 200 "${mining[@]}"
 
-train finetune --recipe retriever2 --encoder "$encoder" "${training[@]:0:4}" --candidates "$out/retriever1.negatives.jsonl" \
+train finetune --recipe retriever2 --encoder "$encoder" "${training[@]}" --candidates "$out/retriever1.negatives.jsonl" \
     "${retriever[@]}" --output "$out/retriever2"
-find_with retriever2 "$out/retriever2/export/retriever" "$corpus" dev test
+find_with retriever2 dev test
 stage report --chain "$out"

@@ -3,9 +3,9 @@
 #   stage NAME FLAGS...                 runs launchers/NAME.py
 #   train NAME FLAGS...                 the same on all ranks: with $LAUNCH (default: python; deepspeed --num_gpus 8; srun python)
 #   judge SYSTEM SPLIT                  measures $out/SYSTEM.SPLIT.trec
-#   find_with SYSTEM MODEL CORPUS SPLITS...   encodes a corpus, then searches and judges splits of it
-#   mine_with SYSTEM MODEL DEPTH FLAGS...     searches the training queries with a system that is encoded, and mines negatives
-# A chain sets out, searching and encoding (flags), measures, and data for mine_with.
+#   find_with SYSTEM SPLITS...          encodes $corpus with the retriever in $out/SYSTEM, then searches and judges the splits
+#   mine_with SYSTEM DEPTH FLAGS...     searches the training queries with a system that has encoded, and mines negatives
+# A chain sets out, corpus, searching and encoding (flags), measures, and training for mine_with.
 launchers=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../launchers" && pwd)
 export QUINCUNX_CHECK=${CHECK:-}
 
@@ -27,19 +27,18 @@ judge() {
 }
 
 find_with() {
-    local system=$1 model=$2 corpus=$3 split
-    train encode --model "$model" --corpus "$corpus" "${encoding[@]}" --output "$out/$system.vectors"
-    for split in "${@:4}"; do
-        stage search --model "$model" --embeddings "$out/$system.vectors" --queries "$out/$split/queries.jsonl" \
-            "${searching[@]}" --output "$out/$system.$split.trec"
-        judge "$system" "$split"
+    local model=$out/$1/export/retriever split
+    train encode --model "$model" --corpus "$corpus" "${encoding[@]}" --output "$out/$1.vectors"
+    for split in "${@:2}"; do
+        stage search --model "$model" --embeddings "$out/$1.vectors" --queries "$out/$split/queries.jsonl" \
+            "${searching[@]}" --output "$out/$1.$split.trec"
+        judge "$1" "$split"
     done
 }
 
 mine_with() {
-    local system=$1 model=$2 depth=$3
-    stage search --model "$model" --embeddings "$out/$system.vectors" --queries "$out/train/queries.jsonl" \
-        "${searching[@]}" --depth "$depth" --output "$out/$system.train.trec"
-    stage mine --run "$out/$system.train.trec" "${training[@]}" --qrels "$out/train/qrels.tsv" --depth "$depth" "${@:4}" \
-        --output "$out/$system.negatives.jsonl"
+    stage search --model "$out/$1/export/retriever" --embeddings "$out/$1.vectors" --queries "$out/train/queries.jsonl" \
+        "${searching[@]}" --depth "$2" --output "$out/$1.train.trec"
+    stage mine --run "$out/$1.train.trec" "${training[@]}" --qrels "$out/train/qrels.tsv" --depth "$2" "${@:3}" \
+        --output "$out/$1.negatives.jsonl"
 }
