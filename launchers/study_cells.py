@@ -19,7 +19,7 @@ from quincunx.data_shards.errors import EXIT_DIVERGED, DataError, SettingsError
 from quincunx.engine.retrieval.study_report import describe_code, read_pretraining, results_of
 from quincunx.engine.retrieval.trec import read_qrels
 from quincunx.engine.run_folder import read_metrics
-from quincunx.launchers.study_recipe import Recipe, parse_training
+from quincunx.launchers.study_recipe import Recipe
 
 PROBE_QUERIES, PROBE_PASSAGES = 300, 3000
 NEVER = 10**6
@@ -156,12 +156,6 @@ def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: P
     if len({folder.name for folder in folders}) != len(folders):
         raise SettingsError(f"two collections have the same name: {', '.join(map(str, folders))}; rename a folder")
     digests = {folder: collection_digests(folder, recipe.split) for folder in folders}
-    pretrain, finetune = {}, {}
-    for name, variant in recipe.variants.items():
-        settings = {**recipe.pretrain, **variant.pretrain}
-        steps = parse_training("pretrain", {**settings, "shards": ["x"]}).steps  # perhaps of a settings file
-        pretrain[name] = with_file_digest({**settings, "steps": steps})
-        finetune[name] = with_file_digest({**recipe.finetune, **variant.finetune})
     return [
         Cell(
             collection=folder,
@@ -171,8 +165,8 @@ def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: P
                 "collection": digests[folder],
                 "shards": {**recipe.shards},
                 "generate": {**recipe.generate},
-                "pretrain": {**pretrain[name], "seed": seed},
-                "finetune": {**finetune[name], "seed": seed},
+                "pretrain": {**variant.pretrain, "seed": seed},
+                "finetune": {**variant.finetune, "seed": seed},
                 "train_share": variant.train_share,
                 "at_step": variant.at_step,
                 "split": recipe.split,
@@ -185,12 +179,6 @@ def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: P
         for folder in folders
         for name, variant in recipe.variants.items()
     ]
-
-
-def with_file_digest(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that name a file of the user's hold its content, too: another content is another cell."""
-    path = Path(str(settings.get("recipe", "")))
-    return {**settings, "recipe_digest": file_digest(path)} if path.is_file() else dict(settings)
 
 
 def collection_digests(folder: Path, split: str) -> dict[str, str]:

@@ -13,13 +13,14 @@ base                         a recipe whose keys hold where this one has none (p
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from quincunx.data_shards.build_settings import BuildSettings
+from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tasks import TASKS
 from quincunx.engine.generate import GenerateSettings
@@ -53,10 +54,10 @@ IN_WORDS = {dict: "`key: value` lines", str: "a name", int: "a whole number", (i
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of the study's table."""
+    """One row of the study's table, with all settings of its trainings but for seed and files."""
 
-    pretrain: Mapping[str, Any] = field(default_factory=dict)
-    finetune: Mapping[str, Any] = field(default_factory=dict)
+    pretrain: Mapping[str, Any]
+    finetune: Mapping[str, Any]
     train_share: float = 1.0
     """Share of the training queries that fine-tune; smaller shares are part of larger ones."""
     at_step: int | None = None
@@ -71,8 +72,6 @@ class Recipe:
     variants: Mapping[str, Variant]
     shards: Mapping[str, Any] = field(default_factory=dict)
     generate: Mapping[str, Any] = field(default_factory=dict)
-    pretrain: Mapping[str, Any] = field(default_factory=dict)
-    finetune: Mapping[str, Any] = field(default_factory=dict)
     seeds: Sequence[int] = (0, 1, 2)
     split: str = "dev"
     measures: Sequence[str] = ("MRR@10", "nDCG@10", "R@100")
@@ -122,10 +121,16 @@ def read_recipe(name: str) -> Recipe:
                 content[key] = {**base.get(key, {}), **content.get(key, {})}
             content = {**base, **content}
         need(bool(content.get("variants")), "it has no variants: name at least one")
-        variants = {
-            name: read_variant(name, {} if values is None else values) for name, values in content["variants"].items()
-        }
-        recipe = Recipe(name=path.stem, **{**content, "variants": variants})
+        common = {command: content.pop(command, {}) for command in TRAININGS}
+        variants = {}
+        for name, values in content.pop("variants").items():
+            need(
+                bool(re.fullmatch(r"\w[\w.+-]*(?<!\.json)", name)),
+                f"a variant is named {name!r}; give letters, digits, hyphens and dots, no .json at the end",
+            )
+            with within(f"variant {name}"):
+                variants[name] = read_variant({} if values is None else values, common, content.get("generate", {}))
+        recipe = Recipe(name=path.stem, variants=variants, **content)
         check(recipe)
     return recipe
 
@@ -149,16 +154,6 @@ def read_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_variant(name: str, values: Any) -> Variant:
-    need(
-        bool(re.fullmatch(r"\w[\w.+-]*(?<!\.json)", name)),
-        f"a variant is named {name!r}; give letters, digits, hyphens and dots, no .json at the end",
-    )
-    with within(f"variant {name}"):
-        check_keys(values, VARIANT_SHAPES)
-    return Variant(**values)
-
-
 def check_keys(content: Any, shapes: Mapping[str, Any]) -> None:
     """Raises SettingsError for a key that is unknown or has a value of another kind."""
     need(isinstance(content, dict), "give `key: value` lines")
@@ -175,7 +170,7 @@ def check_keys(content: Any, shapes: Mapping[str, Any]) -> None:
 
 
 def check(recipe: Recipe) -> None:
-    """Parses the settings of every command as the command itself will."""
+    """Raises SettingsError for what is wrong outside the variants."""
     need(bool(recipe.measures), "measures is empty; name at least one, the first is tested")
     for name in recipe.measures:
         find_measure(name)
@@ -193,18 +188,23 @@ def check(recipe: Recipe) -> None:
             has_model = isinstance(settings, dict) and "model" in settings
             need(has_model, f"give settings of generate.py, the model among them, not {settings!r}")
             parse_settings(GenerateSettings, "", as_flags({"task": task, **collection, **settings}))
-    for name, variant in recipe.variants.items():
-        with within(f"variant {name}"):
-            check_variant(recipe, variant)
 
 
-def check_variant(recipe: Recipe, variant: Variant) -> None:
+def read_variant(values: Any, common: Mapping[str, Any], generated: Mapping[str, Any]) -> Variant:
+    """Completes what a recipe says of a variant, and parses it as the commands will.
+
+    common: command -> settings of all variants. generated: the texts that the study generates, by field.
+    """
+    check_keys(values, VARIANT_SHAPES)
+    complete = {command: {**common[command], **values.get(command, {})} for command in TRAININGS}
+    for command, settings in complete.items():
+        refuse_own(command, settings)
+    variant = Variant(**{**values, **complete})
     share, at_step = variant.train_share, variant.at_step
     need(0 < share <= 1, f"train_share is {share}: give a number above 0, at most 1")
-    settings = parse_training("pretrain", {**recipe.pretrain, **variant.pretrain, "shards": ["x"]})
-    refuse_own("pretrain", {**recipe.pretrain, **variant.pretrain})
-    refuse_own("finetune", {**recipe.finetune, **variant.finetune})
-    missing = {TASKS[task].field for task in settings.tasks} - {"passage", "next"} - recipe.generate.keys()
+    settings = parse_training("pretrain", {**variant.pretrain, "shards": ["x"]})
+    parse_training("finetune", {**variant.finetune, "candidates": "x", "corpus": "x", "queries": "x"})
+    missing = {TASKS[task].field for task in settings.tasks} - {"passage", "next"} - generated.keys()
     need(
         not missing,
         f"its tasks need generated texts, {' and '.join(sorted(missing))}: name their models under `generate`, or "
@@ -222,8 +222,14 @@ def check_variant(recipe: Recipe, variant: Variant) -> None:
         f"at_step needs all checkpoints and keep_checkpoints is {settings.keep_checkpoints}: give {needed} or more (a "
         "stop on request writes one besides)",
     )
-    given = {"candidates": "x", "corpus": "x", "queries": "x"}
-    parse_training("finetune", {**recipe.finetune, **variant.finetune, **given})
+    pretrain = {**variant.pretrain, "steps": settings.steps}  # perhaps of a settings file
+    return replace(variant, pretrain=with_file_digest(pretrain), finetune=with_file_digest(variant.finetune))
+
+
+def with_file_digest(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that name a file of the user's hold its content, too: another content is another cell."""
+    path = Path(str(settings.get("recipe", "")))
+    return {**settings, "recipe_digest": file_digest(path)} if path.is_file() else dict(settings)
 
 
 def refuse_own(command: str, settings: Mapping[str, Any]) -> None:

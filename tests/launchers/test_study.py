@@ -149,39 +149,34 @@ def test_a_wrong_recipe_is_one_sentence_and_nothing_is_written(study, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_variant_named_twice_is_refused(study, tmp_path):
-    words = study()
-    text = "variants:\n  a: {}\n  b: {}\n  a: {}\n"
-    (tmp_path / "tiny.yaml").write_text(text)
-    with pytest.raises(SettingsError, match="name a twice: rename one"):
-        main(words)
-
-
-def test_names_of_variants_are_text_as_it_is_written(tmp_path):
-    path = tmp_path / "rates.yaml"
-    path.write_text(
-        "base: papers\nvariants:\n  0.1: {}\n  0.10: {pretrain: {tasks: []}}\n  on: {pretrain: {steps: 0}}\n"
-    )
-    assert list(read_recipe(str(path)).variants) == ["0.1", "0.10", "on"]
-
-
-def test_a_merged_key_may_be_overridden_and_a_key_that_is_no_name_is_refused(tmp_path):
-    path = tmp_path / "merged.yaml"
-    variants = "variants:\n  a: &a {pretrain: {steps: 0}, train_share: 0.5}\n  b: {<<: *a, train_share: 0.1}\n"
-    path.write_text("base: papers\n" + variants)
-    found = read_recipe(str(path)).variants["b"]
-    assert (found.pretrain, found.train_share) == ({"steps": 0}, 0.1)
-    path.write_text("base: papers\nvariants:\n  ? [a]\n  : {}\n")
-    with pytest.raises(SettingsError, match="have a key that is no name"):
+@pytest.mark.parametrize(
+    ("variants", "sentence"),
+    [("  a: {}\n  b: {}\n  a: {}\n", "name a twice: rename one"), ("  ? [a]\n  : {}\n", "have a key that is no name")],
+)
+def test_a_name_that_stands_twice_or_is_none_is_refused(tmp_path, variants, sentence):
+    path = tmp_path / "named.yaml"
+    path.write_text("variants:\n" + variants)
+    with pytest.raises(SettingsError, match=sentence):
         read_recipe(str(path))
+
+
+def test_names_of_variants_are_text_as_it_is_written_and_a_merged_key_may_be_overridden(tmp_path):
+    path = tmp_path / "rates.yaml"
+    variants = "  0.1: &a {pretrain: {steps: 0}, train_share: 0.5}\n  0.10: {<<: *a, train_share: 0.1}\n  on: {}\n"
+    path.write_text("base: papers\nvariants:\n" + variants)
+    found = read_recipe(str(path)).variants
+    assert list(found) == ["0.1", "0.10", "on"]
+    assert (found["0.10"].pretrain["steps"], found["0.10"].train_share) == (0, 0.1)
 
 
 def test_a_base_lends_its_variants(tmp_path):
     path = tmp_path / "wide.yaml"
-    path.write_text("base: papers\npretrain: {hidden_size: 256, num_heads: 4}\n")
+    wider = {"hidden_size": 256, "num_heads": 4}
+    path.write_text(yaml.safe_dump({"base": "papers", "pretrain": wider}))
     wide, papers = read_recipe(str(path)), read_recipe("papers")
-    assert wide.variants == papers.variants and wide.against == papers.against
-    assert wide.pretrain == {**papers.pretrain, "hidden_size": 256, "num_heads": 4}
+    assert wide.variants.keys() == papers.variants.keys() and wide.against == papers.against
+    for name, variant in wide.variants.items():
+        assert variant.pretrain == {**papers.variants[name].pretrain, **wider}
 
 
 def test_the_content_of_a_settings_file_is_part_of_a_cell(study, collection, tmp_path):
