@@ -78,7 +78,7 @@ def main() -> None:
     cells = make_cells(recipe, options.collections, options.output, options.work or options.output / "work")
     rows, by_seed = [], defaultdict(list)
     for cell in cells:
-        record = cell.record()
+        record = cell.record.read()
         if record is None or "diverged" in record:
             continue
         tuned = next(iter(record["measures"].values()))["mean"]

@@ -159,7 +159,7 @@ def make_all(
                         continue
                     make_data(cell, partial(run, lock))
                 with claimed(cell.pretrained) as lock:
-                    if lock and cell.record() is None:
+                    if lock and cell.record.read() is None:
                         make_cell(cell, partial(run, lock))
                         say(f"[{sum(c.is_made() for c in cells)}/{len(cells)}] {cell.label}: {cell.outcome()}")
                         report()
@@ -197,8 +197,8 @@ def make_folder(path: Path) -> None:
 def write_report(cells: Sequence[Cell], output: Path, recipe: Recipe) -> list[Path]:
     """Writes the report of the cells that are there; gives its files."""
     with REPORTING:  # of one thread at a time
-        records = [record for cell in cells if (record := cell.record()) is not None]
-        bm25 = {cell.collection.name: record for cell in cells if (record := cell.bm25()) is not None}
+        records = [record for cell in cells if (record := cell.record.read()) is not None]
+        bm25 = {cell.collection.name: record for cell in cells if (record := cell.bm25.read()) is not None}
         return make_report(output, recipe.name, list(recipe.variants), recipe.against, records, bm25, len(cells))
 
 
@@ -211,7 +211,7 @@ def refuse_other_study(output: Path, name: str, cells: Sequence[Cell]) -> None:
         raise SettingsError(f"{report} is the report of {title}, this one is {name}: give another --output")
     if not os.access(output, os.W_OK):
         raise SettingsError(f"output {output} cannot be written: give another --output")
-    own = {cell.record_file for cell in cells}
+    own = {cell.record.path for cell in cells}
     if strangers := sorted(str(path) for path in output.glob("cells/*/*/seed-*.json") if path not in own):
         raise SettingsError(
             f"{output} holds cells that this command does not name ({', '.join(strangers[:3])}), and its report would "

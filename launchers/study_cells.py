@@ -37,6 +37,40 @@ class CommandFailed(DataError):
         self.exit_code = exit_code
 
 
+@dataclass(frozen=True)
+class Record:
+    """A small file: `made_from`, all that decides a result, and what came out."""
+
+    path: Path
+    made_from: Mapping[str, Any]
+    results: frozenset[str]
+    """Keys of what came out, if it did not diverge."""
+
+    def read(self) -> dict[str, Any] | None:
+        """What it says; None if it is not made yet. Raises SettingsError if it is damaged, or was made otherwise."""
+        try:
+            record = json.loads(self.path.read_text())
+            then = dict(record["made_from"])
+            if "diverged" not in record and self.results - record.keys():
+                raise KeyError
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            raise SettingsError(f"{self.path} is damaged: remove it, and it is made again") from None
+        if then != self.made_from:
+            raise SettingsError(
+                f"{self.path} was made otherwise ({differences(then, self.made_from)}): give another --output, or the recipe and "
+                "collection that it was made with"
+            )
+        return record
+
+    def write(self, found: Mapping[str, Any]) -> None:
+        """One key a line: lists of values stay on theirs."""
+        record = {**found, "made_from": self.made_from}
+        with written_whole(self.path) as file:
+            file.write("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()) + "\n}\n")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One cell, with all settings of its commands."""
@@ -54,12 +88,16 @@ class Cell:
         return f"{self.collection.name} {self.variant} seed {self.seed}"
 
     @property
-    def record_file(self) -> Path:
-        return self.output / "cells" / self.collection.name / self.variant / f"seed-{self.seed}.json"
+    def record(self) -> Record:
+        path = self.output / "cells" / self.collection.name / self.variant / f"seed-{self.seed}.json"
+        return Record(path, self.made_from, frozenset({"measures", "per_query", "before", "probe", "held_out"}))
 
     @property
-    def bm25_file(self) -> Path:
-        return self.output / "cells" / self.collection.name / "bm25.json"
+    def bm25(self) -> Record:
+        """BM25's record of the cell's collection."""
+        made_from = {name: self.made_from[name] for name in ("collection", "split", "measures")}
+        path = self.output / "cells" / self.collection.name / "bm25.json"
+        return Record(path, made_from, frozenset({"measures", "per_query"}))
 
     @property
     def log(self) -> Path:
@@ -98,56 +136,17 @@ class Cell:
         decided = json.dumps({key: self.made_from[key] for key in decided_by}, sort_keys=True)
         return self.work / self.collection.name / f"{name}-{hashlib.sha256(decided.encode()).hexdigest()[:8]}"
 
-    @property
-    def bm25_made_from(self) -> dict[str, Any]:
-        return {name: self.made_from[name] for name in ("collection", "split", "measures")}
-
-    def record(self) -> dict[str, Any] | None:
-        """The finished cell's record; None if it is not made yet. Raises SettingsError as load_record."""
-        return load_record(self.record_file, self.made_from)
-
-    def bm25(self) -> dict[str, Any] | None:
-        """BM25's record of the collection, as record."""
-        return load_record(self.bm25_file, self.bm25_made_from)
-
     def is_made(self) -> bool:
         """Whether the cell's record and BM25's beside it are there."""
-        return self.record() is not None and self.bm25() is not None
+        return self.record.read() is not None and self.bm25.read() is not None
 
     def outcome(self) -> str:
         """The first measure of a finished cell, in words."""
-        record = self.record()
+        record = self.record.read()
         if "diverged" in record:
             return "diverged"
         name, found = next(iter(record["measures"].items()))
         return f"{name} {found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
-
-
-def load_record(path: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A cell's record, or BM25's; None if it is not made yet. Raises SettingsError if it was made otherwise."""
-    try:
-        record = json.loads(path.read_text())
-        then = dict(record["made_from"])
-        needed = {"measures", "per_query"} | ({"before", "probe", "held_out"} if "pretrain" in made_from else set())
-        if "diverged" not in record and needed - record.keys():
-            raise KeyError
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise SettingsError(f"{path} is damaged: remove it, and it is made again") from None
-    now = json.loads(json.dumps(made_from))
-    if then != now:
-        raise SettingsError(
-            f"{path} was made otherwise ({differences(then, now)}): give another --output, or the recipe and "
-            "collection that it was made with"
-        )
-    return record
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record, one key a line: lists of values stay on theirs."""
-    with written_whole(path) as file:
-        file.write("{\n" + ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in record.items()) + "\n}\n")
 
 
 def make_cells(recipe: Recipe, collections: Sequence[str], output: Path, work: Path) -> list[Cell]:
@@ -210,8 +209,8 @@ def make_data(cell: Cell, run: Run) -> None:
         run("search", method="bm25", **texts, depth=ranks, output=train / "bm25.trec")
         kept = {"depth": ranks, "num_negatives": TRAIN_NEGATIVES, "random_fill": TRAIN_NEGATIVES}
         run("mine", run=train / "bm25.trec", **texts, **kept, output=cell.candidates)
-    if cell.bm25() is None:
-        write_record(cell.bm25_file, {**results_of(folder), "made_from": cell.bm25_made_from})
+    if cell.bm25.read() is None:
+        cell.bm25.write(results_of(folder))
 
 
 def make_shards(cell: Cell, run: Run) -> None:
@@ -257,7 +256,7 @@ def make_cell(cell: Cell, run: Run) -> None:
         record |= results_of(cell.tuned)
         record["before"] = {name.removeprefix("probe/"): before[name] for name in before if name.startswith("probe/")}
         record |= {**read_pretraining(cell.pretrained), "code": describe_code()}
-    write_record(cell.record_file, {**record, "made_from": cell.made_from})
+    cell.record.write(record)
 
 
 def train_and_judge(cell: Cell, run: Run) -> None:
