@@ -9,7 +9,6 @@ means, which few seeds make weak.
 import contextlib
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -137,19 +136,18 @@ def compare_all(found: Rows, against: Sequence[str]) -> Tests:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given."""
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected
+    order, corrected = np.argsort(p_values, kind="stable"), np.zeros(len(p_values))
+    factors = np.arange(len(p_values), 0, -1)
+    corrected[order] = np.maximum.accumulate(np.minimum(1.0, factors * np.asarray(p_values)[order]))
+    return corrected.tolist()
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Rank correlation; None if one of the two does not vary."""
     from scipy.stats import spearmanr
 
-    found = float(spearmanr(first, second).statistic) if len(set(first)) > 1 and len(set(second)) > 1 else math.nan
-    return None if math.isnan(found) else found
+    varies = len(set(first)) > 1 and len(set(second)) > 1
+    return float(spearmanr(first, second).statistic) if varies else None
 
 
 def make_report(
