@@ -10,15 +10,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
+from quincunx.engine.retrieval.evaluation import Comparison, aligned, compare, evaluate, interval
+from quincunx.engine.retrieval.trec import read_qrels, read_run
 from quincunx.engine.run_folder import numbers, read_metrics
 from quincunx.launchers.command_line import parse_settings
-
-if TYPE_CHECKING:
-    from quincunx.engine.retrieval.evaluation import Comparison
 
 LABELS = {
     "bm25": "BM25, words alone",
@@ -53,43 +51,39 @@ def records(run_folder: Path, kind: str) -> list[dict]:
 
 
 def print_learned(run_folder: Path) -> list[str]:
-    """Held-out losses beside their unigrams, and the probe along the run."""
+    """Held-out losses beside their unigrams, and the probe along the run; gives what failed."""
     held_out, probe = records(run_folder, "held_out"), records(run_folder, "probe")
     before, after = numbers(held_out[0]), numbers(held_out[-1])
-    failures = []
-    print(f"\n{'held-out loss, nats a token':<34}{'before':>8}{'after':>8}{'unigram':>9}{'right words, after':>20}")
-    print("-" * 79)
+    rows, failures = [["held-out loss, nats a token", "before", "after", "unigram", "right words, after"]], []
     for task in [key.removeprefix("held_out/loss/") for key in after if key.startswith("held_out/loss/")]:
         loss, unigram = after[f"held_out/loss/{task}"], after[f"held_out/unigram/{task}"]
-        row = f"{before[f'held_out/loss/{task}']:>8.2f}{loss:>8.2f}{unigram:>9.2f}"
-        print(f"{task:<5}{TASKS.get(task, ''):<29}{row}{after[f'held_out/accuracy/{task}']:>20.1%}")
+        values = (f"{value:.2f}" for value in (before[f"held_out/loss/{task}"], loss, unigram))
+        rows.append([f"{task}, {TASKS.get(task, '')}", *values, f"{after[f'held_out/accuracy/{task}']:.1%}"])
         if not loss < unigram:
             failures.append(f"the held-out loss of {task} is {loss:.2f}, not below its unigram {unigram:.2f}")
+    print("", *aligned(rows), sep="\n")
     print("unigram: the loss of a model that knows each word's frequency and ignores the context.")
     curve = [record["probe/mrr@10"] for record in probe]
     print("\nprobe, MRR@10 along the run: " + " ".join(f"{value:.3f}" for value in curve))
-    print("Held-out summary lines search for their docstrings by [CLS] vectors, not fine-tuned yet; 1 is perfect.")
+    print("Held-out summary lines search for their docstrings by [CLS] vectors, not fine-tuned yet; 1 is perfect.\n")
     if not curve[-1] >= 2 * curve[0]:
         failures.append(f"the probe is {curve[-1]:.3f} after pre-training, not twice the {curve[0]:.3f} before")
     return failures
 
 
 def print_worth(output: Path) -> list[str]:
-    """The table: MRR@10 with intervals, and how much more ours has, with interval and p. Then one sentence."""
-    from quincunx.engine.retrieval.evaluation import compare, evaluate, interval
-    from quincunx.engine.retrieval.trec import read_qrels, read_run
-
+    """MRR@10 of every system, how much more ours has, and what that is worth, in a sentence; gives what failed."""
     qrels = read_qrels(output / "shards" / "probe" / "qrels" / "test.tsv")
     found = {name: evaluate(read_run(output / f"{name}.trec"), qrels, [MEASURE]) for name in LABELS}
     gains = {name: compare(found["ours"], other)[MEASURE] for name, other in found.items() if name != "ours"}
-    header = f"{f'{len(qrels)} held-out queries':<34}{'MRR@10':>8}{'95 % interval':>17}"
-    print(f"{header}{'ours minus it':>15}{'95 % interval':>19}{'p':>9}\n" + "-" * 102)
+    rows = [[f"{len(qrels)} held-out queries", "MRR@10", "95 % interval", "ours minus it", "95 % interval", "p"]]
     for name, evaluation in found.items():
         low, high = interval(evaluation.per_query[MEASURE].values())
-        line = f"{LABELS[name]:<34}{evaluation.means[MEASURE]:>8.3f}{f'{low:.3f} to {high:.3f}':>17}"
+        more = ["", "", ""]
         if gain := gains.get(name):
-            line += f"{gain.difference:>+15.3f}{f'{gain.low:+.3f} to {gain.high:+.3f}':>19}{p_of(gain):>9.1g}"
-        print(line)
+            more = [f"{gain.difference:+.3f}", f"{gain.low:+.3f} to {gain.high:+.3f}", f"{p_of(gain):.1g}"]
+        rows.append([LABELS[name], f"{evaluation.means[MEASURE]:.3f}", f"{low:.3f} to {high:.3f}", *more])
+    print(*aligned(rows), sep="\n")
     print("p: the larger one of the paired t-test's and the randomisation test's, both two-sided.\n")
     print(sentence(gains))
     return [
@@ -99,15 +93,15 @@ def print_worth(output: Path) -> list[str]:
     ]
 
 
-def p_of(gain: "Comparison") -> float:
+def p_of(gain: Comparison) -> float:
     return max(gain.t_test_p, gain.randomisation_p)
 
 
-def is_better(gain: "Comparison") -> bool:
+def is_better(gain: Comparison) -> bool:
     return gain.difference > 0 and p_of(gain) < LEVEL
 
 
-def sentence(gains: Mapping[str, "Comparison"]) -> str:
+def sentence(gains: Mapping[str, Comparison]) -> str:
     """What pre-training was worth here, whichever way the numbers fall."""
 
     def worth(name: str, what: str) -> str:

@@ -59,8 +59,8 @@ class Record:
             raise SettingsError(f"{self.path} is damaged: remove it, and it is made again") from None
         if then != self.made_from:
             raise SettingsError(
-                f"{self.path} was made otherwise ({differences(then, self.made_from)}): give another --output, or the recipe and "
-                "collection that it was made with"
+                f"{self.path} was made otherwise ({differences(then, self.made_from)}): give another --output, or the "
+                "recipe and collection that it was made with"
             )
         return record
 

@@ -262,7 +262,7 @@ def format_table(record: Mapping[str, Any]) -> str:
         (name, f"{value['mean']:.4f}", f"{value['low']:.4f} to {value['high']:.4f}")
         for name, value in record["measures"].items()
     ]
-    text += ["", *_aligned(rows)]
+    text += ["", *aligned(rows)]
     if "comparison" in record:
         rows = [("against the other", "other", "difference", "95 % interval", "t-test p", "randomisation p", "+/-/=")]
         for name, value in record["comparison"]["measures"].items():
@@ -271,11 +271,12 @@ def format_table(record: Mapping[str, Any]) -> str:
             won = f"{value['wins']}/{value['losses']}/{value['ties']}"
             other = f"{value['other_mean']:.4f}"
             rows.append((name, other, *difference, t_test, f"{value['randomisation_p']:.4f}", won))
-        text += ["", *_aligned(rows)]
+        text += ["", *aligned(rows)]
     return "\n".join(text)
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines for a terminal."""
     first, *others = (max(map(len, column)) for column in zip(*rows))
     return ["  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in rows]
 
