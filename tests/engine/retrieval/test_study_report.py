@@ -111,11 +111,12 @@ def test_lines_are_named_though_their_variants_share_no_prefix_and_two_families_
 
 def test_more_variants_than_colours_share_one_legend_and_differ_in_style(tmp_path):
     names = [f"variant-{number}" for number in range(8)]
-    records = [record(name, 0, 0.5, 0.5, collection=place) for name in names for place in ("wiki", "news")]
-    make_report(tmp_path, "many", names, [], records, {"wiki": BM25["wiki"], "news": BM25["wiki"]}, 16)
+    records = [record(name, 0, 0.5, 0.5, collection=place) for name in names for place in ("wiki", "new größe")]
+    make_report(tmp_path, "many", names, [], records, dict.fromkeys(("wiki", "new größe"), BM25["wiki"]), 16)
     plot = (tmp_path / "probe.svg").read_text()
     assert all(plot.count(f">{name}<") == 1 for name in names), "named once, not once a panel"
     assert "stroke-dasharray" in plot
+    assert (tmp_path / "report.html").read_text().count("data:image/svg") == 3, "whatever a collection is called"
 
 
 def test_a_study_without_cells_reports_that(tmp_path):
