@@ -234,7 +234,7 @@ def worker_environments(settings: StudySettings) -> list[dict[str, str]]:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    print(f"{text}\n", end="", flush=True)  # in one piece: threads share the terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:

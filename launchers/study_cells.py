@@ -261,18 +261,18 @@ def make_cell(cell: Cell, run: Run) -> None:
 
 def train_and_judge(cell: Cell, run: Run) -> None:
     made_from, tuned = cell.made_from, cell.tuned
-    encoder = cell.pretrained / "export" / "encoder"
+    encoder, retriever = cell.pretrained / "export" / "encoder", tuned / "export" / "retriever"
     if not encoder.exists():
         inputs = {"shards": [cell.shards], "probe": cell.data / "judged" / "probe"}
         run("pretrain", **{"tracking": "none", **made_from["pretrain"], **inputs, "output": cell.pretrained})
-    if made_from["at_step"] is not None:
-        encoder = tuned / "pretrained" / "encoder"
-        run("export", run=cell.pretrained, step=made_from["at_step"], output=encoder.parent)
-    given = {"encoder": encoder, "candidates": cell.candidates, **cell.texts, "probe": cell.collection}
-    seldom = {"probe_split": made_from["split"], "probe_every": NEVER, "checkpoint_every": NEVER}
-    run("finetune", **{"tracking": "none", **seldom, **made_from["finetune"], **given, "output": tuned})
-    model = {"model": tuned / "export" / "retriever", "precision": "float32"}
-    model["device"] = made_from["finetune"].get("device", "auto")
+    if not retriever.exists():
+        if made_from["at_step"] is not None:
+            encoder = tuned / "pretrained" / "encoder"
+            run("export", run=cell.pretrained, step=made_from["at_step"], output=encoder.parent)
+        given = {"encoder": encoder, "candidates": cell.candidates, **cell.texts, "probe": cell.collection}
+        seldom = {"probe_split": made_from["split"], "probe_every": NEVER, "checkpoint_every": NEVER}
+        run("finetune", **{"tracking": "none", **seldom, **made_from["finetune"], **given, "output": tuned})
+    model = {"model": retriever, "precision": "float32", "device": made_from["finetune"].get("device", "auto")}
     # float32: vectors of an encoder that has learned little are nearly alike, and float16 ranks them wrongly.
     run("encode", **model, corpus=cell.collection, dtype="float32", output=tuned / "embeddings")
     search_and_judge(cell, tuned, run, **model, embeddings=tuned / "embeddings", queries=cell.collection)
