@@ -101,8 +101,7 @@ class Groups:
         others = _draw_places(keys, NEGATIVE, epochs, negatives.sizes[sample_ids], self.group - 1, self._repeat)
         first += positives.starts[sample_ids, None]
         at = np.where(others < 0, -1, others + negatives.starts[sample_ids, None])
-        rows = np.concatenate([positives.rows[first], np.where(at < 0, -1, _take(negatives.rows, at))], 1)
-        rows = rows.astype(np.int64)
+        rows = np.concatenate([positives.rows[first], negatives.rows[at]], 1).astype(np.int64)
         _fill(rows, keys, epochs, self.positives(sample_ids), len(self.passages))
         if not self._repeat:
             return rows, None
@@ -110,17 +109,16 @@ class Groups:
 
     def positives(self, sample_ids: np.ndarray) -> np.ndarray:
         """int64 [B, P], the rows of all positives of each query, filled with -1."""
-        at = np.arange(self.max_positives)[None]
-        there = at < self._positives.sizes[sample_ids, None]
-        at = np.where(there, self._positives.starts[sample_ids, None] + at, 0)
-        return np.where(there, self._positives.rows[at], -1).astype(np.int64)
+        at, lists = np.arange(self.max_positives), self._positives
+        at = np.where(at < lists.sizes[sample_ids, None], at + lists.starts[sample_ids, None], -1)
+        return lists.rows[at].astype(np.int64)
 
 
 class _Lists(NamedTuple):
     """One list a query, laid end to end."""
 
     rows: np.ndarray
-    """int32 [entries], row in the collection of passages."""
+    """int32 [entries + 1], row in the collection of passages; the last is -1, for a place that no entry fills."""
     scores: np.ndarray
     """float32 [entries]; empty without a teacher"""
     sizes: np.ndarray
@@ -140,11 +138,7 @@ def _flatten(candidates: Sequence[Candidates], side: str, passages: Collection, 
 
 def _join(parts: Sequence[list[np.ndarray]]) -> _Lists:
     rows, scores, sizes = map(np.concatenate, zip(*parts))
-    return _Lists(rows, scores, sizes, np.cumsum(sizes) - sizes)
-
-
-def _take(values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    return values[at] if len(values) else np.zeros(at.shape, values.dtype)
+    return _Lists(np.append(rows, np.int32(-1)), scores, sizes, np.cumsum(sizes) - sizes)
 
 
 @compiled

@@ -15,8 +15,18 @@ from torch import Tensor
 from quincunx.engine.ranks import rank_and_world
 
 
+def gather_rows(mine: Tensor) -> Tensor:
+    """[world * N, ...]: the rows of rank 0, then rank 1's, and so on, on every rank; N is the same everywhere."""
+    num_ranks = rank_and_world()[1]
+    if num_ranks == 1:
+        return mine
+    gathered = mine.new_empty(num_ranks * len(mine), *mine.shape[1:])
+    dist.all_gather_into_tensor(gathered, mine.contiguous())
+    return gathered
+
+
 def gather_with_gradient(mine_ND: Tensor) -> Tensor:
-    """[world * N, D]: the rows of rank 0, then rank 1's, and so on, on every rank; N is the same everywhere.
+    """[world * N, D]: the rows of all ranks as gather_rows has them, with their gradient.
 
     The rows travel in their own type and arrive in float32 (float64 stays). The backward sums the ranks' gradients in
     that type and keeps this rank's rows: where the loss is the sum of the ranks' losses, this rank's vectors get the
@@ -29,12 +39,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mine_ND: Tensor) -> Tensor:
         ctx.dtype, ctx.num_ranks = mine_ND.dtype, rank_and_world()[1]
-        if ctx.num_ranks == 1:
-            return _widened(mine_ND).view_as(mine_ND)
-        _assert_same_on_all_ranks(len(mine_ND), mine_ND.device)
-        all_ND = mine_ND.new_empty(ctx.num_ranks * len(mine_ND), *mine_ND.shape[1:])
-        dist.all_gather_into_tensor(all_ND, mine_ND.contiguous())
-        return _widened(all_ND)
+        if ctx.num_ranks > 1:
+            _assert_same_on_all_ranks(len(mine_ND), mine_ND.device)
+        all_ND = _widened(gather_rows(mine_ND))
+        return all_ND.view_as(all_ND)
 
     @staticmethod
     def backward(ctx, gradient_ND: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from quincunx.data_shards.batches import to_device
 from quincunx.engine.encoder import encoder_multiply_adds
@@ -28,6 +27,7 @@ from quincunx.engine.retrieval.examples import RetrieverBatch
 from quincunx.engine.retrieval.finetuning import FinetuneJob
 from quincunx.engine.retrieval.losses import (
     contrastive_loss,
+    gather_rows,
     gather_with_gradient,
     kl_loss,
     known_positives,
@@ -95,8 +95,10 @@ class RetrieverJob(FinetuneJob):
         targets_Q = torch.arange(0, num_ranks * len(passages_MD), group, device=device)
         excluded_QN = None
         if settings.mask_known_positives:
-            rows_N = gather_integers(np.concatenate([batch.passage_rows for batch in batches]), device)
-            positives_QP = gather_integers(np.concatenate([batch.positives for batch in batches]), device)
+            positives_QP, rows_N = (
+                gather_rows(torch.from_numpy(np.concatenate([getattr(batch, name) for batch in batches])).to(device))
+                for name in ("positives", "passage_rows")
+            )
             excluded_QN = known_positives(positives_QP, rows_N, targets_Q)
         losses_B, first_B = contrastive_loss(
             gather_with_gradient(queries_BD),
@@ -118,14 +120,3 @@ class RetrieverJob(FinetuneJob):
         sums = torch.stack([part.sum() for part in losses])
         correct = torch.stack([part.sum() for part in firsts])
         return (weights * sums / label_counts).sum(), torch.stack([sums.detach(), correct.to(sums.dtype)])
-
-
-def gather_integers(mine: np.ndarray, device: torch.device) -> torch.Tensor:
-    """int64 [ranks * n, ...] on `device`: every rank's rows, of which all ranks have as many."""
-    tensor = torch.from_numpy(np.ascontiguousarray(mine, np.int64)).to(device)
-    num_ranks = rank_and_world()[1]
-    if num_ranks == 1:
-        return tensor
-    gathered = tensor.new_empty(num_ranks * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor)
-    return gathered
