@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -56,15 +54,11 @@ def encoded(data):
     return {path.name: path.read_bytes() for path in sorted((data / "alone").iterdir())}
 
 
-def test_two_ranks_killed_and_run_again_make_what_one_process_makes(data, encoded, tmp_path):
+def test_two_ranks_killed_and_run_again_make_what_one_process_makes(data, encoded, tmp_path, harness):
     output, work = tmp_path / "out", tmp_path / ".out.work" / "scratch"
     words = [sys.executable, "tests/launchers/spawn_ranks.py", "2", *command(data, output)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-    while ranks.poll() is None and len(list(work.glob("part-*.json"))) < 3:
-        time.sleep(0.02)
-    os.killpg(ranks.pid, signal.SIGKILL)
-    ranks.wait()
+    with harness.started(words, tmp_path / "log"):
+        harness.wait_until(lambda: len(list(work.glob("part-*.json"))) >= 3, 120, "three parts")
     made = work.parent / "made"
     kept = {f"{path.stem}.npy": (made / f"{path.stem}.npy").stat().st_mtime_ns for path in work.glob("part-*.json")}
     assert 3 <= len(kept) < 35 and not output.exists(), "the kill came too late to prove anything"
@@ -75,24 +69,15 @@ def test_two_ranks_killed_and_run_again_make_what_one_process_makes(data, encode
     assert all((output / name).stat().st_mtime_ns == when for name, when in kept.items()), "a part was made twice"
 
 
-def here(words):
-    """Runs the launcher in this process."""
-    before, sys.argv = sys.argv, words[1:]
-    try:
-        encode.main()
-    finally:
-        sys.argv = before
-
-
-def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(data, encoded, tmp_path):
-    here(command(data, tmp_path / "bare", "--no_titles", "--max_tokens=9"))
+def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(data, encoded, tmp_path, launched):
+    launched(encode.main, *command(data, tmp_path / "bare", "--no_titles", "--max_tokens=9")[2:])
     bare = open_embeddings(tmp_path / "bare")
     with_titles = open_embeddings(data / "alone")
     assert bare.manifest["max_tokens"] == 9 and with_titles.manifest["max_tokens"] == 40
     assert bare.manifest["collection_digest"] != with_titles.manifest["collection_digest"]
     words = command(data, tmp_path / "queries", "--kind=query")
     words[words.index("--corpus") + 1] = str(data / "queries.tsv")
-    here(words)
+    launched(encode.main, *words[2:])
     queries = open_embeddings(tmp_path / "queries", kind="query")
     assert queries.ids() == ["q1", "q2"] and queries.manifest["kind"] == "query"
 

@@ -2,16 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.candidates import Candidates, iterate_candidates, write_candidates
 from quincunx.engine.retrieval.trec import read_run
 from quincunx.launchers.score import main
@@ -60,71 +57,47 @@ def run(words):
 
 @pytest.fixture(scope="module")
 def scored(data):
-    """The candidates scored by one process without interruption."""
-    done = run(command(data, data / "scored.jsonl"))
+    """The candidates scored by one process without interruption, a pair a batch."""
+    done = run(command(data, data / "scored.jsonl", "--batch_tokens=1"))
     assert done.returncode == 0, done.stderr
     assert f"{NUM_PAIRS} pairs scored" in done.stdout and "were cut" in done.stdout
     return (data / "scored.jsonl").read_bytes()
 
 
-def test_every_candidate_is_scored_and_a_second_call_changes_nothing(data, scored):
+def test_every_candidate_is_scored_and_a_second_call_changes_nothing(data, scored, launched):
     rows = list(iterate_candidates(data / "scored.jsonl"))
     assert sum(len(row.scores) for row in rows) == NUM_PAIRS
     written = (data / "scored.jsonl").stat().st_mtime_ns
-    again = run(command(data, data / "scored.jsonl"))
-    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert "nothing to do" in launched(main, *command(data, data / "scored.jsonl")[2:])
     assert (data / "scored.jsonl").stat().st_mtime_ns == written
 
 
-def test_two_ranks_give_the_bytes_of_one(data, scored, tmp_path):
-    spawn = [sys.executable, str(ROOT / "tests/launchers/spawn_ranks.py"), "2"]
-    done = run([*spawn, *command(data, tmp_path / "out.jsonl")])
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out.jsonl").read_bytes() == scored
-    assert done.stdout.count("pairs scored") == 1
-
-
-def test_killed_scoring_goes_on_where_it_was_at_another_number_of_ranks(data, scored, tmp_path, monkeypatch):
-    """Two ranks with batches of one pair are killed -9 after their first parts; one process does the rest."""
-    output = tmp_path / "out.jsonl"
-    parts = tmp_path / ".out.jsonl.work" / "scratch"
-    spawn = [sys.executable, str(ROOT / "tests/launchers/spawn_ranks.py"), "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = subprocess.Popen(
-        [*spawn, *command(data, output, "--batch_tokens=1")], cwd=ROOT, env=environment, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(list(parts.glob("part-*.json"))) < 3:
-        assert ranks.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(ranks.pid, signal.SIGKILL)
-    ranks.wait()
+def test_killed_scoring_goes_on_at_another_number_of_ranks_to_the_bytes_of_one_process(
+    data, scored, tmp_path, refused, harness
+):
+    """Two ranks are killed -9 after their first parts; one process does the rest."""
+    output, parts = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.work" / "scratch"
+    words = command(data, output, "--batch_tokens=1")
+    spawn = [sys.executable, str(ROOT / "tests/launchers/spawn_ranks.py"), "2", *words]
+    with harness.started(spawn, tmp_path / "log"):
+        harness.wait_until(lambda: len(list(parts.glob("part-*.json"))) >= 3, 120, "three parts")
     left = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.json")}
     assert 3 <= len(left) < NUM_PAIRS / 50 and not output.exists()
 
     # An unfinished neighbour must not be mixed in: another cut of the same work is refused.
-    monkeypatch.setattr("sys.argv", command(data, output, "--pairs_a_part=60")[1:])
-    with pytest.raises(SettingsError, match=r"begun otherwise \(pairs_a_part was 50 and is 60\)"):
-        main()
+    code, said = refused(main, *command(data, output, "--pairs_a_part=60")[2:])
+    assert code == 2 and "begun otherwise (pairs_a_part was 50 and is 60)" in said
     assert {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.json")} == left
 
-    done = run(command(data, output, "--batch_tokens=1"))
+    done = run(words)
     assert done.returncode == 0, done.stderr
-    assert not parts.exists()
-    # One pair a batch or many: the same scores to float32's rounding.
-    first, whole = list(iterate_candidates(output)), list(iterate_candidates(data / "scored.jsonl"))
-    assert [row.query_id for row in first] == [row.query_id for row in whole]
-    for ours, theirs in zip(first, whole, strict=True):
-        assert (ours.positives, ours.negatives) == (theirs.positives, theirs.negatives)
-        assert ours.scores == pytest.approx(theirs.scores, abs=5e-5)  # float32 in other batches, scores around 3
+    assert not parts.exists() and output.read_bytes() == scored
 
 
-def test_a_run_is_reranked(data, scored, tmp_path):
+def test_a_run_is_reranked(data, scored, tmp_path, launched):
     lines = [f"q{n} Q0 p{(3 * n + rank) % 200} {rank} {-rank} x" for n in range(5) for rank in range(1, 9)]
     (data / "first.trec").write_text("\n".join(lines) + "\n")
-    done = run(command(data, tmp_path / "out.trec", "--depth=4", source="first.trec"))
-    assert done.returncode == 0, done.stderr
+    launched(main, *command(data, tmp_path / "out.trec", "--depth=4", source="first.trec")[2:])
     found = read_run(tmp_path / "out.trec")
     assert {id: set(scores) for id, scores in found.items()} == {
         f"q{n}": {f"p{3 * n + rank}" for rank in range(1, 5)} for n in range(5)

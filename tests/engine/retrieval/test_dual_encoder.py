@@ -158,6 +158,10 @@ def test_state_of_a_checkpoint_is_saved_and_a_kill_leaves_the_old_folder(encoder
         saved(retriever, tmp_path)
     assert load_retriever(str(tmp_path / "saved")).digest == doubled.digest
     assert (tmp_path / "saved" / "README.md").read_text() == "doubled"
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match="cannot be written"):
+        save_retriever(tmp_path / "file" / "saved", retriever, card="")
 
 
 def test_encoding_leaves_the_mode_and_no_texts_give_no_vectors(encoder):
