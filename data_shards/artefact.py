@@ -106,8 +106,8 @@ class Work:
             if now > give_up_at:
                 ranks = sorted({number % self.world_size for number in left})
                 raise DataError(
-                    f"{len(left)} of {self.num_parts} parts of {self.path} are missing (of ranks {ranks}), and none "
-                    f"came for {patience_seconds:.0f} s: run the same command again, which makes the missing parts only"
+                    f"{len(left)} of {self.num_parts} parts of {self.path} are missing (ranks {ranks}), and none "
+                    f"arrived in {patience_seconds:.0f} s: run the same command again; it makes only the missing parts"
                 )
             if now > report_at:
                 print(f"waiting for {len(left)} of {self.num_parts} parts of other ranks", file=sys.stderr)
@@ -225,8 +225,9 @@ def take_up(path: Path, folder: Path, begun: dict[str, Any], rank: int) -> None:
     while (found := read_begun(folder)) not in (None, begun):
         if has_parts(folder) or time.monotonic() > deadline:
             raise SettingsError(
-                f"{path} was begun otherwise ({differences(found['made_from'], begun['made_from'])}): give those "
-                "settings again to finish it, give another --output, or --remake to begin anew"
+                f"{path} was begun with other inputs or settings "
+                f"({differences(found['made_from'], begun['made_from'])}): give those again to finish it, give another "
+                "--output, or give --remake to begin anew"
             )
         if rank == 0:  # nothing of it was finished
             for name in ("made", "scratch"):
@@ -251,7 +252,7 @@ def open_artefact(path: str | Path, kind: str, *, single: bool = False, verify: 
     manifest = read_manifest(path, single)
     if manifest is None:
         what = f"no {manifest_path(path).name} beside it" if single else f"no {MANIFEST} in it"
-        raise DataError(f"{path} holds no finished {kind} ({what}): run the command that makes it (again)")
+        raise DataError(f"{path} has no finished {kind} ({what}): run the command that makes it")
     check_files(path, kind, manifest, single, verify)
     return manifest
 
@@ -295,13 +296,13 @@ def is_made(path: Path, begun: dict[str, Any], read: Callable[[Path], dict[str, 
     if manifest is None:
         if read_begun(work_folder(path)) == begun or (path.is_dir() and not any(path.iterdir())):
             return False  # a file whose manifest is still to come, or an empty folder
-        raise SettingsError(f"{path} is there already, and no stage made it: remove it, or give another --output")
+        raise SettingsError(f"{path} exists, and no stage made it: remove it, or give another --output")
     check_files(path, begun["kind"], manifest, single)
     if manifest["made_from"] != begun["made_from"]:
         raise SettingsError(
-            f"{path} is there already and was made otherwise "
-            f"({differences(manifest['made_from'], begun['made_from'])}): give another --output, or --remake to make "
-            "it anew"
+            f"{path} exists and was made from other inputs or settings "
+            f"({differences(manifest['made_from'], begun['made_from'])}): give another --output, or give --remake to "
+            "make it anew"
         )
     return True
 

@@ -157,8 +157,9 @@ def rebuild_lost_shards(
             made = plan.work.made(name)
             if not made.exists() or file_digest(made) != shards[name]["digest"]:
                 raise DataError(
-                    f"{output / name} came out differently when it was made again, so another version of quincunx or "
-                    "of a library made it: copy it again, or make the whole set anew with --remake"
+                    f"{output / name} differs from the manifest's after it was made again, because another version of "
+                    "quincunx or of a library made the original: copy it again, or make the whole set anew with "
+                    "--remake"
                 )
             os.replace(made, output / name)
 

@@ -89,8 +89,8 @@ def check_duplicates(plan: TaskPlan, shards: list[ShardEntry]) -> None:
     if duplicates:
         listed = ", ".join(f"{passage_id!r} ({count} times)" for passage_id, count in islice(duplicates.items(), 5))
         raise DataError(
-            f"{len(duplicates)} passage ids of {plan.path} occur more than once: {listed}; generations and held-out "
-            "passages are found by id, so give every passage its own and build again with --remake"
+            f"{len(duplicates)} passage ids of {plan.path} occur more than once: {listed}; give every passage its "
+            "own id and build again with --remake"
         )
 
 
@@ -134,7 +134,7 @@ def write_pairs(plan: TaskPlan, folder: Path) -> dict[str, int]:
     groups = [group for text, group in asked.items() if text not in held_out]
     if not groups:
         raise DataError(
-            f"pairs were asked for, but no training passage of {plan.path} has a natural query: leave --pairs out, or "
+            f"pairs is set, but no training passage of {plan.path} has a natural query: leave --pairs out, or "
             "give a format with queries (python_docs)"
         )
     write_beir(folder, read_texts(plan, "train"), groups, "train")

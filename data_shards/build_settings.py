@@ -74,7 +74,7 @@ class BuildSettings:
         if self.num_buckets & (self.num_buckets - 1):
             problems.append(f"num_buckets is {self.num_buckets}; give a power of two")
         if self.executor == "slurm" and not self.slurm_partition:
-            problems.append("executor slurm needs slurm_partition")
-        if not all("=" in argument for argument in self.slurm_args):
-            problems.append("slurm_args are written key=value")
+            problems.append("executor slurm needs a partition: give slurm_partition")
+        if bare := [argument for argument in self.slurm_args if "=" not in argument]:
+            problems.append(f'slurm_args has {bare[0]} (the first without "="); write key=value')
         return problems

@@ -73,7 +73,7 @@ def _insert_file(connection: sqlite3.Connection, file: Path) -> None:
         # A second file may bring the other field; the same field twice is a mix-up that must not be settled by order.
         before = _lookup(connection, passage_id)
         if twice := sorted(before.keys() & texts.keys()):
-            raise DataError(f"{where}: {twice[0]} of passage {passage_id!r} are given twice; keep one of them")
+            raise DataError(f"{where}: passage {passage_id!r} has {twice[0]} a second time; keep one")
         texts |= before
         columns = [json.dumps(texts[name], ensure_ascii=False) if name in texts else None for name in GENERATED]
         connection.execute(insert, (passage_id, *columns))

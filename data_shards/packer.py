@@ -66,7 +66,8 @@ class Packer:
         for shard_set, manifest in zip(shard_sets, manifests):
             if manifest.tokenizer_digest != manifests[0].tokenizer_digest:
                 raise SettingsError(
-                    f"{shard_set.path} was built with another tokenizer than {shard_sets[0].path}; build them with one"
+                    f"{shard_set.path} and {shard_sets[0].path} were built with different tokenizers; build them with "
+                    "the same one"
                 )
         self.shard_sets, self.tasks, self.split = list(shard_sets), list(tasks), split
         self.encoder_mask_rate, self.decoder_mask_rate = encoder_mask_rate, decoder_mask_rate

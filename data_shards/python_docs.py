@@ -60,7 +60,7 @@ def list_packages(names: str) -> list[Input]:
         if kept:
             inputs.append(Input(name, tuple(kept), sum(file.stat().st_size for file in kept)))
     if not inputs:
-        raise DataError(f"no Python source file in {names!r}: name packages that are written in Python, or {STDLIB}")
+        raise DataError(f"{names!r} has no Python source file: name packages that are written in Python, or {STDLIB}")
     return inputs
 
 

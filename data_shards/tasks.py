@@ -86,6 +86,6 @@ def shares_served(
             problems.append(f"{name} ({TASKS[name].title}), which needs the field {field!r}: {remedy}")
     if problems:
         raise SettingsError(
-            "no shard set given serves the task " + "; nor ".join(problems) + "; or leave the task out of --tasks"
+            "no given shard set serves the task " + "; nor ".join(problems) + "; or leave the task out of --tasks"
         )
     return shares

@@ -30,7 +30,7 @@ def resolve_model(name: str) -> str:
         path = Path(name).expanduser()
         if not path.is_dir() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
             raise SettingsError(
-                f"{name!r} is no folder: give a model folder that exists or a Hugging Face id like bert-base-uncased"
+                f"{name!r} is not a folder: give an existing model folder or a Hugging Face id like bert-base-uncased"
             )
         return str(path) if path.is_dir() else name
     package, _, inside = name.removeprefix(PACKAGE_PREFIX).partition("/")
@@ -42,7 +42,7 @@ def resolve_model(name: str) -> str:
         )
     folder = Path(spec.submodule_search_locations[0], inside)
     if not folder.is_dir():
-        raise SettingsError(f"{name!r}: the package {package!r} holds no folder {inside!r}; give one it holds")
+        raise SettingsError(f"{name!r}: the package {package!r} has no folder {inside!r}; give one that it has")
     return str(folder)
 
 

@@ -84,7 +84,9 @@ def verify(checkpoint: Path) -> Checkpoint:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{checkpoint} has no readable {MANIFEST} ({reason})") from None
     if version != SCHEMA_VERSION:
-        raise CheckpointError(f"{checkpoint} has format {version}, this quincunx reads {SCHEMA_VERSION}; update it")
+        raise CheckpointError(
+            f"{checkpoint} has format {version}, but this quincunx reads {SCHEMA_VERSION}; update quincunx"
+        )
     for name, entry in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -140,7 +142,7 @@ def choose_checkpoint(
         return None
     if checkpoint.step > total_steps:
         raise CheckpointError(
-            f"{checkpoint.folder} has done {checkpoint.step} steps, more than the {total_steps} asked for; "
+            f"{checkpoint.folder} is at step {checkpoint.step}, beyond the {total_steps} of this run; "
             "give more steps, or start anew with --fresh or another --output"
         )
     for damaged in itertools.takewhile(lambda path: path != checkpoint.folder, committed(folder.checkpoints)):
@@ -179,7 +181,7 @@ def check_fits(checkpoint: Checkpoint, job: "Job", identity: dict[str, Any]) -> 
     if foreign:
         raise CheckpointError(f"{checkpoint.folder} belongs to another run: {'; '.join(foreign)}; {remedy}")
     if state["model_digest"] != identity["model_digest"]:
-        raise CheckpointError(f"{checkpoint.folder} holds a model of other shapes than this run's; {remedy}")
+        raise CheckpointError(f"the model in {checkpoint.folder} has other shapes than this run's; {remedy}")
     quiet = names_of(settings, "machine", "data")
     return [sentence for name, sentence in changed.items() if name not in quiet]
 
@@ -191,8 +193,8 @@ def needs_conversion(checkpoint: Checkpoint, world_size: int, zero_stage: int, p
     """
     if (checkpoint.zero_stage == 3) != (zero_stage == 3):
         raise CheckpointError(
-            f"{checkpoint.folder} was written under ZeRO {checkpoint.zero_stage} and cannot be continued under ZeRO "
-            f"{zero_stage}; take the earlier DeepSpeed JSON, or export the model and start anew from the export"
+            f"{checkpoint.folder} was written under ZeRO {checkpoint.zero_stage} and cannot continue under ZeRO "
+            f"{zero_stage}; use the earlier DeepSpeed JSON, or export the model and start from the export"
         )
     return (checkpoint.world_size, checkpoint.zero_stage, checkpoint.precision) != (world_size, zero_stage, precision)
 

@@ -209,13 +209,13 @@ def copy_last_layers(decoder: MaskedDecoder | EnhancedDecoder, encoder_layers: l
     """
     if len(encoder_layers) < len(decoder.layers):
         raise SettingsError(
-            f"decoder_init encoder needs {len(decoder.layers)} encoder layers, there are {len(encoder_layers)}; "
-            "set decoder_layers lower or decoder_init to random"
+            f"decoder_init encoder needs {len(decoder.layers)} encoder layers, but the encoder has "
+            f"{len(encoder_layers)}; lower decoder_layers or set decoder_init to random"
         )
     for ours, theirs in zip(decoder.layers, encoder_layers[-len(decoder.layers) :], strict=True):
         state = theirs.state_dict()
         if any(name not in state for names in BERT_LAYER_NAMES.values() for name in names):
             raise SettingsError(
-                "decoder_init encoder copies BERT-like layers, this encoder's are built otherwise; set it to random"
+                "decoder_init encoder needs BERT-like layers, which this encoder does not have; set it to random"
             )
         ours.load_state_dict(layer_weights(state))

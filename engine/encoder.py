@@ -143,8 +143,8 @@ def load_encoder(
     _check_packing(name, encoder)
     if max_tokens is not None and max_tokens > encoder.max_length:
         raise SettingsError(
-            f"max_tokens is {max_tokens}, encoder {name} has {encoder.max_length} positions; "
-            "set max_tokens to at most that, or take an encoder with more positions"
+            f"max_tokens is {max_tokens}, but encoder {name} has {encoder.max_length} positions; "
+            "set max_tokens to at most that, or use an encoder with more positions"
         )
     if vocab_size is not None and encoder.word_embeddings.num_embeddings < vocab_size:
         raise SettingsError(
@@ -154,8 +154,8 @@ def load_encoder(
     set_dropout(encoder.model, dropout)
     if gradient_checkpointing and not encoder.model.supports_gradient_checkpointing:
         raise SettingsError(
-            f"encoder {name!r} is of type {encoder.config.model_type}, which transformers cannot checkpoint; set "
-            "gradient_checkpointing to false"
+            f"encoder {name!r} is of type {encoder.config.model_type}, which has no gradient checkpointing in "
+            "transformers; set gradient_checkpointing to false"
         )
     if gradient_checkpointing:
         encoder.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -173,7 +173,7 @@ class PretrainModel(nn.Module):
         table = encoder.position_embeddings
         if any_enhanced and query_stream == "embedded" and encoder.word_embeddings.embedding_dim != config.hidden_size:
             raise SettingsError(
-                "query_stream embedded passes h through the embedding layer, which in this encoder is "
+                "query_stream embedded needs an embedding layer as wide as h, but this encoder's is "
                 f"{encoder.word_embeddings.embedding_dim} wide and h {config.hidden_size}; set query_stream to raw"
             )
         self.position_table = None
@@ -370,8 +370,8 @@ def load_bundle(model: PretrainModel, folder: Path, report: Callable[[str], None
     shared = content.get("shared_decoder", False)
     if tasks and model.tasks and shared != model.shared_decoder:
         raise CheckpointError(
-            f"the bundle {folder} has one decoder for {'all tasks' if shared else 'each task'}, the recipe does not: "
-            f"set --shared_decoder {str(shared).lower()}, or start from the plain encoder folder"
+            f"the bundle {folder} has one decoder for {'all tasks' if shared else 'each task'}, but the recipe does "
+            f"not: give --{'' if shared else 'no_'}shared_decoder, or start from the plain encoder folder"
         )
     if shared and tasks:  # its decoder serves any task
         tasks = dict.fromkeys([task.name for task in model.tasks], next(iter(tasks.values())))
@@ -389,7 +389,7 @@ def load_bundle(model: PretrainModel, folder: Path, report: Callable[[str], None
     if wrong:
         raise CheckpointError(
             f"the bundle {folder} does not fit the recipe's decoders ({wrong[0]} is missing or of another shape): use "
-            f"its settings, which stand in {BUNDLE_FILE}, or start from the plain encoder folder"
+            f"the settings in its {BUNDLE_FILE}, or start from the plain encoder folder"
         )
     model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
     if fresh:

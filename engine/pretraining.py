@@ -146,8 +146,8 @@ def describe_kernels(settings: PretrainSettings, cuda: bool, model: PretrainMode
         return "triton"
     if settings.kernels == "triton":
         raise SettingsError(
-            f"kernels is triton, and the encoder's heads have {head_size} channels; the attention kernel takes "
-            f"{', '.join(map(str, TRITON_HEAD_SIZES))}, set kernels to auto or torch"
+            f"kernels is triton, but the encoder's heads have {head_size} channels and the attention kernel "
+            f"takes {', '.join(map(str, TRITON_HEAD_SIZES))}; set kernels to auto or torch"
         )
     return f"triton for the LM-head loss, torch for attention (heads of {head_size} channels)"
 

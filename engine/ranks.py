@@ -125,12 +125,12 @@ def choose_device(device: str, environment: Environment) -> bool:
         return False
     if not torch.cuda.is_available():
         raise SettingsError(
-            "device is cuda and this machine has no GPU that torch can use; take --device cpu or another machine"
+            "device is cuda, but torch finds no GPU on this machine; give --device cpu or use another machine"
         )
     if environment.local_rank >= torch.cuda.device_count():
         raise SettingsError(
             f"rank {environment.rank} is number {environment.local_rank + 1} on its machine, which has "
-            f"{torch.cuda.device_count()} GPUs; start at most one rank per GPU, or take --device cpu"
+            f"{torch.cuda.device_count()} GPUs; start at most one rank per GPU, or give --device cpu"
         )
     return True
 

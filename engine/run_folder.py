@@ -87,8 +87,8 @@ class RunFolder:
                 time.sleep(0.2)
             except OSError as error:
                 raise SettingsError(
-                    f"output {self.path} lies on a file system that cannot lock files ({error.strerror}), so that "
-                    "two runs could write there; mount it with locks, or choose another output"
+                    f"output {self.path} is on a file system that cannot lock files ({error.strerror}), so two "
+                    "runs could write there; mount it with locks, or choose another output"
                 ) from None
         lock.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -248,7 +248,9 @@ def find_config_problems(settings: RunSettings, world_size: int) -> list[str]:
     config = load_deepspeed_json(settings.deepspeed)
     filled, problems = fill_config(config, settings, world_size, cuda=False)
     if left := sorted(auto_keys(filled)):
-        problems.append(f'the DeepSpeed JSON has "auto" where nothing fills it: {", ".join(left)}')
+        problems.append(
+            f'the DeepSpeed JSON has "auto" for keys that quincunx does not fill: {", ".join(left)}; give values'
+        )
     stage, kind = lookup(config, "zero_optimization.stage"), lookup(config, "optimizer.type")
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         problems.append(f"the DeepSpeed JSON has zero_optimization.stage {stage}; allowed: 1, 2, 3")

@@ -298,11 +298,11 @@ class Run:
             self.record("event", {"event": "checkpoint_failed", "reason": failure})
             if ending:
                 raise CheckpointError(
-                    f"the checkpoint of the run's last step, {self.step}, could not be saved ({failure}); make room "
-                    "and run the same command, which goes on from the newest one that was saved"
+                    f"the checkpoint of the last step, {self.step}, could not be saved ({failure}); free space "
+                    "and run the same command, which continues from the newest one that was saved"
                 )
             lost = f"CHECKPOINT OF STEP {self.step} COULD NOT BE SAVED ({failure})"
-            self.progress.say(f"{lost}; training goes on without it")
+            self.progress.say(f"{lost}; training continues without it")
         self.watchdog.beat()
 
     def announce(self, checkpoint: Checkpoint | None) -> None:

@@ -95,8 +95,8 @@ def main() -> None:
         answers, dropped["answers"] = trec.check_against(found, queries, None, settings.answers, drop)
     if None not in (qrels, answers) and qrels.keys() != answers.keys():
         raise DataError(
-            f"the qrels judge {len(qrels)} queries and the answers are of {len(answers)}, of which "
-            f"{len(qrels.keys() & answers.keys())} are the same: give both of the same queries, or one at a time"
+            f"the qrels judge {len(qrels)} queries and the answers cover {len(answers)}, of which "
+            f"{len(qrels.keys() & answers.keys())} are the same: give both for the same queries, or one at a time"
         )
     results = []
     for name in [name for name in ("run", "compare") if inputs[name] is not None]:

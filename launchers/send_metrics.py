@@ -30,7 +30,7 @@ def main() -> None:
     run_folder = Path(settings.run)
     state = TrackingState.load(run_folder)
     if state is None:
-        raise SettingsError(f"{run_folder} is no run folder: it has no tracking.json; give pretrain.py's --output")
+        raise SettingsError(f"{run_folder} is not a run folder (tracking.json is missing); give pretrain.py's --output")
     uri = settings.tracking or state.uri
     if uri == "none":
         raise SettingsError("the run was not tracked by MLflow; give --tracking URI, or --tracking sqlite")

@@ -79,7 +79,8 @@ class StudySettings:
         else:
             if words and shutil.which(words[0]) is None:
                 found.append(
-                    f"launch is {self.launch!r}, and {words[0]} is no command of this machine: install or fix it"
+                    f"launch is {self.launch!r}, but this machine has no command {words[0]}: install it, or fix its "
+                    "name"
                 )
         return found
 

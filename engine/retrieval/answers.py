@@ -52,7 +52,7 @@ def _compiled(answer: str) -> regex.Pattern:
         return regex.compile(unicodedata.normalize("NFD", answer), regex.IGNORECASE | regex.MULTILINE)
     except regex.error as error:
         raise DataError(
-            f"the answer {answer!r} is no regular expression ({error}): fix it or match plain text"
+            f"the answer {answer!r} is not a regular expression ({error}): fix it, or leave out --answer_regex"
         ) from None
 
 

@@ -198,7 +198,10 @@ def _guess_passage_format(path: str) -> str:
     for format in ("jsonl", "parquet"):
         if name.endswith(f".{format}"):
             return format
-    raise SettingsError(f"the format of {path} is not clear from its name: give one of {', '.join(PASSAGE_FORMATS)}")
+    raise SettingsError(
+        f"the name of {path} does not show its format: let it end in .jsonl, .parquet, .tsv or .txt, or give encode.py "
+        f"--format, one of {', '.join(PASSAGE_FORMATS)}"
+    )
 
 
 def _passage(titles: bool, id: str, title: str, text: str) -> tuple[str, str]:

@@ -161,8 +161,8 @@ def has_fitting_head(name: str, config: PretrainedConfig, num_labels: int) -> bo
     has_head = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
     if has_head and config.num_labels != num_labels:
         raise SettingsError(
-            f"{name!r} gives {config.num_labels} labels, {num_labels} wanted: give a model with {num_labels}, or an "
-            "encoder without a classification head"
+            f"{name!r} gives {config.num_labels} labels, but {num_labels} are needed: give a model with {num_labels}, "
+            "or an encoder without a classification head"
         )
     return has_head
 
@@ -205,7 +205,7 @@ def save_reranker(folder: Path, reranker: Reranker, state: dict[str, torch.Tenso
     """
     model = reranker.model
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise SettingsError(f"{folder} holds something else than a model: give a new folder, or move that one away")
+        raise SettingsError(f"{folder} holds other files than a model's: give a new folder, or move that one away")
     with folder_written_whole(folder) as staging:
         config = type(model.config).from_dict(model.config.to_dict())
         config.architectures = [type(model.model).__name__]

@@ -106,7 +106,7 @@ def write_embeddings(
 
     ids = collection.ids()
     if any("\n" in id or "\r" in id for id in ids):
-        raise DataError(f"{collection.name} has ids with line breaks in them: rename those records")
+        raise DataError(f"ids of {collection.name} contain line breaks: rename those records")
     made_from = {
         "model_digest": retriever.digest,
         "collection_digest": collection.digest,
@@ -176,8 +176,8 @@ def open_embeddings(
         found = made_from[f"{what}_digest"]
         if wanted is not None and wanted != found:
             raise DataError(
-                f"{folder} holds embeddings of {what} {found}, and the {what} given here is {wanted}: give the {what} "
-                "that they were made of, or run encode.py into another folder"
+                f"{folder} holds embeddings of {what} {found}, but the {what} given is {wanted}: give the one that "
+                "they were made from, or run encode.py into another folder"
             )
     names = sorted(name for name in files if name.startswith("part-"))
     parts = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names]

@@ -116,7 +116,7 @@ def evaluate(run: Run, qrels: Qrels, measures: Sequence[str], relevant_from: int
     counts = count_queries(run, qrels)
     below = sum(max(grades.values()) < relevant_from for grades in qrels.values())
     if below == len(qrels) and relevant_from > 1:
-        raise DataError(f"no passage is judged {relevant_from} or more: give a smaller relevant_from")
+        raise DataError(f"no passage has grade {relevant_from} or more: give a smaller relevant_from")
     try:
         found = ir_measures.calc(parsed, qrels, run)
     except (CalledProcessError, ZeroDivisionError) as error:
@@ -316,7 +316,7 @@ def read_results(record_file: str | Path, per_query_file: str | Path) -> tuple[d
         record = json.loads(Path(record_file).read_text(encoding="utf-8"))
         values: dict[str, dict[str, float]] = {name: {} for name in record["measures"]}
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{record_file} is not a record of evaluate.py: evaluate again") from None
+        raise DataError(f"{record_file} was not written by evaluate.py: run evaluate.py again") from None
     for _, query in parse_objects(per_query_file, lambda record: record):
         for name, value in query["values"].items():
             values[name][query["query_id"]] = value

@@ -70,7 +70,7 @@ class Groups:
             positives.append(_flatten(part, "positives", passages, with_scores))
             negatives.append(_flatten(part, "negatives", passages, with_scores))
         if not query_ids:
-            raise DataError("there are no training queries: give candidates of at least one")
+            raise DataError("the candidates hold no training query: give at least one")
         self.query_rows = queries.known_rows(query_ids, "queries", CANDIDATES_LIST)
         """int64 [queries], row in the collection of queries."""
         self._positives, self._negatives = _join(positives), _join(negatives)

@@ -257,7 +257,7 @@ def load_to_train(settings: FinetuneSettings) -> "Retriever | Reranker":
         loaded = load_retriever(settings.encoder, **given, **training)
         model = loaded.model
         if settings.towers == "shared" and not model.shared:
-            raise SettingsError(f"encoder {settings.encoder} has two towers; take --towers separate")
+            raise SettingsError(f"encoder {settings.encoder} has two towers; give --towers separate")
         if settings.towers == "separate" and model.shared:
             model = DualEncoder(model.passage, copy.deepcopy(model.passage), model.pooling, model.normalise)
             loaded = dataclasses.replace(loaded, model=model)

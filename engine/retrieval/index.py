@@ -208,7 +208,7 @@ class Index:
             if (rows := stop - start) < max(256, self.options.num_lists or 0):
                 raise SettingsError(
                     f"an ivfpq index of {self.options.num_lists or 'some'} lists cannot be trained on {rows} vectors, "
-                    "it needs 256 and one for each list: take --index exact, fewer lists or larger shards"
+                    "because it needs 256 and one for each list: give --index exact, fewer lists or larger shards"
                 )
 
 
@@ -218,7 +218,7 @@ def import_faiss(kind: str) -> Any:
         import faiss
     except ImportError:
         raise SettingsError(
-            f"index {kind} needs faiss, which is not installed: pip install faiss-cpu, or take --index exact"
+            f"index {kind} needs faiss, which is not installed: pip install faiss-cpu, or give --index exact"
         ) from None
     return faiss
 

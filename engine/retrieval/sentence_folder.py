@@ -110,7 +110,7 @@ def _read(path: Path, kind: type = dict) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SettingsError(f"{path} is no JSON ({error}); restore it from where the model came from") from error
+        raise SettingsError(f"{path} is not JSON ({error}); restore it from the model's source") from error
     if not isinstance(content, kind):
         raise SettingsError(f"{path} must hold a JSON {kind.__name__}; restore it from where the model came from")
     return content
@@ -133,7 +133,7 @@ def _read_tower(folder: Path, modules: list[tuple[str, Path]], cosine: bool) -> 
         chosen = [name for name, value in pooling.items() if name.startswith("pooling_mode_") and value]
         mode = POOLINGS.get(chosen[0], chosen[0]) if len(chosen) == 1 else " and ".join(chosen) or "mean"
     if mode not in POOLINGS.values():
-        raise SettingsError(f"{folder} pools by {mode}; cls and mean are supported")
+        raise SettingsError(f"{folder} pools by {mode}; give a model that pools by cls or mean")
     if not pooling.get("include_prompt", True):
         raise SettingsError(f"{folder} keeps its prompt out of the pooling, which is not supported; give another model")
     # sentence_bert_config.json, or named for another family in old folders (sentence_roberta_config.json)

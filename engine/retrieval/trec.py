@@ -131,7 +131,7 @@ def _parse_result(line: str) -> tuple[str, str, float] | None:
 
 def _add_result(scores: dict[str, float], place: str, query_id: str, passage_id: str, score: float) -> None:
     if passage_id in scores:
-        raise DataError(f"{place}: passage {passage_id} stands a second time for query {query_id}: remove one")
+        raise DataError(f"{place}: passage {passage_id} occurs a second time for query {query_id}: remove one")
     scores[passage_id] = score
 
 
@@ -146,7 +146,7 @@ def stream_run(path: str | Path, depth: int | None = None) -> Iterator[tuple[str
         scores: dict[str, float] = {}
         for place, result in lines:
             if query_id in seen:
-                raise DataError(f"{place}: query {query_id} goes on after others: sort the run by query")
+                raise DataError(f"{place}: query {query_id} continues after other queries: sort the run by query")
             _add_result(scores, place, *result)
         seen.add(query_id)
         yield query_id, best_first(scores, depth)

@@ -56,7 +56,8 @@ def test_other_work_is_refused_with_what_differs_and_remade_on_request(tmp_path)
     path = tmp_path / "run.trec"
     make_file(path, "old", {"depth": 3, "rules": {"seed": 1, "fill": 2}})
     with pytest.raises(
-        SettingsError, match=r"made otherwise \(depth was 3 and is 4; rules.seed was 1 and is 5\).*--remake"
+        SettingsError,
+        match=r"from other inputs or settings \(depth was 3 and is 4; rules.seed was 1 and is 5\).*--remake",
     ):
         make_file(path, "new", {"depth": 4, "rules": {"seed": 5, "fill": 2}})
     assert path.read_text() == "old"
@@ -70,7 +71,7 @@ def test_what_nobody_made_is_not_touched(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "mine").touch()
     for path, make in ((tmp_path / "mine.jsonl", make_file), (tmp_path / "folder", make_parts)):
-        with pytest.raises(SettingsError, match="there already, and no stage made it"):
+        with pytest.raises(SettingsError, match="exists, and no stage made it"):
             make(path)
     assert (tmp_path / "mine.jsonl").read_text() == "mine"
     (tmp_path / "folder" / "mine").unlink()
@@ -82,7 +83,7 @@ def test_an_error_publishes_nothing_and_parts_that_were_finished_are_kept(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         make_parts(path, die_at=3)
     assert not path.exists()
-    with pytest.raises(DataError, match=r"holds no finished embeddings \(no manifest.json in it\)"):
+    with pytest.raises(DataError, match=r"has no finished embeddings \(no manifest.json in it\)"):
         open_artefact(path, "embeddings")
     damaged = tmp_path / ".vectors.work" / "made" / "part-00001.bin"
     damaged.write_bytes(b"x")
@@ -95,7 +96,8 @@ def test_parts_of_other_work_are_not_mixed_in(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_parts(tmp_path / "x", die_at=2)
     with pytest.raises(
-        SettingsError, match=r"begun otherwise \(model was m and is left out; depth was left out and is 3\)"
+        SettingsError,
+        match=r"with other inputs or settings \(model was m and is left out; depth was left out and is 3\)",
     ):
         with artefact(tmp_path / "x", "embeddings", {"depth": 3}):
             pass
@@ -145,7 +147,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path):
         for number in work.missing(5):
             with work.part(number, ".bin") as file:
                 file.write(b"x")
-        with pytest.raises(DataError, match=r"2 of 5 parts of .* \(of ranks \[1\]\), and none came for 0 s"):
+        with pytest.raises(DataError, match=r"2 of 5 parts of .* \(ranks \[1\]\), and none arrived in 0 s"):
             work.wait(0.3)
 
 

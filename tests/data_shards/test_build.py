@@ -86,7 +86,7 @@ def test_a_set_whose_manifest_is_damaged_is_refused_and_made_anew_on_request(bui
 
 def test_another_set_in_the_output_folder_is_refused_until_remade(build_case, copy):
     other = build_case.settings(copy, max_tokens=48, tasks=1, shard_bytes=10**9, generations=[])
-    refusal = r"was made otherwise \(.*max_tokens was 64 and is 48; .*corpus differs\).* --remake"
+    refusal = r"was made from other inputs or settings \(.*max_tokens was 64 and is 48; .*corpus differs\).* --remake"
     with pytest.raises(SettingsError, match=refusal):
         build_case.build(other)
     build_case.check(copy)
@@ -111,8 +111,8 @@ def test_an_output_that_cannot_be_written_or_is_no_set_is_one_sentence(build_cas
     for output, refusal in (
         (tmp_path / "file" / "below", "cannot be written"),
         (Path("/proc/shards"), "cannot be written"),
-        (tmp_path / "file", "is there already, and no stage made it"),
-        (tmp_path / "mine", "is there already, and no stage made it"),
+        (tmp_path / "file", "exists, and no stage made it"),
+        (tmp_path / "mine", "exists, and no stage made it"),
     ):
         with pytest.raises(SettingsError, match=rf"{output} {refusal}"):
             build_case.build(build_case.settings(output))
@@ -179,7 +179,9 @@ def test_a_shard_that_comes_out_differently_is_not_put_in_its_place(build_case, 
     shard = min(copy.glob("train-*.tar"))
     shard.unlink()
     monkeypatch.setattr(build_module, "file_digest", lambda path: "other")
-    with pytest.raises(DataError, match=r"came out differently .*: copy it again, or make the whole set .* --remake"):
+    with pytest.raises(
+        DataError, match=r"differs from the manifest's .*: copy it again, or make the whole .* --remake"
+    ):
         build_case.build(build_case.settings(copy))
     assert not shard.exists()
 
@@ -310,5 +312,5 @@ def test_work_that_slurm_has_is_kept_and_not_given_to_another_command(build_case
     assert build_case.build(slurm) is None
     assert (work_folder(copy) / "scratch" / "slurm_job").read_text() == "1"
     assert not verify_shards(str(copy.with_name("set.old-1"))).damaged
-    with pytest.raises(SettingsError, match=r"was begun otherwise \(tasks was 6 and is 3\)"):
+    with pytest.raises(SettingsError, match=r"was begun with other inputs or settings \(tasks was 6 and is 3\)"):
         build_case.build(replace(slurm, remake=False, tasks=3))

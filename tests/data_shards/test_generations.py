@@ -57,7 +57,7 @@ def test_files_of_every_kind_are_joined_by_passage_id(tmp_path):
         ('{"queries": ["x"]}', "passage_id and queries or continuation"),
         ('{"passage_id": "1", "queries": "x"}', "queries is str"),
         ('{"passage_id": "1", "queries": [1]}', "a text of queries is int"),
-        ('{"passage_id": "0", "queries": ["again"]}', "queries of passage '0' are given twice"),
+        ('{"passage_id": "0", "queries": ["again"]}', "passage '0' has queries a second time"),
     ],
 )
 def test_a_bad_or_repeated_record_is_named_and_leaves_no_index(tmp_path, line, reason):

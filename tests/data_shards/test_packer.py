@@ -310,7 +310,7 @@ def test_the_same_text_is_packed_from_blocks_of_any_size(tmp_path, tokenizer_fol
 def test_shard_sets_of_two_tokenizers_are_refused(shard_set, other_shard_set, monkeypatch):
     foreign = replace(other_shard_set.manifest, tokenizer_digest="0" * 32)
     monkeypatch.setattr(other_shard_set, "manifest", foreign)
-    with pytest.raises(SettingsError, match="another tokenizer"):
+    with pytest.raises(SettingsError, match="different tokenizers"):
         make_packer([shard_set, other_shard_set])
 
 

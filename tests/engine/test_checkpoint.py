@@ -106,7 +106,7 @@ def test_only_a_changed_world_stage_or_precision_needs_a_conversion(tmp_path):
     assert not needs_conversion(checkpoint, 2, 2, "float32")
     assert needs_conversion(checkpoint, 1, 2, "float32") and needs_conversion(checkpoint, 2, 1, "float32")
     assert needs_conversion(checkpoint, 2, 2, "bfloat16")
-    with pytest.raises(CheckpointError, match="cannot be continued under ZeRO 3"):
+    with pytest.raises(CheckpointError, match="cannot continue under ZeRO 3"):
         needs_conversion(checkpoint, 2, 3, "float32")
 
 

@@ -150,7 +150,7 @@ def test_decoders_of_several_tasks_run_together_as_they_would_alone(task):
 
 
 def test_copying_more_layers_than_there_are_is_refused():
-    with pytest.raises(SettingsError, match="needs 3 encoder layers, there are 2"):
+    with pytest.raises(SettingsError, match="needs 3 encoder layers, but the encoder has 2"):
         copy_last_layers(MaskedDecoder(CONFIG, 0.0, 3), bert_layers(2))
     with pytest.raises(SettingsError, match="BERT-like"):
         copy_last_layers(MaskedDecoder(CONFIG, 0.0, 1), [torch.nn.Linear(WIDTH, WIDTH)])

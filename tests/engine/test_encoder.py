@@ -155,7 +155,7 @@ def test_from_scratch_takes_the_architecture_at_other_sizes(family):
 
 def test_an_encoder_that_cannot_serve_the_run_is_refused_in_one_sentence(checkpoint, tmp_path):
     folder, _ = checkpoint("roberta")
-    with pytest.raises(SettingsError, match=r"max_tokens is 47, encoder .* has 46 positions"):
+    with pytest.raises(SettingsError, match=r"max_tokens is 47, but encoder .* has 46 positions"):
         load_encoder(folder, max_tokens=47)
     with pytest.raises(SettingsError, match=r"tokenizer has 100 words, encoder .* embeds 99"):
         load_encoder(folder, vocab_size=100)

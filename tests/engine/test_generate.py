@@ -183,7 +183,7 @@ def test_ranks_and_reruns_write_the_same_bytes_and_finished_parts_are_left_alone
     moved = tmp_path / "moved.model"
     moved.symlink_to(models / "t5")
     generate_corpus(make_settings(models, corpus, tmp_path / "one", model=str(moved)), place(0, 1))
-    with pytest.raises(SettingsError, match="was made otherwise") as refused:
+    with pytest.raises(SettingsError, match="was made from other inputs or settings") as refused:
         generate_corpus(make_settings(models, corpus, tmp_path / "one", seed=7, top_p=0.5), place(0, 1))
     assert "settings.top_p was 0.95 and is 0.5; settings.seed was 0 and is 7" in str(refused.value)
     with pytest.raises(SettingsError, match="model_digest"):
@@ -214,11 +214,11 @@ def test_what_cannot_be_generated_is_refused_in_one_sentence(models, corpus, tmp
     problems = find_problems(make_settings(models, corpus, tmp_path / "out", temperature=0, top_p=2, prompt="x"))
     assert [problem.partition(";")[0] for problem in problems] == ["temperature is 0", "top_p is 2", "prompt is x"]
     if not torch.cuda.is_available():
-        with pytest.raises(SettingsError, match="no GPU that torch can use"):
+        with pytest.raises(SettingsError, match="torch finds no GPU"):
             generate_corpus(make_settings(models, corpus, tmp_path / "out", device="cuda"), place(0, 1))
     (tmp_path / "busy").mkdir()
     (tmp_path / "busy" / "notes.txt").touch()
-    with pytest.raises(SettingsError, match=r"there already, and no stage made it"):
+    with pytest.raises(SettingsError, match=r"exists, and no stage made it"):
         generate_corpus(make_settings(models, corpus, tmp_path / "busy"), place(0, 1))
     (tmp_path / "blank.tsv").write_text("1\t \n")
     with pytest.raises(DataError, match="holds no passage"):

@@ -148,7 +148,7 @@ def test_a_micro_batch_comes_from_recipe_then_json_then_the_rank_s_share(
         ({"scheduler": {"type": "OneCycle"}}, 'which warmup_share and steps decides; write "auto"'),
         (
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
-            'has "auto" where nothing fills it: zero_optimization.reduce_bucket_size',
+            'has "auto" for keys that quincunx does not fill: zero_optimization.reduce_bucket_size',
         ),
         (
             {"train_micro_batch_size_per_gpu": 7},

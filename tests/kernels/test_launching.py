@@ -61,5 +61,5 @@ def test_the_line_at_the_start_says_what_really_runs(monkeypatch):
     ):
         assert describe_kernels(settings, True, model_with(head_size)).endswith(line)
     assert describe_kernels(PretrainSettings(), False, model_with(48)) == "torch"
-    with pytest.raises(SettingsError, match=r"heads have 48 channels; the attention kernel takes 32, 64, 128, set"):
+    with pytest.raises(SettingsError, match=r"heads have 48 channels and the attention kernel takes 32, 64, 128; set"):
         describe_kernels(PretrainSettings(kernels="triton"), True, model_with(48))

@@ -79,7 +79,7 @@ def test_a_build_killed_after_its_first_task_continues_to_the_same_bytes(build_c
     assert 0 < len(finished) < 6
     with pytest.raises(DataError, match="an interrupted build continues with the same command"):
         open_shards(output)
-    with pytest.raises(SettingsError, match=r"was begun otherwise \(max_tokens was 64 and is 32\)"):
+    with pytest.raises(SettingsError, match=r"was begun with other inputs or settings \(max_tokens was 64 and is 32\)"):
         build_case.build(replace(settings, max_tokens=32))
     (work / "made" / ".train-00005-000.tar.tmp1").write_bytes(b"torn")
     started: list[int] = []

@@ -86,9 +86,9 @@ def test_titles_and_lengths_decide_the_vectors_and_queries_have_their_own_side(d
     ("flags", "code", "sentence"),
     [
         (["--part_rows=0"], 2, "part_rows is 0; it must be at least 1"),
-        (["--model=/no/such/folder"], 2, "is no folder"),
+        (["--model=/no/such/folder"], 2, "is not a folder"),
         (["--corpus=/no/such/corpus.jsonl"], 3, "/no/such/corpus.jsonl"),
-        (["--dtype=float16"], 2, "was made otherwise (dtype was float32 and is float16)"),
+        (["--dtype=float16"], 2, "was made from other inputs or settings (dtype was float32 and is float16)"),
     ],
 )
 def test_what_cannot_be_encoded_is_one_sentence_and_changes_nothing(flags, code, sentence, data, encoded, refused):

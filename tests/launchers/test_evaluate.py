@@ -118,14 +118,14 @@ def test_help_is_quick_and_shows_every_setting():
         ({"qrels.tsv": "z1\tp1\t1\n"}, ["--queries", "set"], 3, "qrels.tsv names 1 queries that set does not"),
         ({"qrels.tsv": "q1\tp1\t0\nq2\tp1\t1\n"}, [], 3, "to 1 of 2 queries (first: q1)"),
         ({}, ["--qrels", "none.tsv"], 3, "none.tsv cannot be read: No such file"),
-        ({}, ["--relevant_from", "7"], 3, "no passage is judged 7 or more"),
+        ({}, ["--relevant_from", "7"], 3, "no passage has grade 7 or more"),
         ({}, ["--measures", "nDGC@10"], 2, "the measure 'nDGC@10' cannot be computed"),
         ({}, ["--answers", "answers.jsonl"], 2, "answer match reads the passages: give --corpus"),
         (
             {"answers.jsonl": '{"query_id": "q1", "answers": ["1"]}\n'},
             ["--answers", "answers.jsonl", "--corpus", "set"],
             3,
-            "the qrels judge 30 queries and the answers are of 1, of which 1 are the same",
+            "the qrels judge 30 queries and the answers cover 1, of which 1 are the same",
         ),
         (
             {"answers.jsonl": '{"query_id": "z9", "answers": ["1"]}\n'},

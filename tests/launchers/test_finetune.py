@@ -224,7 +224,7 @@ def test_separate_towers_part_and_export_as_two(train, tiny, tmp_path):
         ({"stage": "distil"}, 2, "a recipe chooses the stage: give --recipe"),
         ({"candidates": "unscored.jsonl", "recipe": "distil"}, 3, "lacks the teacher's score of 7 candidates"),
         ({"candidates": "foreign.jsonl"}, 3, "p99"),
-        ({"candidates": "empty.jsonl"}, 3, "there are no training queries"),
+        ({"candidates": "empty.jsonl"}, 3, "the candidates hold no training query"),
     ],
 )
 def test_bad_input_is_one_sentence_and_an_exit_code(settings, code, words, tiny, tmp_path, monkeypatch, capsys):

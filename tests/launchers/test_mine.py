@@ -45,7 +45,7 @@ def test_negatives_of_a_run_come_out_with_their_counts_and_a_second_call_changes
     written = (data / "out.jsonl").stat().st_mtime_ns
     assert "nothing to do" in launched(main, *command(data, "--depth=3"))
     code, said = refused(main, *command(data, "--depth=4"))
-    assert code == 2 and "was made otherwise (rules.depth was 3 and is 4)" in said
+    assert code == 2 and "was made from other inputs or settings (rules.depth was 3 and is 4)" in said
     assert (data / "out.jsonl").stat().st_mtime_ns == written
 
 

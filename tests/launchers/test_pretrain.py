@@ -86,7 +86,7 @@ def test_devices_and_batches_that_are_not_there_are_refused(monkeypatch):
     assert "global_batch 2048 is not divisible by the 3 ranks; nearest: 2046 or 2049" in answer
     if not torch.cuda.is_available():
         answer = refusal("--recipe", "quincunx", "--device", "cuda", "--global_batch", "2046")
-        assert "device is cuda and this machine has no GPU" in answer
+        assert "device is cuda, but torch finds no GPU" in answer
 
 
 def test_data_that_does_not_fit_is_refused_before_training(tiny_shards, tmp_path, harness):

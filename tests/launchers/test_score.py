@@ -86,7 +86,7 @@ def test_killed_scoring_goes_on_at_another_number_of_ranks_to_the_bytes_of_one_p
 
     # An unfinished neighbour must not be mixed in: another cut of the same work is refused.
     code, said = refused(main, *command(data, output, "--pairs_a_part=60")[2:])
-    assert code == 2 and "begun otherwise (pairs_a_part was 50 and is 60)" in said
+    assert code == 2 and "begun with other inputs or settings (pairs_a_part was 50 and is 60)" in said
     assert {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.json")} == left
 
     done = run(words)
@@ -110,7 +110,7 @@ def test_what_cannot_be_scored_is_refused_in_one_sentence_and_nothing_is_written
     output = tmp_path / "out.jsonl"
     for words, code, sentence in (
         (command(data, output, model="encoder"), 2, "without a classification head"),
-        (command(data, output, model="absent"), 2, "is no folder"),
+        (command(data, output, model="absent"), 2, "is not a folder"),
         (command(data, output, source="unknown.jsonl"), 3, "names 1 passages"),
         (command(data, output, source="empty.jsonl"), 3, "empty.jsonl"),
         (command(data, output, "--run=x"), 2, "either --candidates or --run"),

@@ -117,13 +117,13 @@ def test_bm25_runs_need_the_corpus_alone(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "code", "sentence"),
     [
-        (["--output=X", "--model={other}"], 3, r"holds embeddings of model \w{16}, and the model given here is \w{16}"),
-        (["--output=X", "--corpus={shorter}"], 3, r"of collection \w{32}, and the collection given here is \w{32}"),
+        (["--output=X", "--model={other}"], 3, r"holds embeddings of model \w{16}, but the model given is \w{16}"),
+        (["--output=X", "--corpus={shorter}"], 3, r"of collection \w{32}, but the collection given is \w{32}"),
         (["--output=X", "--qrels={qrels}"], 3, "names 1 queries .*elsewhere"),
         (["--output=X", "--index=ivfpq", "--code_bytes=3"], 2, "code_bytes is 3"),
         (["--output=X", "--depth=0"], 2, "depth is 0"),
         (["--output=X", "--method=bm25", "--b=1.5"], 2, "b is 1.5; it must be at least 0 and at most 1"),
-        (["--output={qrels}"], 2, "is there already, and no stage made it"),
+        (["--output={qrels}"], 2, "exists, and no stage made it"),
         (["--output=X", "--k1=0.9"], 2, "k1 has no effect with --method dense"),
         (["--output=X", "--num_probes=3", "--index=hnsw"], 2, "num_probes has no effect .* --index hnsw"),
         (["--output=X", "--shard_rows=3"], 2, "shard_rows has no effect"),

@@ -25,7 +25,7 @@ def split(tmp_path, monkeypatch, launched):
 def test_the_same_files_leave_it_and_changed_judgements_refuse_it(split, tmp_path):
     assert "1 queries, 1 judgements" in split("q0\t0\tp1\t1\n")
     assert "nothing to do" in split("q0\t0\tp1\t1\n")
-    with pytest.raises(SettingsError, match="out is there already and was made otherwise"):
+    with pytest.raises(SettingsError, match="out exists and was made from other inputs or settings"):
         split("q0\t0\tp1\t1\nq1\t0\tp2\t1\n")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["details"]["queries"] == 1
 

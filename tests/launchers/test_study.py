@@ -198,7 +198,7 @@ def test_the_content_of_a_settings_file_is_part_of_a_cell(study, collection, tmp
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--launch", "no_such_launcher --x"], "no_such_launcher is no command of this machine"),
+        (["--launch", "no_such_launcher --x"], "this machine has no command no_such_launcher"),
         (["--launch", '"'], "which no shell would read"),
         (["--output", ""], "output is empty: give a folder"),
         (["--collections", ""], "names an empty path: give at least one BEIR folder"),

@@ -42,7 +42,7 @@ def test_regular_expressions_ignore_case():
     assert answer_matcher([r"18\d\d", "nothing"], is_regex=True)("Born in 1879 in Ulm")
     matches = answer_matcher(["Ulm$"], is_regex=True)
     assert matches("born in ULM") and not matches("born in Ulmer")
-    with pytest.raises(DataError, match="is no regular expression"):
+    with pytest.raises(DataError, match="is not a regular expression"):
         answer_matcher(["("], is_regex=True)
 
 

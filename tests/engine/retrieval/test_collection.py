@@ -110,7 +110,7 @@ def test_queries_of_every_format(tmp_path):
         ("c.tsv", "1\tx\n2\n", DataError, "c.tsv:2: 1 tab-separated columns"),
         ("c.tsv", "\n\n", DataError, "holds no texts"),
         ("c.parquet", "PAR1", DataError, "c.parquet cannot be read as Parquet"),
-        ("c.xml", "<a/>", SettingsError, "not clear from its name"),
+        ("c.xml", "<a/>", SettingsError, "does not show its format"),
         ("c.jsonl", b'{"_id": "a", "text": "\xff"}', DataError, "not UTF-8"),
     ],
 )

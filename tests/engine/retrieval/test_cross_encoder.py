@@ -182,7 +182,7 @@ def test_saving_without_a_state_writes_the_models_own_weights_and_replaces_the_f
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("mine")
-    with pytest.raises(SettingsError, match="holds something else than a model"):
+    with pytest.raises(SettingsError, match="holds other files than a model's"):
         save_reranker(tmp_path / "other", reranker, card="")
     assert (tmp_path / "other" / "precious.txt").read_text() == "mine"
 

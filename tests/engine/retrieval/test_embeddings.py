@@ -94,21 +94,19 @@ def test_flipped_bits_are_found_when_asked_for(retriever, passages, tmp_path):
 
 def test_embeddings_of_another_model_or_corpus_are_refused_with_both_ids(retriever, passages, tmp_path):
     write(tmp_path, retriever, passages)
-    with pytest.raises(DataError, match=f"of model {retriever.digest}, and the model given here is 00ff"):
+    with pytest.raises(DataError, match=f"of model {retriever.digest}, but the model given is 00ff"):
         open_embeddings(tmp_path, model_digest="00ff")
     with pytest.raises(DataError, match="holds embeddings of kind passage, query is needed"):
         open_embeddings(tmp_path, kind="query")
     other = make_collection(IDS, [*TEXTS[:-1], "one more word"], "others")
-    with pytest.raises(
-        DataError, match=f"collection {passages.digest}, and the collection given here is {other.digest}"
-    ):
+    with pytest.raises(DataError, match=f"collection {passages.digest}, but the collection given is {other.digest}"):
         open_embeddings(tmp_path, collection_digest=other.digest)
 
 
 @pytest.mark.parametrize(("settings", "named"), [({"dtype": "float16"}, "dtype"), ({"kind": "query"}, "kind")])
 def test_another_work_in_the_same_folder_is_refused_and_leaves_it(settings, named, retriever, passages, tmp_path):
     write(tmp_path, retriever, passages)
-    with pytest.raises(SettingsError, match=f"made otherwise .*{named} was"):
+    with pytest.raises(SettingsError, match=f"made from other inputs or settings .*{named} was"):
         write(tmp_path, retriever, passages, **settings)
     open_embeddings(tmp_path, verify=True)
 
@@ -116,7 +114,7 @@ def test_another_work_in_the_same_folder_is_refused_and_leaves_it(settings, name
 def test_without_the_parts_of_another_rank_there_is_no_manifest(retriever, passages, tmp_path):
     with pytest.raises(DataError, match=r"2 of 5 parts of .* are missing"):
         write(tmp_path, retriever, passages, 0, 2, patience_seconds=0.5)
-    with pytest.raises(DataError, match="holds no finished embeddings"):
+    with pytest.raises(DataError, match="has no finished embeddings"):
         open_embeddings(tmp_path)
 
 

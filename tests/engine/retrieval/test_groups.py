@@ -150,7 +150,7 @@ def row(query="q0", positives=("p1",), negatives=("p2",), scores=None) -> Candid
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([], {}, "no training queries"),
+        ([], {}, "no training query"),
         ([row(), row("q9")], {}, r"candidates names 1 queries that queries does not have \(first: q9\)"),
         ([row(negatives=("p2", "x", "y"))], {}, r"names 2 passages that passages does not have \(first: x, y\)"),
         ([row(scores={"p1": 1.0})], {"with_scores": True}, "lacks the teacher's score of 1 candidates"),

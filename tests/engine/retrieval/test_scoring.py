@@ -101,7 +101,7 @@ def test_work_begun_by_another_model_or_of_another_file_is_refused_and_nothing_i
     assert score(source, output, reranker, collections) is not None
     before = output.read_bytes()
     assert score(source, output, reranker, collections) is None  # made already
-    with pytest.raises(SettingsError, match=r"was made otherwise \(model was \w+ and is another\)"):
+    with pytest.raises(SettingsError, match=r"was made from other inputs or settings \(model was \w+ and is another\)"):
         score(source, output, reranker, collections, {"model": "another"})
     assert output.read_bytes() == before
 

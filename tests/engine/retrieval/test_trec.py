@@ -81,7 +81,7 @@ def test_a_query_may_come_in_pieces(tmp_path):
     [
         ("q Q0 a 1 2 t\nq Q0 b 2 nan t\n", ":2: the score of passage b for query q is nan"),
         ("q Q0 a 1 inf t\n", ":1: the score of passage a for query q is inf"),
-        ("q Q0 a 1 2 t\nr Q0 a 1 2 t\nq Q0 a 2 1 t\n", ":3: passage a stands a second time for query q"),
+        ("q Q0 a 1 2 t\nr Q0 a 1 2 t\nq Q0 a 2 1 t\n", ":3: passage a occurs a second time for query q"),
         ("q Q0 a 1 2 t\nq a 1\n", ":2: 'q a 1' is not query, Q0, passage, rank, score, tag"),
         ("q Q0 a 1 high t\n", ":1: "),
         ("\n", " holds no results"),
@@ -141,7 +141,7 @@ def test_a_run_is_read_query_by_query_in_the_order_of_scores(tmp_path):
     assert list(stream_run(tmp_path / "run")) == [("q1", ["b", "a", "c"]), ("q2", ["d"])]
     assert next(stream_run(tmp_path / "run", 2)) == ("q1", ["b", "a"])
     (tmp_path / "run").write_text("q1 Q0 a 1 1 x\nq2 Q0 a 1 1 x\nq1 Q0 b 2 1 x\n")
-    with pytest.raises(DataError, match="run:3: query q1 goes on after others"):
+    with pytest.raises(DataError, match="run:3: query q1 continues after other queries"):
         list(stream_run(tmp_path / "run"))
 
 
