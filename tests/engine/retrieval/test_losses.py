@@ -95,6 +95,16 @@ def test_contrastive_loss_is_the_formula_written_out(all_pairs, known, temperatu
     assert len(set(firsts)) == 2, "where all agree, first_B proves little"
 
 
+def test_all_pairs_and_known_positives_change_the_loss():
+    batch = make_batch()
+    values = {
+        (all_pairs, known): sum(contrastive_by_hand(batch, 0.1, all_pairs, known)[0])
+        for all_pairs in (False, True)
+        for known in (False, True)
+    }
+    assert len({round(value, 3) for value in values.values()}) == 4
+
+
 def test_slices_of_the_queries_give_the_losses_of_the_whole_batch():
     batch = make_batch()
     excluded_QN = known_positives(batch["positives_QP"], batch["rows_N"], batch["targets_Q"])
