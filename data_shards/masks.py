@@ -115,9 +115,9 @@ def hide_words(begins, ordinary, rate, key, weights):
     begins: integers [W + 1], where each word begins, and n. ordinary: bool [n]. weights: float64 [W], or empty for a
     uniform draw.
 
-    The budget is the rate's share of the ordinary tokens, halves rounded up, at least 1. Words come in descending order
-    of log(u) / weight (Efraimidis and Spirakis 2006); one that would overflow the budget is skipped. So the budget is
-    met exactly, or no word left over is short enough.
+    The budget is the rate's share of the ordinary tokens, halves rounded up, at least 1. With u = (draw + 1/2) / 2**30,
+    words come in ascending order of -log(u) / weight (Efraimidis and Spirakis 2006), in a uniform draw of u itself; one
+    that would overflow the budget is skipped. So the budget is met exactly, or no word left over is short enough.
     """
     words = np.flatnonzero(ordinary[begins[:-1]])
     priorities = np.empty(len(words), np.int64)

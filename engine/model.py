@@ -41,15 +41,18 @@ from quincunx.kernels.linear_cross_entropy import linear_cross_entropy
 
 SHARED = "shared"
 """Name of the decoder that all tasks share; no task is called so."""
-SENTENCE_LOSSES: dict[str, Callable[[torch.Tensor, Batch], torch.Tensor]] = {}
+SENTENCE_LOSSES: dict[str, Callable[[torch.Tensor, Batch, Callable[[Text], torch.Tensor]], torch.Tensor]] = {}
 """Losses of the sentence vectors beside the tasks' own, by the name that the setting sentence_losses takes: sentence
-vectors [B, D] and the batch give [B], a loss for each passage. An entry here is all that a new loss needs."""
+vectors [B, D], the batch and PretrainModel.encode (a second view, or another text of `batch.contexts`, to [S, D]) give
+[B], a loss for each passage. An entry here is all that a new loss needs. Negatives within the batch are those of the
+micro-batch (engine/retrieval/losses.py: gather_with_gradient has all ranks'). Under ZeRO 3 every rank must run the same
+modules: a loss that may find nothing to encode encodes `batch.encoder` and multiplies by 0."""
 BUNDLE_FILE = "bundle.json"
 DECODERS_FILE = "decoders.safetensors"
 BUNDLE_VERSION = 1
 
 
-class StepOutput(NamedTuple):
+class PretrainOutput(NamedTuple):
     """What a micro-batch gives; vectors hold the encoder's task first, the others in the recipe's order, then the
     sentence losses; losses below counts these too."""
 
@@ -159,7 +162,7 @@ class PretrainModel(nn.Module):
         self.shared_decoder = shared_decoder
         self.kernels = kernels
         self.loss_weights = {"mlm": 1.0} | {task.name: task.weight for task in tasks} | dict(sentence_losses or {})
-        """Weight lambda of each loss, in the order of a StepOutput's vectors."""
+        """Weight lambda of each loss, in the order of a PretrainOutput's vectors."""
         if dropout is None:
             dropout = getattr(config, "hidden_dropout_prob", getattr(config, "dropout", 0.0))
         self.decoders = nn.ModuleDict()
@@ -199,7 +202,7 @@ class PretrainModel(nn.Module):
         num_sentence_losses = len(self.loss_weights) - 1 - len(self.tasks)
         return [*batch.num_labels(), *[batch.num_passages] * num_sentence_losses]
 
-    def forward(self, batch: Batch, label_counts: torch.Tensor) -> StepOutput:
+    def forward(self, batch: Batch, label_counts: torch.Tensor) -> PretrainOutput:
         """Loss of one micro-batch.
 
         `label_counts` [losses] holds the loss_counts of the whole global batch (all ranks, all micro-batches), so that
@@ -218,10 +221,10 @@ class PretrainModel(nn.Module):
             rows_ND, output_weight_VE, labels_N, row_weights_N, task_slices, self.kernels
         )
         for place, name in list(enumerate(self.loss_weights))[len(counts) :]:
-            value = SENTENCE_LOSSES[name](h_BD, batch).float().sum()
+            value = SENTENCE_LOSSES[name](h_BD, batch, self.encode).float().sum()
             loss = loss + value * per_row[place]
             sums, correct = torch.cat([sums, value.detach()[None]]), torch.cat([correct, correct.new_zeros(1)])
-        return StepOutput(loss, sums, correct, torch.tensor(self.loss_counts(batch)))
+        return PretrainOutput(loss, sums, correct, torch.tensor(self.loss_counts(batch)))
 
     def _labelled_rows(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
         """Sentence vectors [B, D]; final hidden states [M, D] of the labelled rows of the encoder and every task; the

@@ -21,7 +21,7 @@ from quincunx.data_shards.stream import Order, Stream
 from quincunx.data_shards.tasks import TaskSpec, shares_served
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.evaluations import load_held_out, load_probe, run_held_out, run_probe
-from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, StepOutput, build_model, is_bundle, load_bundle
+from quincunx.engine.model import SENTENCE_LOSSES, PretrainModel, PretrainOutput, build_model, is_bundle, load_bundle
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.settings import Machine, PretrainSettings, load_machine
 from quincunx.engine.training import Evaluation, run_training
@@ -51,7 +51,7 @@ class PretrainJob:
 
     def forward_passes(
         self, engine: Any, batches: list[Batch], label_counts: torch.Tensor, seeds: list[int]
-    ) -> Iterator[StepOutput]:
+    ) -> Iterator[PretrainOutput]:
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
             output = engine(to_device(batch, label_counts.device), label_counts)

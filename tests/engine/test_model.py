@@ -170,7 +170,7 @@ def test_every_parameter_has_a_gradient_even_where_a_task_has_no_rows(family, de
 
 def test_a_sentence_loss_is_one_entry(monkeypatch):
     """The mean over all passages of the global batch, whatever the micro-batch; its gradient reaches the encoder."""
-    monkeypatch.setitem(SENTENCE_LOSSES, "first", lambda h_BD, batch: h_BD[:, 0])
+    monkeypatch.setitem(SENTENCE_LOSSES, "first", lambda h_BD, batch, encode: h_BD[:, 0])
     passages = make_passages(6, "enhanced")
     model, plain = make_model(sentence_losses={"first": 0.5}), make_model()
     vectors = plain.encode(pack(passages, "enhanced").encoder)

@@ -20,9 +20,10 @@ from quincunx.engine.model import SENTENCE_LOSSES
 TASKS["sixth"] = TaskKind(code=8, field="passage", draw="uniform", title="a sixth task")
 
 
-def contrastive(h_BD, batch):
-    unit_BD = torch.nn.functional.normalize(h_BD, dim=1)
-    return torch.nn.functional.cross_entropy(unit_BD @ unit_BD.T / 0.05, torch.arange(len(h_BD)), reduction="none")
+def contrastive(h_BD, batch, encode):
+    view_BD = encode(batch.encoder)  # the same text under other dropout
+    similarities_BB = torch.nn.functional.normalize(h_BD, dim=1) @ torch.nn.functional.normalize(view_BD, dim=1).T
+    return torch.nn.functional.cross_entropy(similarities_BB / 0.05, torch.arange(len(h_BD)), reduction="none")
 
 
 SENTENCE_LOSSES["contrastive"] = contrastive
