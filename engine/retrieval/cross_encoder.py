@@ -161,8 +161,8 @@ def has_fitting_head(name: str, config: PretrainedConfig, num_labels: int) -> bo
     has_head = any(kind.endswith("ForSequenceClassification") for kind in config.architectures or [])
     if has_head and config.num_labels != num_labels:
         raise SettingsError(
-            f"{name!r} gives {config.num_labels} labels, but {num_labels} are needed: give a model with {num_labels}, "
-            "or an encoder without a classification head"
+            f"{name!r} gives {config.num_labels} labels, {num_labels} wanted: give a model with {num_labels}, or an "
+            "encoder without a classification head"
         )
     return has_head
 
