@@ -33,6 +33,7 @@ from typing import IO, Any
 from quincunx.data_shards.durable import (
     cannot_write,
     file_digest,
+    free_aside,
     full_disk_is_named,
     publish,
     sync_folder,
@@ -335,9 +336,7 @@ def read_begun(folder: Path) -> dict[str, Any] | None:
 def move_aside(path: Path, folder: Path) -> None:
     """Moves what is there, finished or begun, to NAME.old-N."""
     shutil.rmtree(folder, ignore_errors=True)
-    number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
+    aside = free_aside(path)
     if path.exists():
         os.replace(path, aside)
     if manifest_path(path).exists():

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import glob
+import itertools
 import os
 import socket
 from collections.abc import Iterator
@@ -63,6 +64,12 @@ def publish(staging: Path, path: Path) -> None:
     if path.is_dir():  # empty, as is_made has seen
         path.rmdir()
     os.rename(staging, path)
+
+
+def free_aside(path: Path) -> Path:
+    """The first of NAME.old-1, NAME.old-2 ... that is free: where what has the name is moved aside to."""
+    asides = (path.with_name(f"{path.name}.old-{number}") for number in itertools.count(1))
+    return next(aside for aside in asides if not aside.exists())
 
 
 def sync_folder(folder: Path) -> None:

@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from quincunx.data_shards.durable import written_whole
+from quincunx.data_shards.durable import free_aside, written_whole
 from quincunx.data_shards.errors import SettingsError
 
 LOCK_FILE = "run.lock"
@@ -104,8 +104,7 @@ class RunFolder:
         earlier = [entry for entry in self.path.iterdir() if entry.name != LOCK_FILE]
         if not earlier or os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
             return None
-        asides = (self.path.with_name(f"{self.path.name}.old-{number}") for number in itertools.count(1))
-        aside = next(path for path in asides if not path.exists())
+        aside = free_aside(self.path)
         aside.mkdir()
         for entry in earlier:
             entry.rename(aside / entry.name)

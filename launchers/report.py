@@ -34,9 +34,7 @@ def main() -> None:
     settings = parse_settings(ReportSettings, __doc__.split("\n")[0])
     chain = Path(settings.chain)
     splits: dict[str, dict[str, tuple]] = defaultdict(dict)
-    for file in sorted(
-        chain.glob("*.*.json"), key=lambda path: path.stat().st_mtime_ns
-    ):  # in the order of their making
+    for file in sorted(chain.glob("*.*.json"), key=lambda path: path.stat().st_mtime_ns):  # as they were made
         system, split = file.stem.split(".", 1)
         if file.with_suffix(".jsonl").exists():
             splits[split][system] = read_results(file, file.with_suffix(".jsonl"))

@@ -42,8 +42,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from quincunx.data_shards.stream import Order
-from quincunx.data_shards.stream import Stream
+from quincunx.data_shards.stream import Order, Stream
 from quincunx.engine.ranks import discover_environment
 from quincunx.engine.settings import Machine, RunSettings, load_machine
 from quincunx.engine.training import StepOutput, run_training
