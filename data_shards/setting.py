@@ -24,13 +24,13 @@ BOUNDS = {
 
 
 def setting(default: Any = dataclasses.MISSING, *, role: str = "learned", local: bool = False, **bounds: float) -> Any:
-    """A dataclass field. bounds: low, high, above, below, of a number or of each number of a list; None passes.
+    """A dataclass field. bounds: low, high, above, below, of a number or of each of a list or dict; None passes.
 
     local: machines of one run may have values of their own, such as paths of equal files.
     """
     assert bounds.keys() <= BOUNDS.keys()
     metadata = {"role": role, "local": local, "bounds": bounds}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -50,7 +50,8 @@ def find_problems(settings: Any) -> list[str]:
     problems = []
     for field in dataclasses.fields(settings):
         value, bounds = getattr(settings, field.name), field.metadata.get("bounds", {})
-        numbers = [number for number in (value if isinstance(value, list | tuple) else [value]) if number is not None]
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        numbers = [number for number in values if number is not None]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             problems.append(f"{field.name} is {value}; it must be finite")
         elif not all(BOUNDS[name][1](number, bound) for name, bound in bounds.items() for number in numbers):

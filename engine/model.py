@@ -45,8 +45,9 @@ SENTENCE_LOSSES: dict[str, Callable[[torch.Tensor, Batch, Callable[[Text], torch
 """Losses of the sentence vectors beside the tasks' own, by the name that the setting sentence_losses takes: sentence
 vectors [B, D], the batch and PretrainModel.encode (a second view, or another text of `batch.contexts`, to [S, D]) give
 [B], a loss for each passage. An entry here is all that a new loss needs. Negatives within the batch are those of the
-micro-batch (engine/retrieval/losses.py: gather_with_gradient has all ranks'). Under ZeRO 3 every rank must run the same
-modules: a loss that may find nothing to encode encodes `batch.encoder` and multiplies by 0."""
+micro-batch; engine/retrieval/losses.py's gather_with_gradient has all ranks', where each has equally many passages (all
+but the last held-out batch). Under ZeRO 3 every rank must run the same modules: a loss that may find nothing to encode
+encodes `batch.encoder` and multiplies by 0."""
 BUNDLE_FILE = "bundle.json"
 DECODERS_FILE = "decoders.safetensors"
 BUNDLE_VERSION = 1

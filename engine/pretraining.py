@@ -176,7 +176,7 @@ def make_model(
         "intermediate_size": settings.intermediate_size,
         "max_position_embeddings": settings.max_positions or settings.max_tokens,
     }
-    if unknown := [name for name, _ in settings.sentence_weights() if name not in SENTENCE_LOSSES]:
+    if unknown := [name for name in settings.sentence_losses if name not in SENTENCE_LOSSES]:
         known = ", ".join(SENTENCE_LOSSES) or "there are none yet"
         raise SettingsError(f"sentence_losses names {', '.join(unknown)}; known: {known} (engine/model.py)")
     torch.manual_seed(settings.seed)
@@ -188,7 +188,7 @@ def make_model(
         decoder_init=settings.decoder_init,
         query_stream=settings.query_stream,
         shared_decoder=settings.shared_decoder,
-        sentence_losses=dict(settings.sentence_weights()),
+        sentence_losses=settings.sentence_losses,
         dropout=settings.dropout,
         from_scratch=sizes if settings.from_scratch else None,
         vocab_size=shard_set.manifest.vocab_size,

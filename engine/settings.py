@@ -145,8 +145,8 @@ class PretrainSettings(RunSettings):
     """All tasks decode through one decoder instead of one each (MASTER's ablation, Table 6)."""
     task_weights: list[float] | None = setting(None, low=0, below=10**6)
     """Weight lambda of each task's loss; the encoder's own has 1 (default: the share of passages with its text)."""
-    sentence_losses: list[str] = setting([], role="model")
-    """Losses of the sentence vectors beside the tasks', each NAME or NAME:WEIGHT (engine/model.py: SENTENCE_LOSSES)."""
+    sentence_losses: dict[str, float] = setting({}, role="model", low=0, below=10**6)
+    """Losses of the sentence vectors beside the tasks', each with its weight (engine/model.py: SENTENCE_LOSSES)."""
     encoder_mask_rate: float = setting(0.30, above=0, below=1)
     """Share of the encoder's tokens that are masked, alpha (RetroMAE, MASTER: 0.30)."""
     decoder_mask_rate: float = setting(0.50, above=0, below=1)
@@ -184,15 +184,9 @@ class PretrainSettings(RunSettings):
             pairs.append((path, int(weight)) if colon and weight.isdigit() and not is_port else (entry, 1))
         return pairs
 
-    def sentence_weights(self) -> list[tuple[str, float]]:
-        """(name, weight) of each sentence loss; a bare name has weight 1."""
-        pairs = [entry.partition(":") for entry in self.sentence_losses]
-        return [(name, float(weight or 1)) for name, _, weight in pairs]
-
     def contradictions(self) -> list[str]:
         unknown = [task for task in self.tasks if task not in TASKS]
         num_weights = len(self.tasks if self.task_weights is None else self.task_weights)
-        weights = [entry.partition(":")[2] for entry in self.sentence_losses]
         sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_positions")
         given = [name for name in sizes if getattr(self, name) is not None]
         missing = [name for name in sizes[:3] if name not in given]
@@ -203,10 +197,6 @@ class PretrainSettings(RunSettings):
             (not unknown, f"tasks has unknown {', '.join(unknown)}; choose from {', '.join(TASKS)}"),
             (len(set(self.tasks)) == len(self.tasks), f"tasks names a task twice: {', '.join(self.tasks)}"),
             (num_weights == len(self.tasks), f"task_weights has {num_weights} numbers for {len(self.tasks)} tasks"),
-            (
-                all(weight.replace(".", "", 1).isdigit() for weight in weights if weight),
-                f"sentence_losses is {', '.join(self.sentence_losses)}; give NAME or NAME:WEIGHT (contrastive:0.1)",
-            ),
             (self.from_scratch or not given, f"{', '.join(given)} can only be set together with from_scratch"),
             (not self.from_scratch or not missing, f"from_scratch needs {', '.join(missing)}"),
             (not ragged, f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"),

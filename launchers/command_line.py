@@ -20,6 +20,7 @@ import yaml
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.setting import as_plain, find_problems, names_of
+from quincunx.data_shards.tokenizer import PACKAGE_PREFIX, resolve_model
 
 Settings = TypeVar("Settings")
 
@@ -88,6 +89,7 @@ def parse_settings(
     if os.environ.get("QUINCUNX_CHECK"):  # of a chain: inputs may be made by its earlier stages
         named = [getattr(settings, name) for name in names_of(settings, "data")]
         paths = [path for value in named if value for path in (value if isinstance(value, list) else [value])]
+        paths = [resolve_model(path) if path.startswith(PACKAGE_PREFIX) else path for path in paths]
         missing = [path for path in paths if not Path(path).exists()]
         print("settings are sound" + (f"; not there yet: {', '.join(missing)}" if missing else ""))
         sys.exit(0)
@@ -98,6 +100,11 @@ def in_one_sentence(box: str) -> str:
     """tyro's refusal without its frame: the message, and the nearest flag if it names one."""
     message, *others = re.split(r"\n\W*─{9,}\W*\n", box.partition("\n")[2])
     plain = " ".join(message.replace("│", " ").split()).rstrip(".")
+    if wrong := re.match(
+        r"Error parsing (--\w+): no type matching (\S+) could be instantiated from \['(.*?)'\]", plain
+    ):
+        kinds = " or ".join(wrong[2].replace("{None}", "None").split("|"))
+        plain = f"{wrong[1]} is {wrong[3]}; it takes {kinds}"
     nearest = [flag for block in others if "Perhaps you meant" in block for flag in re.findall(r"--\w+", block)]
     return plain + (f"; did you mean {nearest[0]}?" if nearest else "; --help lists the settings")
 
@@ -106,6 +113,8 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
     """{"steps": 3, "tasks": ["mkp"], "fresh": True} as --steps=3 --tasks mkp --fresh."""
     words = []
     for name, value in values.items():
+        if isinstance(value, dict):
+            value = [word for pair in value.items() for word in pair]
         if isinstance(value, list | tuple):
             words += [f"--{name}", *map(str, value)]
         elif isinstance(value, bool):

@@ -68,15 +68,22 @@ class EvaluateSettings:
         return problems
 
 
+def check_measures(settings: EvaluateSettings) -> list[str]:
+    """Raises SettingsError for a measure that ir-measures does not know."""
+    from quincunx.engine.retrieval.evaluation import find_measure
+
+    for name in settings.measures:
+        find_measure(name, settings.relevant_from)
+    return []
+
+
 def main() -> None:
-    settings = parse_settings(EvaluateSettings, __doc__.split("\n")[0])
+    settings = parse_settings(EvaluateSettings, __doc__.split("\n")[0], find_more=check_measures)
     from quincunx.engine.retrieval import evaluation, trec
     from quincunx.engine.retrieval.answers import answer_hits
     from quincunx.engine.retrieval.collection import read_passages, read_queries
     from quincunx.engine.retrieval.files import refuse_input
 
-    for name in settings.measures:
-        evaluation.find_measure(name, settings.relevant_from)
     inputs = {name: getattr(settings, name) for name in ("run", "qrels", "compare", "answers", "queries", "corpus")}
     for written in filter(None, (settings.output, settings.per_query)):
         refuse_input(written, settings)

@@ -87,7 +87,8 @@ def main() -> None:
     width = max(map(len, counts))
     print(f"{settings.output}")
     for name, count in counts.items():
-        print(f"  {name.replace('_', ' '):{width}}  {count:,}")
+        if count:
+            print(f"  {name.replace('_', ' '):{width}}  {count:,}")
     for what, count in unknown.items():
         if count:
             print(f"  {count:,} judgements of {what.replace('_', ' ')} were left out")

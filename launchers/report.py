@@ -79,7 +79,8 @@ def tests_table(systems: Mapping[str, tuple]) -> str:
 def add_trainings(report: Report, chain: Path) -> None:
     """Loss and probe curves of every run folder, with first and last values."""
     rows, losses, probes = [], {}, defaultdict(dict)
-    for file in sorted(chain.glob(f"*/{METRICS_FILE}"), key=lambda path: path.parent.stat().st_ctime_ns):
+    files = [file for file in chain.glob(f"*/{METRICS_FILE}") if ".old-" not in file.parent.name]
+    for file in sorted(files, key=lambda path: path.parent.stat().st_ctime_ns):
         run = file.parent
         found = {task: curve for task, curve in curves(run, "train", "loss/").items() if task != "total"}
         if found:

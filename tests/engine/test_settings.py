@@ -39,7 +39,7 @@ def test_the_defaults_are_in_range_once_a_length_is_given():
         ({"tasks": ["mlm"]}, "tasks has unknown mlm"),
         ({"tasks": ["mkp", "mkp"]}, "names a task twice"),
         ({"task_weights": [1.0, 2.0]}, "task_weights has 2 numbers for 1 tasks"),
-        ({"sentence_losses": ["contrastive:x"]}, "give NAME or NAME:WEIGHT"),
+        ({"sentence_losses": {"contrastive": -1}}, "sentence_losses is {'contrastive': -1}; it must be at least 0"),
         ({"encoder_mask_rate": 1.0}, "encoder_mask_rate is 1.0; it must be above 0 and below 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
         ({"global_batch": 0}, "global_batch is 0; it must be at least 1"),

@@ -128,7 +128,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 def test_a_sixth_task_and_a_loss_of_the_sentence_vectors_train(tmp_path, tiny_shards):
     sizes = ["--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--max_tokens", "32"]
-    learned = ["--tasks", "mkp", "sixth", "--task_weights", "1", "0.5", "--sentence_losses", "contrastive:0.1"]
+    learned = ["--tasks", "mkp", "sixth", "--task_weights", "1", "0.5", "--sentence_losses", "contrastive", "0.1"]
     machine = ["--global_batch", "8", "--steps", "12", "--log_every", "1", "--tracking", "none", "--no_export"]
     data = ["--shards", str(tiny_shards), "--output", str(tmp_path / "run"), "--held_out_every", "0", "--device", "cpu"]
     rates = ["--recipe", "demo", "--probe", "None", "--micro_batch", "8", "--learning_rate", "1e-2"]

@@ -111,7 +111,7 @@ def whole(chain, tiny, tmp_path_factory) -> Path:
 
 
 def test_a_chain_judges_every_system_and_reports(whole):
-    systems = ("bm25", "retriever1", "retriever2", "reranker", "distil")
+    systems = ("bm25", "start", "retriever1", "retriever2", "reranker", "distil")
     page = (whole / "report" / "report.md").read_text()
     for system in systems:
         for split in ("dev", "test"):
