@@ -43,7 +43,7 @@ PSEUDO_COUNTS = 10.0 ** np.arange(-4, 1)
 """Candidates of the count that every id of the vocabulary is given before the first label is seen."""
 SEARCH_DEPTH = 100  # deeper than the measures' 10, so that ir-measures settles ties at rank 10 itself
 QUERIES_A_SEARCH = 256
-QRELS_NAMES = ("test.tsv", "dev.tsv", "train.tsv")
+QRELS_NAMES = ("qrels/test.tsv", "qrels/dev.tsv", "qrels/train.tsv")
 
 
 def shared_out(batches: Sequence[Item]) -> Iterator[tuple[Item, bool]]:
@@ -175,87 +175,75 @@ class Probe:
     """int32 [n] each; len(doc_ids) + len(query_ids) of them"""
     batches: list[np.ndarray]
     """int64 indices into `texts`, passages' or queries', longest texts first, at most packing.BATCH_TOKENS tokens"""
-    qrels: list[Any]
-    """ir_measures.Qrel"""
+    qrels: dict[str, dict[str, int]]
+    """query id -> passage id -> grade, of these passages and queries"""
 
 
-def load_probe(
-    folder: Path,
-    tokenizer: Any,
-    max_tokens: int,
-    max_query_tokens: int | None = None,
-    *,
-    split: str | None = None,
-    titles: bool = True,
-    query_prompt: str = "",
-    passage_prompt: str = "",
-) -> Probe:
-    """Reads and tokenises a BEIR folder; of qrels/ it takes SPLIT.tsv, without a split test.tsv, dev.tsv or train.tsv.
+def load_probe(folder: str | Path, tokenizer: Any, max_tokens: int) -> Probe:
+    """Reads and tokenises a BEIR folder; of qrels/ it takes test.tsv, dev.tsv or train.tsv. Texts keep their titles.
 
-    max_tokens: texts are cut there, [CLS] and [SEP] included, queries at max_query_tokens. titles: a title stands
-    before its text. The prompts stand before every text.
+    max_tokens: texts are cut there, [CLS] and [SEP] included.
 
     Raises:
-        DataError: a file is missing or malformed (file and line named), or no judged query has a judged passage here.
+        DataError: a file is missing or malformed (file and line named), or no query has a relevant passage here.
     """
     folder = Path(folder)
-    corpus = {
-        str(row["_id"]): f"{(titles and row.get('title')) or ''} {row['text']}".strip()
-        for row in _rows(folder, "corpus.jsonl")
-    }
-    qrels = [qrel for qrel in _read_qrels(folder, split) if qrel.doc_id in corpus]
-    judged = {qrel.query_id for qrel in qrels if qrel.relevance > 0}
-    queries = {str(row["_id"]): row["text"] for row in _rows(folder, "queries.jsonl") if str(row["_id"]) in judged}
-    qrels = [qrel for qrel in qrels if qrel.query_id in queries]
+    passages, queries, qrels = {}, {}, {}
+
+    def add_passage(line: str) -> None:
+        row = json.loads(line)
+        passages[str(row["_id"])] = f"{row.get('title') or ''} {row['text'].strip()}".strip()
+
+    def add_query(line: str) -> None:
+        row = json.loads(line)
+        queries[str(row["_id"])] = row["text"].strip()
+
+    def add_grade(line: str) -> None:
+        query_id, doc_id, grade = line.split("\t")
+        if query_id != "query-id":  # the header
+            qrels.setdefault(query_id, {})[doc_id] = int(grade)
+
+    judgements = next((name for name in QRELS_NAMES if (folder / name).is_file()), QRELS_NAMES[0])
+    for name, add in (("corpus.jsonl", add_passage), ("queries.jsonl", add_query), (judgements, add_grade)):
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"the probe {folder} has no {name}: give a folder in BEIR's format")
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                if line.strip():
+                    add(line.decode())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{path} line {number} cannot be read ({type(error).__name__}: {error}): fix or remove the line"
+                ) from error
+    return make_probe(folder, passages, queries, qrels, lambda texts, _: tokenise(texts, tokenizer, max_tokens))
+
+
+def make_probe(
+    folder: str | Path,
+    passages: dict[str, str],
+    queries: dict[str, str],
+    qrels: dict[str, dict[str, int]],
+    tokenise_side: Callable[[list[str], str], list[np.ndarray]],
+) -> Probe:
+    """A probe of texts by id and grades by query and passage id; queries without a relevant passage are left out.
+
+    tokenise_side: int32 [n] of each text, given the texts and "passage" or "query". folder: for the message.
+
+    Raises:
+        DataError: no query has a relevant passage here.
+    """
+    known = {query: {doc: grades[doc] for doc in grades if doc in passages} for query, grades in qrels.items()}
+    qrels = {query: known[query] for query in queries if max(known.get(query, {}).values(), default=0) > 0}
     if not qrels:
         raise DataError(
             f"the probe {folder} judges no passage of its corpus as relevant to one of its queries: give a BEIR folder "
             "whose qrels name ids of its own corpus.jsonl and queries.jsonl"
         )
-    docs = tokenise([passage_prompt + text for text in corpus.values()], tokenizer, max_tokens)
-    asked = tokenise([query_prompt + text for text in queries.values()], tokenizer, max_query_tokens or max_tokens)
+    docs = tokenise_side(list(passages.values()), "passage")
+    asked = tokenise_side([queries[query] for query in qrels], "query")
     batches = [*batches_by_length(docs), *(len(docs) + batch for batch in batches_by_length(asked))]
-    return Probe(list(corpus), list(queries), [*docs, *asked], batches, qrels)
-
-
-def _rows(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    path = folder / name
-    if not path.is_file():
-        raise DataError(f"the probe {folder} has no {name}: give a folder in BEIR's format")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                row["_id"], row["text"] = row["_id"], row["text"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"{path} line {number} is not an object with _id and text ({error}): fix or remove the line"
-                ) from error
-            yield row
-
-
-def _read_qrels(folder: Path, split: str | None) -> list[Any]:
-    from ir_measures import Qrel
-
-    names = QRELS_NAMES if split is None else (f"{split}.tsv",)
-    path = next((path for name in names if (path := folder / "qrels" / name).is_file()), None)
-    if path is None:
-        raise DataError(f"the probe {folder} has no qrels/{', qrels/'.join(names)}: give such a file")
-    qrels = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        columns = line.split("\t")
-        if number == 1 and columns[0] == "query-id":
-            continue
-        try:
-            query_id, doc_id, relevance = columns
-            qrels.append(Qrel(query_id, doc_id, int(relevance)))
-        except ValueError as error:
-            raise DataError(
-                f"{path} line {number} is not query-id, corpus-id, score: fix or remove the line"
-            ) from error
-    return qrels
+    return Probe(list(passages), list(qrels), [*docs, *asked], batches, qrels)
 
 
 def encode_texts(encode: Encode, probe: Probe, device: torch.device) -> torch.Tensor:

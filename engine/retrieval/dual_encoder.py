@@ -126,6 +126,10 @@ class Retriever:
     digest: str
     """16 hex digits, see model_digest."""
 
+    def tokenise(self, texts: Sequence[str], kind: Kind) -> list[np.ndarray]:
+        """int32 [n] of each text, with the prompt of its kind and cut at its limit."""
+        return tokenise([self.prompts[kind] + text for text in texts], self.tokenizer, self.max_tokens[kind])
+
 
 def model_digest(model: DualEncoder, tokenizer: Any, prompts: dict[Kind, str]) -> str:
     """xxh3_64 (16 hex digits) of weights, pooling, normalisation, tokenizer and prompts.
@@ -144,8 +148,7 @@ def model_digest(model: DualEncoder, tokenizer: Any, prompts: dict[Kind, str]) -
 
 def encode_texts(retriever: Retriever, texts: Sequence[str], kind: Kind, **options: Any) -> np.ndarray:
     """float32 [texts, D], in the order of `texts`; options: device, batch_tokens, precision, progress of run_packed."""
-    model, prompt = retriever.model, retriever.prompts[kind]
-    rows = tokenise([prompt + text for text in texts], retriever.tokenizer, retriever.max_tokens[kind])
+    model, rows = retriever.model, retriever.tokenise(texts, kind)
     return run_packed(model, lambda text, _: model.encode_packed(text, kind), rows, (model.width,), **options)
 
 

@@ -17,11 +17,12 @@ from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.setting import setting
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
-from quincunx.engine.evaluations import load_probe
+from quincunx.engine.evaluations import make_probe
 from quincunx.engine.export import PLOT_FILE, learned_settings, model_card, plot_losses
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.candidates import iterate_candidates
 from quincunx.engine.retrieval.collection import read_passages, read_queries
+from quincunx.engine.retrieval.trec import read_qrels
 from quincunx.engine.run_folder import MODEL_FOLDER
 from quincunx.engine.settings import Machine, RunSettings, load_machine
 
@@ -205,16 +206,7 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
         job = RetrieverJob
         packer = RetrieverPacker(groups, loaded.tokenizer, loaded.max_tokens, loaded.prompts)
         if settings.probe is not None and settings.probe_every:
-            probe = load_probe(
-                Path(settings.probe),
-                loaded.tokenizer,
-                settings.max_passage_tokens,
-                settings.max_query_tokens,
-                split=settings.probe_split,
-                titles=settings.titles,
-                query_prompt=loaded.prompts["query"],
-                passage_prompt=loaded.prompts["passage"],
-            )
+            probe = load_judged(settings, loaded)
     stream = stream_examples(
         packer,
         seed=settings.seed,
@@ -241,6 +233,15 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
         probe=probe,
         data={"dataset_ids": digests, "dataset_weights": [1] * len(digests)},
     )
+
+
+def load_judged(settings: FinetuneSettings, retriever: "Retriever") -> "Probe":
+    """The probe, judged by qrels/SPLIT.tsv and read as the retriever reads texts. Raises DataError."""
+    folder = Path(settings.probe)
+    passages, queries = read_passages(folder, titles=settings.titles), read_queries(folder)
+    qrels = read_qrels(folder / "qrels" / f"{settings.probe_split}.tsv")
+    passage_texts = dict(zip(passages.ids(), passages.texts()))
+    return make_probe(folder, passage_texts, dict(zip(queries.ids(), queries.texts())), qrels, retriever.tokenise)
 
 
 def load_to_train(settings: FinetuneSettings) -> "Retriever | Reranker":

@@ -23,7 +23,6 @@ from quincunx.engine.evaluations import (
     load_held_out,
     load_probe,
     log_probabilities,
-    measure,
     pack_spread,
     run_held_out,
     run_probe,
@@ -195,25 +194,6 @@ def test_the_probe_equals_ir_measures_on_the_whole_ranking_of_padded_vectors(tok
     assert measured["probe/mrr@10"] == pytest.approx(expected[ir_measures.RR @ 10], abs=1e-12)
     assert measured["probe/ndcg@10"] == pytest.approx(expected[ir_measures.nDCG @ 10], abs=1e-12)
     assert 0 < measured["probe/ndcg@10"] < 1
-
-
-def test_perfect_and_useless_vectors_score_one_and_zero(tokenizer, beir_folder):
-    probe = load_probe(beir_folder, tokenizer, 40)
-    docs = torch.eye(len(probe.doc_ids))
-    best = {qrel.query_id: qrel.doc_id for qrel in probe.qrels if qrel.relevance == 2}
-    second = {qrel.query_id: qrel.doc_id for qrel in probe.qrels if qrel.relevance == 1}
-
-    def query(grades: list[tuple[dict, float]]) -> torch.Tensor:
-        vectors = torch.zeros(len(probe.query_ids), len(probe.doc_ids))
-        for row, name in enumerate(probe.query_ids):
-            for judged, weight in grades:
-                if name in judged:
-                    vectors[row, probe.doc_ids.index(judged[name])] = weight
-        return vectors
-
-    for sign, value in ((1, 1.0), (-1, 0.0)):
-        found = measure(probe, query([(best, 2.0 * sign), (second, 1.0 * sign)]), docs)
-        assert found == {"probe/mrr@10": value, "probe/ndcg@10": value}
 
 
 @pytest.mark.parametrize(
