@@ -49,8 +49,10 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def measure_tracker(uri: str, steps: int) -> dict[str, float]:
     """Opens, logs and closes one run against `uri`."""
     with tempfile.TemporaryDirectory() as folder:
+        settings = {"tracking": uri, "run_name": "benchmark", **{f"setting_{n}": n for n in range(60)}}
+        (Path(folder) / "settings.yaml").write_text(json.dumps(settings))
         started = time.perf_counter()
-        tracker = Tracker(uri, Path(folder), "benchmark", {f"setting_{n}": n for n in range(60)})
+        tracker = Tracker(Path(folder), uri)
         opening, seconds = time.perf_counter() - started, []
         for step in range(1, steps + 1):
             metrics = metrics_of(step)

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.setting import names_of
 from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest, find_step
-from quincunx.engine.run_folder import MODEL_FOLDER, numbers, read_metrics
+from quincunx.engine.run_folder import MODEL_FOLDER
 from quincunx.engine.settings import PretrainSettings
+from quincunx.engine.tracking import numbers, read_metrics
 
 if TYPE_CHECKING:
     import torch

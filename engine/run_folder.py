@@ -1,23 +1,17 @@
-"""The folder of one run: held by one run at a time, its metrics, and the process that carries them to MLflow.
+"""The folder of one run: held by one run at a time; its metrics; and the process that carries them to MLflow.
 
 OUTPUT/settings.yaml        the resolved settings of the latest start
-OUTPUT/metrics.jsonl        every metric and event
-OUTPUT/tracking.json        who the run is in MLflow, and how far metrics.jsonl has been sent
+OUTPUT/metrics.jsonl        every metric and event (docs/tracking.md)
+OUTPUT/tracking.json        how far metrics.jsonl has been sent to MLflow (engine/tracking.py)
 OUTPUT/skipped_steps.jsonl  steps whose loss or gradient was not finite, with their sample ids
 OUTPUT/checkpoints/         step-00001000/ ... (engine/checkpoint.py)
 OUTPUT/export/              the finished models
 
-A line of metrics.jsonl is {"step": optimizer steps done, "time": seconds since 1970, "kind": "train" | "held_out" |
-"probe" | "event", ...values}. JSON has no word for nan and inf, so they are the strings "nan", "inf" and "-inf".
-
-The training process only appends lines to it. A second process (engine/tracking.py) reads the file from the byte where
-it stopped, sends what is new and keeps its place in tracking.json. So a slow, dead or hanging server delays nothing but
-the sender (MLflow's `log_metrics` blocks for 246 s on a dead one), nothing queues in memory, and
-`python launchers/send_metrics.py --run FOLDER` sends the rest at any later time.
+The training process only appends to metrics.jsonl. A second process follows that file, so a slow, dead or hanging
+server delays nothing but that one (MLflow's `log_metrics` blocks for 246 s on a dead one).
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import itertools
@@ -29,19 +23,16 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from quincunx.data_shards.durable import free_aside, written_whole
+from quincunx.data_shards.durable import free_aside
 from quincunx.data_shards.errors import SettingsError
 
 LOCK_FILE = "run.lock"
 LOCK_PATIENCE_SECONDS = 10.0
 SETTINGS_FILE = "settings.yaml"
 METRICS_FILE = "metrics.jsonl"
-STATE_FILE = "tracking.json"
 LOG_FILE = "tracking.log"
 MODEL_FOLDER = "model"
 CLOSE_SECONDS = 10.0
@@ -119,116 +110,28 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
-    """The run's records, oldest first; torn lines are left out. Nothing if the run has written none yet."""
-    path = Path(run_folder) / METRICS_FILE
-    if path.exists():
-        with open(path, "rb") as file:
-            yield from filter(None, map(parse_line, file))
-
-
-def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """The record's metrics as floats, nan and inf included; step, time and everything that is no number left out."""
-    metrics = {name: value for name, value in record.items() if name not in ("step", "time", "kind")}
-    return {
-        name: float(value)
-        for name, value in metrics.items()
-        if type(value) in (int, float) or value in ("nan", "inf", "-inf")
-    }
-
-
-def resolve_uri(uri: str, run_folder: Path) -> str:
-    """The MLflow tracking URI of a `tracking` setting: "sqlite" is mlflow.db in the run folder, "none" is no MLflow."""
-    return f"sqlite:///{Path(run_folder).resolve() / 'mlflow.db'}" if uri == "sqlite" else uri
-
-
-def is_remote(uri: str) -> bool:
-    """Whether a server stands between us and the store."""
-    return not uri.startswith(("sqlite:", "file:", "/", "."))
-
-
-def view_command(uri: str, run_folder: Path) -> str:
-    """The shell command that shows the run, as a user types it."""
-    uri = resolve_uri(uri, run_folder)
-    if uri == "none":
-        return f"tail -f {shlex.quote(str(Path(run_folder) / METRICS_FILE))}"
-    return f"open {uri}" if is_remote(uri) else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
-
-
-@dataclasses.dataclass
-class TrackingState:
-    """tracking.json: who the run is, where it is tracked, and how far the sender has come.
-
-    run_id is ours, made when the run first starts and kept in its checkpoints; the MLflow run carries it as a tag, by
-    which it is found again even if a server made a run and died before it could answer.
-    """
-
-    run_id: str
-    run_name: str
-    uri: str
-    params: dict[str, str]
-    mlflow_run_id: str | None = None
-    sent_bytes: int = 0
-    sent_steps: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def load(cls, run_folder: Path) -> "TrackingState | None":
-        path = Path(run_folder) / STATE_FILE
-        return cls(**json.loads(path.read_text())) if path.exists() else None
-
-    def save(self, run_folder: Path) -> None:
-        with written_whole(Path(run_folder) / STATE_FILE) as file:
-            file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
-
-    def point_to(self, uri: str) -> None:
-        """Another store has received nothing yet."""
-        if uri != self.uri:
-            self.uri, self.mlflow_run_id, self.sent_bytes, self.sent_steps = uri, None, 0, {}
-
-
 class Tracker:
     """One run's metrics.jsonl, open for appending, and the process that sends it to MLflow."""
 
-    def __init__(
-        self,
-        uri: str,
-        run_folder: Path,
-        run_name: str,
-        params: dict[str, Any],
-        run_id: str | None = None,
-        step: int = 0,
-    ):
+    def __init__(self, run_folder: Path, tracking: str, step: int = 0):
         """Opens the record and starts its sender; returns in milliseconds, whatever the server does.
 
-        uri: "sqlite" (mlflow.db in the run folder), any MLflow tracking URI, or "none". params: all settings; they
-        become MLflow's params. run_id, step: those of the checkpoint that the run goes on from, None and 0 for a run
-        that starts from nothing. The record is cut there: the later steps are trained and written again, so that each
-        stands once. A line that a crash tore goes too.
+        tracking: the run's setting, "none" for no sender; the sender reads it and all others from settings.yaml. step:
+        that of the checkpoint that the run goes on from, 0 for a run that starts from nothing. The record is cut there:
+        the later steps are trained and written again, so that each stands once. A line that a crash tore goes too.
         """
-        self.run_folder, self._step = Path(run_folder), step
+        self.run_folder, self.tracking, self._step = Path(run_folder), tracking, step
         self._file = open(self.run_folder / METRICS_FILE, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._unwritten = b""
         with open(self._file.name, "rb") as file:
             kept = sum(map(len, itertools.takewhile(functools.partial(is_of_steps_up_to, step), file)))
         self._file.truncate(kept)
-
-        state = TrackingState.load(self.run_folder)
-        if state is None or run_id not in (None, state.run_id):
-            state = TrackingState(run_id or uuid.uuid4().hex, run_name, "", {})
-        state.point_to(resolve_uri(uri, self.run_folder))
-        state.params = {name: str(value) for name, value in params.items()}
-        state.sent_bytes = min(state.sent_bytes, kept)
-        state.save(self.run_folder)
-        self.run_id = state.run_id
         self._sender = None
-        if uri != "none":
+        if tracking != "none":
+            sender = [sys.executable, "-m", "quincunx.engine.tracking", str(self.run_folder), "--follow", str(kept)]
             with open(self.run_folder / LOG_FILE, "ab") as log:
-                self._sender = subprocess.Popen(
-                    [sys.executable, "-m", "quincunx.engine.tracking", str(self.run_folder)],
-                    stdin=subprocess.PIPE,
-                    stdout=2,  # its own few sentences stand on our stderr; what libraries print goes to the log
-                    stderr=log,
-                )
+                # Its own few sentences stand on our stderr; what libraries print goes to the log.
+                self._sender = subprocess.Popen(sender, stdin=subprocess.PIPE, stdout=2, stderr=log)
 
     def log(self, step: int, kind: str, metrics: dict[str, Any]) -> None:
         """Records metrics of `step` (optimizer steps done); kind is "train", "event" or an evaluation's.
@@ -255,8 +158,8 @@ class Tracker:
     def close(self, status: str) -> None:
         """Ends the record and waits until the sender is done: at most 10 s, at the end of a finished run 60 s.
 
-        The sender itself gives up on the first request that is not answered within 10 s. What could not be sent is said
-        on stderr, with the command that sends it later. A second call does nothing.
+        The sender itself gives up on the first request that is not answered within 10 s. If not all was sent, stderr
+        says so, with the command that sends the rest. A second call does nothing.
         status: "finished", "preempted", "interrupted", "diverged", "hung" or "failed".
         """
         if self._file.closed:
@@ -275,19 +178,13 @@ class Tracker:
             except subprocess.TimeoutExpired:
                 sender.kill()
         if sender.returncode != 0:
-            print(f"tracking: {self._unsent(status)}", file=sys.stderr, flush=True)
-
-    def _unsent(self, status: str) -> str:
-        """How much of the record MLflow has not received, and what sends it."""
-        state = TrackingState.load(self.run_folder)
-        with open(self.run_folder / METRICS_FILE, "rb") as file:
-            file.seek(state.sent_bytes)
-            unsent = sum(1 for _ in file)
-        lines = f"{unsent} line{'' if unsent == 1 else 's'} of {METRICS_FILE}"
-        if status == "preempted":
-            return f"{lines} are not in MLflow at {state.uri} yet; the resumed run sends them"
-        command = f"python launchers/send_metrics.py --run {shlex.quote(str(self.run_folder))}"
-        return f"{lines} did not reach MLflow at {state.uri}, send them with: {command}"
+            command = f"python -m quincunx.engine.tracking {shlex.quote(str(self.run_folder))}"
+            remedy = "the resumed run sends them" if status == "preempted" else f"send them with: {command}"
+            print(
+                f"tracking: the last lines of {METRICS_FILE} did not reach MLflow ({self.tracking}); {remedy}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def is_of_steps_up_to(step: int, line: bytes) -> bool:

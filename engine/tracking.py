@@ -1,32 +1,36 @@
-"""The sender: a process of its own that carries metrics.jsonl into MLflow. The only file that imports mlflow.
+"""What a run has recorded: read from metrics.jsonl, and sent to MLflow. The only file that imports mlflow.
 
-Its life hangs on its stdin, whose other end the training process holds. "close" means send what is left and go; end of
-file means that the training process is dead, so go at once: whoever resumes the run sends the rest. It runs at low
-priority, ignores the signals that a scheduler sends to every process of a job, and retries a store that does not
-answer for as long as the run lasts.
+    python -m quincunx.engine.tracking RUN [--tracking URI]     sends what is not in MLflow yet; repeat it at will
+
+A training run starts the same process beside itself (engine/run_folder.py), with its stdin as a line to it. "close"
+means send what is left and go; end of file means that the training process is dead, so go at once: whoever resumes the
+run sends the rest. The process runs at low priority, ignores the signals that a scheduler sends to every process of a
+job, and retries a store that does not answer for as long as the run lasts. It alone writes tracking.json.
 """
 
+import argparse
+import dataclasses
 import fcntl
+import json
 import os
 import select
+import shlex
 import signal
 import sys
 import threading
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quincunx.data_shards.errors import SettingsError
-from quincunx.engine.run_folder import (
-    LOG_FILE,
-    METRICS_FILE,
-    TrackingState,
-    is_remote,
-    numbers,
-    parse_line,
-    resolve_uri,
-)
+import yaml
 
+from quincunx.data_shards.durable import written_whole
+from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.engine.run_folder import LOG_FILE, METRICS_FILE, SETTINGS_FILE, parse_line
+
+STATE_FILE = "tracking.json"
 EXPERIMENT = "quincunx"
 RUN_TAG = "quincunx.run_id"
 MLFLOW_STATUS = {"finished": "FINISHED", "preempted": "SCHEDULED", "interrupted": "KILLED"}  # all others: FAILED
@@ -36,30 +40,91 @@ LAST_TRY_SECONDS = 3.0
 SYSTEM_SECONDS = 10.0
 REQUEST_SECONDS = 10
 BYTES_A_BATCH = 256 * 1024
-METRICS_A_BATCH = 1000  # MLflow's own limits of one log_batch call
-PARAMS_A_BATCH = 100
+METRICS_A_BATCH = 1000  # MLflow's own limit of one log_batch call; that of params is 100
+
+
+def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
+    """The run's records, oldest first; torn lines are left out. Nothing if the run has written none yet."""
+    path = Path(run_folder) / METRICS_FILE
+    if path.exists():
+        with open(path, "rb") as file:
+            yield from filter(None, map(parse_line, file))
+
+
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    """The record's metrics as floats, nan and inf included; step, time and everything that is no number left out."""
+    metrics = {name: value for name, value in record.items() if name not in ("step", "time", "kind")}
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if type(value) in (int, float) or value in ("nan", "inf", "-inf")
+    }
+
+
+def resolve_uri(uri: str, run_folder: Path) -> str:
+    """The MLflow tracking URI of a `tracking` setting: "sqlite" is mlflow.db in the run folder."""
+    return f"sqlite:///{Path(run_folder).resolve() / 'mlflow.db'}" if uri == "sqlite" else uri
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a server stands between us and the store."""
+    return not uri.startswith(("sqlite:", "file:", "/", "."))
+
+
+def view_command(uri: str) -> str:
+    """The shell command that shows what a store holds, as a user types it."""
+    return f"open {uri}" if is_remote(uri) else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+@dataclasses.dataclass
+class TrackingState:
+    """tracking.json: who the run is, where it is tracked, and how far its record has been sent.
+
+    run_id is ours, made when the run is first sent; the MLflow run carries it as a tag, by which it is found again even
+    if a server made a run and died before it could answer.
+    """
+
+    run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    uri: str = ""
+    mlflow_run_id: str | None = None
+    sent_bytes: int = 0
+    sent_steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Last step sent of each kind of record."""
+
+    @classmethod
+    def load(cls, run_folder: Path) -> "TrackingState":
+        path = Path(run_folder) / STATE_FILE
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in saved.items() if name in names})  # earlier runs kept more in it
+
+    def save(self, run_folder: Path) -> None:
+        with written_whole(Path(run_folder) / STATE_FILE) as file:
+            file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
 
 class Sender:
-    """The connection of one run to its MLflow store. Raises whatever MLflow raises where the store does not answer."""
+    """The connection of one run to its MLflow store. Raises whatever MLflow raises if the store does not answer."""
 
-    def __init__(self, run_folder: Path, uri: str | None = None):
+    def __init__(self, run_folder: Path, uri: str):
         from mlflow import MlflowClient
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self.folder = Path(run_folder)
+        self.settings = yaml.safe_load((self.folder / SETTINGS_FILE).read_text())
         self.state = TrackingState.load(self.folder)
-        if uri is not None:
-            self.state.point_to(resolve_uri(uri, self.folder))
-        _create_database(self.state.uri)
-        self.client = MlflowClient(tracking_uri=self.state.uri)
+        if uri != self.state.uri:  # another store has received nothing yet
+            self.state = TrackingState(self.state.run_id, uri)
+            self.state.save(self.folder)
+        _create_database(uri)
+        self.client = MlflowClient(tracking_uri=uri)
         if self.state.mlflow_run_id is None:
             self.state.mlflow_run_id = self._find_or_create_run()
             self.state.save(self.folder)
         self.run = self.state.mlflow_run_id
         self._running = False
         self._send_params()
-        self._system = SystemMetricsMonitor(self.run, tracking_uri=self.state.uri)  # not started: we read its samples
+        self._system = SystemMetricsMonitor(self.run, tracking_uri=uri)  # not started: we read its samples
         self._system_due = time.monotonic()
 
     def _find_or_create_run(self) -> str:
@@ -73,24 +138,20 @@ class Sender:
         ours = self.client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{self.state.run_id}'", max_results=1)
         if ours:
             return ours[0].info.run_id
-        tags = {RUN_TAG: self.state.run_id}
-        return self.client.create_run(experiment_id, run_name=self.state.run_name, tags=tags).info.run_id
+        name, tags = self.settings["run_name"] or self.folder.name, {RUN_TAG: self.state.run_id}
+        return self.client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
 
     def _send_params(self) -> None:
         """MLflow's params are written once; a setting that a restart changed becomes a tag `resumed_with.NAME`."""
         from mlflow.entities import Param, RunTag
 
         known = self.client.get_run(self.run).data.params
-        new = [Param(name, value) for name, value in self.state.params.items() if name not in known]
-        for start in range(0, len(new), PARAMS_A_BATCH):
-            self.client.log_batch(self.run, params=new[start : start + PARAMS_A_BATCH])
+        settings = {name: str(value) for name, value in self.settings.items()}
+        new = [Param(name, value) for name, value in settings.items() if name not in known]
         changed = [
-            RunTag(f"resumed_with.{name}", value)
-            for name, value in self.state.params.items()
-            if name in known and known[name] != value
+            RunTag(f"resumed_with.{name}", value) for name, value in settings.items() if known.get(name, value) != value
         ]
-        if changed:
-            self.client.log_batch(self.run, tags=changed)
+        self.client.log_batch(self.run, params=new, tags=changed)
 
     def send_new_lines(self) -> None:
         """Sends every whole line after the last one sent, and keeps the place in tracking.json after each batch."""
@@ -172,46 +233,29 @@ def say(sentence: str) -> None:
     print(f"tracking: {sentence}", flush=True)
 
 
-def follow(run_folder: Path, closing: threading.Event, failing: threading.Event) -> int:
+def follow(run_folder: Path, uri: str, closing: threading.Event, failing: threading.Event) -> int:
     """Sends new lines each second until `closing` is set and all is sent; 0 if so, 1 if the last try failed."""
     sender, pause = None, POLL_SECONDS
     while True:
         last = closing.is_set()
         try:
-            sender = sender or Sender(run_folder)
+            sender = sender or Sender(run_folder, uri)
             sender.send_new_lines()
             sender.send_system_metrics()
             if failing.is_set():
                 failing.clear()
-                say(f"MLflow at {sender.state.uri} answers again")
+                say(f"MLflow at {uri} answers again")
             pause = POLL_SECONDS
         except Exception as error:  # whatever a server or its client raises, the run goes on and so does the sender
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             if not failing.is_set():
                 failing.set()
-                uri = TrackingState.load(run_folder).uri
                 say(f"MLflow at {uri} takes no metrics ({type(error).__name__}); {METRICS_FILE} keeps them meanwhile")
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             last = closing.is_set()
         if last:
             return int(failing.is_set())
         closing.wait(pause)
-
-
-def send_all(run_folder: Path, uri: str | None = None) -> TrackingState:
-    """Sends whatever of the run has not been sent, to another store if `uri` is given; returns how far it came.
-
-    Sending twice is harmless. Raises SettingsError where the run is still going, else what MLflow raises.
-    """
-    _fail_fast()
-    with open(Path(run_folder) / LOG_FILE, "ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(f"{run_folder} is being sent by the run itself: wait until it has ended") from None
-        sender = Sender(run_folder, uri)
-        sender.send_new_lines()
-        return sender.state
 
 
 def _fail_fast() -> None:
@@ -235,16 +279,63 @@ def _watch_parent(closing: threading.Event, failing: threading.Event) -> None:
     os._exit(1)
 
 
-def main() -> None:
+def follow_run(run_folder: Path, uri: str, kept: int) -> None:
+    """The sender beside a run, whose record has just been cut to `kept` bytes; ends the process."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     os.nice(10)
-    _fail_fast()
     closing, failing = threading.Event(), threading.Event()
     threading.Thread(target=_watch_parent, args=(closing, failing), daemon=True).start()
     fcntl.flock(sys.stderr, fcntl.LOCK_EX)  # tracking.log: one sender at a time keeps its place in tracking.json
-    os._exit(follow(Path(sys.argv[1]), closing, failing))  # no thread of a library may hold it
+    state = TrackingState.load(run_folder)
+    state.sent_bytes = min(state.sent_bytes, kept)
+    state.save(run_folder)
+    say(f"to see the run: {view_command(uri)}")
+    os._exit(follow(run_folder, uri, closing, failing))  # no thread of a library may hold it
+
+
+def send_rest(run_folder: Path, uri: str) -> int:
+    """Sends what has not been sent and returns how many bytes of metrics.jsonl that were; sending twice is harmless.
+
+    Raises SettingsError if the run is still going, or if the store does not take the record.
+    """
+    with open(run_folder / LOG_FILE, "ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingsError(f"{run_folder} is being sent by the run itself: wait until it has ended") from None
+        state = TrackingState.load(run_folder)
+        sent_before = state.sent_bytes if state.uri == uri else 0
+        try:
+            sender = Sender(run_folder, uri)
+            sender.send_new_lines()
+        except Exception as error:  # MLflow raises whatever its transport or store raises
+            raise SettingsError(f"MLflow at {uri} did not take the record: {error}") from error
+        return sender.state.sent_bytes - sent_before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Sends to MLflow what a run has recorded and not sent.")
+    parser.add_argument("run", type=Path, help="run folder, the --output of pretrain.py")
+    parser.add_argument(
+        "--tracking",
+        metavar="URI",
+        help='MLflow store: a tracking URI, or "sqlite" for mlflow.db in the run folder (default: the run\'s own)',
+    )
+    parser.add_argument("--follow", type=int, metavar="BYTES", help=argparse.SUPPRESS)  # run_folder.py's Tracker
+    arguments = parser.parse_args()
+    run = arguments.run
+    if not (run / SETTINGS_FILE).exists():
+        raise SettingsError(f"{run} is not a run folder ({SETTINGS_FILE} is missing); give pretrain.py's --output")
+    uri = resolve_uri(arguments.tracking or yaml.safe_load((run / SETTINGS_FILE).read_text())["tracking"], run)
+    if uri == "none":
+        raise SettingsError("the run was not tracked by MLflow; give --tracking URI, or --tracking sqlite")
+    _fail_fast()
+    if arguments.follow is not None:
+        follow_run(run, uri, arguments.follow)
+    print(f"Sent {send_rest(run, uri):,} bytes of {METRICS_FILE} to {uri}")
+    print(f"To see them: {view_command(uri)}")
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_one_sentence(main)

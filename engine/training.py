@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -35,7 +36,7 @@ from quincunx.engine.checkpoint import (
     save_checkpoint,
 )
 from quincunx.engine.ranks import Environment, StopRequest, Watchdog
-from quincunx.engine.run_folder import RunFolder, Tracker, view_command
+from quincunx.engine.run_folder import METRICS_FILE, RunFolder, Tracker
 from quincunx.engine.settings import Machine, RunSettings, lookup, precision_of
 from quincunx.engine.throughput import Progress, Window, peak_flops_of
 
@@ -149,7 +150,7 @@ class Run:
             config = {**config, "checkpoint": {**(config.get("checkpoint") or {}), "load_universal": True}}
         parameters = parameter_groups(job.model, settings.weight_decay)
         self.engine, *_ = deepspeed.initialize(model=job.model, model_parameters=parameters, config=config)
-        state = {"step": 0, "skipped_steps": 0, "bad_steps": 0, "run_id": None}
+        state = {"step": 0, "skipped_steps": 0, "bad_steps": 0}
         if checkpoint is not None:
             load_checkpoint(self.engine, checkpoint.converted or checkpoint.folder)
             state = checkpoint.state
@@ -162,8 +163,7 @@ class Run:
         self.progress = Progress(self.step, self.total_steps, environment.is_main)
         if environment.is_main:
             remove_leftovers(self.folder.checkpoints)
-            name, params = settings.run_name or self.folder.path.name, as_plain(settings)
-            self.tracker = Tracker(settings.tracking, self.folder.path, name, params, state["run_id"], self.step)
+            self.tracker = Tracker(self.folder.path, settings.tracking, self.step)
             self.announce(checkpoint)
         self.watchdog = Watchdog(settings.hang_minutes * 60, on_hang=lambda: self.end_record("hung"))
 
@@ -288,7 +288,6 @@ class Run:
             "step": self.step,
             "skipped_steps": self.skipped_steps,
             "bad_steps": self.bad_steps,
-            "run_id": self.tracker and self.tracker.run_id,
             **self.identity,
             "settings": as_plain(self.settings),
         }
@@ -315,7 +314,7 @@ class Run:
             f"{parameters / 1e6:.1f} M parameters; {settings.global_batch} examples a step = "
             f"{world_size} ranks x {micro_batch} x {settings.global_batch // (micro_batch * world_size)}"
         )
-        self.progress.say(f"watch it with: {view_command(settings.tracking, self.folder.path)}")
+        self.progress.say(f"watch it with: tail -f {shlex.quote(str(self.folder.path / METRICS_FILE))}")
         event = {"event": "started", "world_size": world_size, "total_steps": self.total_steps}
         if checkpoint is not None:
             universal = checkpoint.converted is not None

@@ -15,7 +15,7 @@ from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.evaluation import Comparison, aligned, compare, evaluate, interval
 from quincunx.engine.retrieval.trec import read_qrels, read_run
-from quincunx.engine.run_folder import numbers, read_metrics
+from quincunx.engine.tracking import numbers, read_metrics
 from quincunx.launchers.command_line import parse_settings
 
 LABELS = {

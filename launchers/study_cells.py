@@ -18,7 +18,7 @@ from quincunx.data_shards.durable import file_digest, written_whole
 from quincunx.data_shards.errors import EXIT_DIVERGED, DataError, SettingsError
 from quincunx.engine.retrieval.study_report import describe_code, read_pretraining, results_of
 from quincunx.engine.retrieval.trec import read_qrels
-from quincunx.engine.run_folder import read_metrics
+from quincunx.engine.tracking import read_metrics
 from quincunx.launchers.study_recipe import Recipe
 
 PROBE_QUERIES, PROBE_PASSAGES = 300, 3000

@@ -145,7 +145,7 @@ grep -q "node_rank=1" "$WORK/two.log" || { echo "error: no second node took part
 import sys
 from pathlib import Path
 
-from quincunx.engine.run_folder import read_metrics
+from quincunx.engine.tracking import read_metrics
 
 one, two = (
     {line["step"]: line for line in read_metrics(Path(folder)) if line["kind"] == "train"} for folder in sys.argv[1:3]

@@ -15,7 +15,7 @@ from quincunx.engine.checkpoint import consolidated_state_dict, find_newest
 from quincunx.engine.evaluations import load_probe
 from quincunx.engine.export import export_run
 from quincunx.engine.model import BUNDLE_FILE, PretrainModel, build_model, is_bundle, load_bundle
-from quincunx.engine.run_folder import read_metrics
+from quincunx.engine.tracking import read_metrics
 
 TASKS = ("mkp", "cmp", "npr", "dor")
 SHORT_AND_LONG = 12

@@ -11,24 +11,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from quincunx.engine import run_folder
 from quincunx.engine.ranks import free_port
-from quincunx.engine.run_folder import (
-    METRICS_FILE,
-    Tracker,
-    TrackingState,
-    numbers,
-    read_metrics,
-    resolve_uri,
-    view_command,
-)
-from quincunx.engine.tracking import RUN_TAG, send_all
+from quincunx.engine.run_folder import METRICS_FILE, Tracker
+from quincunx.engine.tracking import RUN_TAG, TrackingState, numbers, read_metrics, resolve_uri
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("mlm", "mkp", "cmp", "npr", "dor")
-PARAMS = {"tasks": ["mkp", "cmp"], "learning_rate": 1e-4, "seed": 2, "probe": None}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +66,13 @@ def hanging():
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
+def begin(folder: Path, uri: str, step: int = 0, **changes) -> Tracker:
+    """Starts the record of a run, as a run does that goes on from `step`; `changes`: of its settings."""
+    settings = {"tasks": ["mkp", "cmp"], "learning_rate": 1e-4, "probe": None, "run_name": "first", "tracking": uri}
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings | changes))
+    return Tracker(folder, uri, step)
+
+
 def train(tracker, first: int, last: int, loss=lambda step, task: 9.0 - 0.01 * step) -> list[float]:
     """Logs steps `first` to `last` as a run does; returns the seconds each took."""
     seconds = []
@@ -84,14 +83,20 @@ def train(tracker, first: int, last: int, loss=lambda step, task: 9.0 - 0.01 * s
     return seconds
 
 
-def runs_of(uri: str, run_id: str) -> list:
+def runs_of(folder: Path, uri: str) -> list:
+    """The MLflow runs of a run folder."""
     client = MlflowClient(tracking_uri=uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{run_id}'")
+    return client.search_runs(experiments, f"tags.`{RUN_TAG}` = '{TrackingState.load(folder).run_id}'")
+
+
+def steps_of(client: MlflowClient, run, metric: str) -> list[int]:
+    """The steps that MLflow has of a metric, each as often as it was sent."""
+    return sorted(point.step for point in client.get_metric_history(run.info.run_id, metric))
 
 
 def test_the_record_is_cut_to_the_resumed_step_and_each_step_stands_once(tmp_path):
-    tracker = Tracker("none", tmp_path, "cut", {})
+    tracker = Tracker(tmp_path, "none")
     for step in range(1, 31):
         tracker.log(step, "train", {"loss/mlm": 1.0 / step})
         if step % 10 == 0:
@@ -99,12 +104,12 @@ def test_the_record_is_cut_to_the_resumed_step_and_each_step_stands_once(tmp_pat
     with open(tmp_path / METRICS_FILE, "ab") as file:
         file.write(b'{"step": 31, "time": 1.0, "kind": "train", "loss/mlm": 0.0')  # a crash tore this line
     assert len(list(read_metrics(tmp_path))) == 33
-    tracker = Tracker("none", tmp_path, "cut", {}, tracker.run_id, 20)
+    tracker = Tracker(tmp_path, "none", 20)
     train(tracker, 21, 30)
     steps = [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "train"]
     assert steps == list(range(1, 31))
     assert [record["step"] for record in read_metrics(tmp_path) if record["kind"] == "probe"] == [10, 20]
-    Tracker("none", tmp_path, "cut", {})
+    Tracker(tmp_path, "none")
     assert list(read_metrics(tmp_path)) == []
 
 
@@ -113,7 +118,7 @@ def test_every_line_is_strict_json_and_nan_survives(tmp_path):
     import torch
 
     values = {"a": float("nan"), "b": torch.tensor(1.5), "c": np.float32("-inf"), "ids": [1, 2], "d": True}
-    Tracker("none", tmp_path, "strict", {}).log(3, "train", values)
+    Tracker(tmp_path, "none").log(3, "train", values)
     line = (tmp_path / METRICS_FILE).read_text()
     record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert (record["a"], record["b"], record["c"], record["ids"], record["d"]) == ("nan", 1.5, "-inf", [1, 2], True)
@@ -124,7 +129,7 @@ def test_every_line_is_strict_json_and_nan_survives(tmp_path):
 def test_a_full_disk_does_not_stop_the_run_and_loses_no_line_once_there_is_room(tmp_path, capsys):
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    tracker = Tracker("none", tmp_path, "full", {})
+    tracker = Tracker(tmp_path, "none")
     disk = tracker._file
     with open("/dev/full", "ab", buffering=0) as tracker._file:
         train(tracker, 1, 3)
@@ -134,9 +139,10 @@ def test_a_full_disk_does_not_stop_the_run_and_loses_no_line_once_there_is_room(
     assert capsys.readouterr().err.count("No space left") == 1
 
 
-def test_sqlite_in_the_run_folder_holds_params_metrics_system_metrics_and_artifacts_of_one_run(tmp_path, patient):
-    (tmp_path / "settings.yaml").write_text("seed: 42\n")
-    tracker = Tracker("sqlite", tmp_path, "first", PARAMS)
+def test_sqlite_in_the_run_folder_holds_all_of_one_run_across_a_restart(
+    tmp_path, patient, capfd
+):
+    tracker = begin(tmp_path, "sqlite")
     train(tracker, 1, 30)
     tracker.log(30, "probe", {"probe/mrr@10": 0.25})
     tracker.artifact(tmp_path / "settings.yaml")
@@ -145,46 +151,42 @@ def test_sqlite_in_the_run_folder_holds_params_metrics_system_metrics_and_artifa
             break
         time.sleep(0.1)
     tracker.close("preempted")
-    run_id = tracker.run_id
 
     # The checkpoint was of step 20: steps 21 to 30 come again, and the learning rate has been changed.
-    tracker = Tracker("sqlite", tmp_path, "first", PARAMS | {"learning_rate": 2e-4}, run_id, 20)
-    assert tracker.run_id == run_id
+    tracker = begin(tmp_path, "sqlite", 20, learning_rate=2e-4)
     train(tracker, 21, 40)
     tracker.close("finished")
 
     uri = resolve_uri("sqlite", tmp_path)
-    client, runs = MlflowClient(tracking_uri=uri), runs_of(uri, run_id)
-    assert len(runs) == 1 and runs[0].info.status == "FINISHED" and runs[0].info.run_name == "first"
-    run = runs[0].info.run_id
-    params = {"tasks": "['mkp', 'cmp']", "learning_rate": "0.0001", "seed": "2", "probe": "None"}
-    assert runs[0].data.params == params
-    assert runs[0].data.tags["resumed_with.learning_rate"] == "0.0002"
+    client, (run,) = MlflowClient(tracking_uri=uri), runs_of(tmp_path, uri)
+    assert run.info.status == "FINISHED" and run.info.run_name == "first"
+    params = {"tasks": "['mkp', 'cmp']", "learning_rate": "0.0001", "probe": "None"}
+    assert run.data.params == params | {"run_name": "first", "tracking": "sqlite"}
+    assert run.data.tags["resumed_with.learning_rate"] == "0.0002"
     for task in TASKS:
-        history = client.get_metric_history(run, f"loss/{task}")
-        assert [point.step for point in sorted(history, key=lambda point: point.step)] == list(range(1, 41))
-    assert runs[0].data.metrics["probe/mrr_at_10"] == 0.25
-    assert runs[0].data.metrics["system/system_memory_usage_percentage"] > 0
-    assert {item.path for item in client.list_artifacts(run)} == {"settings.yaml", METRICS_FILE}
+        assert steps_of(client, run, f"loss/{task}") == list(range(1, 41))
+    assert run.data.metrics["probe/mrr_at_10"] == 0.25
+    assert run.data.metrics["system/system_memory_usage_percentage"] > 0
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"settings.yaml", METRICS_FILE}
     (tmp_path / "download").mkdir()
-    stored = client.download_artifacts(run, METRICS_FILE, str(tmp_path / "download"))
+    stored = client.download_artifacts(run.info.run_id, METRICS_FILE, str(tmp_path / "download"))
     assert Path(stored).read_bytes() == (tmp_path / METRICS_FILE).read_bytes()
-    assert view_command("sqlite", tmp_path) == f"mlflow ui --backend-store-uri {uri}"
+    assert f"to see the run: mlflow ui --backend-store-uri {uri}\n" in capfd.readouterr().err
 
 
-def test_a_real_server_receives_what_a_dead_one_missed(tmp_path, server, patient):
+def test_a_real_server_receives_what_a_dead_one_missed(tmp_path, server, patient, capfd):
     dead = f"http://127.0.0.1:{free_port()}"
-    tracker = Tracker(dead, tmp_path, "moved", PARAMS)
+    tracker = begin(tmp_path, dead)
     train(tracker, 1, 5)
     tracker.close("preempted")
-    tracker = Tracker(server, tmp_path, "moved", PARAMS, tracker.run_id, 5)
+    assert "the resumed run sends them" in capfd.readouterr().err
+    tracker = begin(tmp_path, server, 5)
     train(tracker, 6, 10)
     tracker.artifact(ROOT / "LICENSE")
     tracker.close("finished")
-    (run,) = runs_of(server, tracker.run_id)
-    client = MlflowClient(tracking_uri=server)
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "loss/dor")] == list(range(1, 11))
-    assert run.info.status == "FINISHED" and run.data.params["seed"] == "2"
+    client, (run,) = MlflowClient(tracking_uri=server), runs_of(tmp_path, server)
+    assert steps_of(client, run, "loss/dor") == list(range(1, 11))
+    assert run.info.status == "FINISHED" and run.data.params["probe"] == "None"
     assert any(name.startswith("system/") for name in run.data.metrics)
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"LICENSE", METRICS_FILE}
 
@@ -193,7 +195,7 @@ def test_a_real_server_receives_what_a_dead_one_missed(tmp_path, server, patient
 def test_a_server_that_does_not_answer_costs_neither_steps_nor_shutdown_nor_lines(tmp_path, kind, hanging, capfd):
     uri = hanging if kind == "hanging" else f"http://127.0.0.1:{free_port()}"
     started = time.perf_counter()
-    tracker = Tracker(uri, tmp_path, "lonely", PARAMS)
+    tracker = begin(tmp_path, uri)
     opening = time.perf_counter() - started
     slowest = max(train(tracker, 1, 200))
     time.sleep(5)  # the sender has met the server by now
@@ -207,56 +209,64 @@ def test_a_server_that_does_not_answer_costs_neither_steps_nor_shutdown_nor_line
     assert opening < 1 and slowest < 0.5 and closing < 20
     assert sender.poll() is not None, "the sender outlived the run"
     said = capfd.readouterr().err
-    assert f"401 lines of metrics.jsonl did not reach MLflow at {uri}" in said
-    assert f"python launchers/send_metrics.py --run {tmp_path}" in said
+    assert f"the last lines of metrics.jsonl did not reach MLflow ({uri}); send them with: " in said
+    assert f"python -m quincunx.engine.tracking {tmp_path}" in said
     assert len(list(read_metrics(tmp_path))) == 401
 
 
 def test_the_sender_dies_with_a_killed_run_and_the_next_start_sends_the_rest(tmp_path, patient):
+    (tmp_path / "settings.yaml").write_text("{tracking: sqlite, run_name: killed}")
     code = (
         "import os, signal, sys, time\n"
         "from quincunx.engine.run_folder import Tracker\n"
-        f"tracker = Tracker('sqlite', {str(tmp_path)!r}, 'killed', {{}})\n"
+        f"tracker = Tracker({str(tmp_path)!r}, 'sqlite')\n"
         "for step in range(1, 11): tracker.log(step, 'train', {'loss/mlm': 1.0})\n"
-        "print(tracker._sender.pid, tracker.run_id, flush=True)\n"
+        "print(tracker._sender.pid, flush=True)\n"
         "time.sleep(1.5)\n"  # in the middle of making the sqlite store
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL
-    pid, run_id = killed.stdout.split()
+    pid = killed.stdout.strip()
     for _ in range(50):
         if not Path(f"/proc/{pid}").exists():
             break
         time.sleep(0.1)
     assert not Path(f"/proc/{pid}").exists(), "the sender outlived a killed run"
-    tracker = Tracker("sqlite", tmp_path, "killed", {}, run_id, 10)
+    tracker = Tracker(tmp_path, "sqlite", 10)
     tracker.log(11, "train", {"loss/mlm": 0.5})
     tracker.close("finished")
-    (run,) = runs_of(resolve_uri("sqlite", tmp_path), run_id)
-    history = MlflowClient(tracking_uri=resolve_uri("sqlite", tmp_path)).get_metric_history(run.info.run_id, "loss/mlm")
-    assert [point.step for point in history] == list(range(1, 12))
+    store = resolve_uri("sqlite", tmp_path)
+    (run,) = runs_of(tmp_path, store)
+    assert steps_of(MlflowClient(tracking_uri=store), run, "loss/mlm") == list(range(1, 12))
 
 
-def test_tracking_none_starts_no_sender(tmp_path):
-    tracker = Tracker("none", tmp_path, "x", PARAMS)
-    tracker.log(1, "train", {"loss/mlm": 1.0})
-    tracker.close("finished")
-    assert tracker._sender is None and len(list(read_metrics(tmp_path))) == 2
-    assert TrackingState.load(tmp_path).run_id == tracker.run_id
+def send(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "quincunx.engine.tracking", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_what_was_not_sent_can_be_sent_later_and_sending_again_adds_nothing(tmp_path, patient):
-    tracker = Tracker("none", tmp_path, "again", PARAMS)
+def test_what_was_not_sent_can_be_sent_later_and_sending_again_adds_nothing(tmp_path):
+    """tracking.json is one of an earlier version, which kept more in it."""
+    tracker = begin(tmp_path, "none")
     train(tracker, 1, 1200)  # more metrics than MLflow takes in a batch
     tracker.close("finished")
-    command = [sys.executable, "launchers/send_metrics.py", "--run", str(tmp_path), "--tracking", "sqlite"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    size = (tmp_path / METRICS_FILE).stat().st_size
-    assert TrackingState.load(tmp_path).sent_bytes == size
-    assert send_all(tmp_path).sent_bytes == size
-    store = resolve_uri("sqlite", tmp_path)
-    (run,) = runs_of(store, tracker.run_id)
-    history = MlflowClient(tracking_uri=store).get_metric_history(run.info.run_id, "loss/mlm")
-    assert [point.step for point in history] == list(range(1, 1201)) and run.info.status == "FINISHED"
+    assert tracker._sender is None
+    earlier = {"run_id": "a1b2", "run_name": "x", "uri": "none", "params": {}, "mlflow_run_id": None}
+    (tmp_path / "tracking.json").write_text(json.dumps(earlier | {"sent_bytes": 0, "sent_steps": {}}))
+    size, store = (tmp_path / METRICS_FILE).stat().st_size, resolve_uri("sqlite", tmp_path)
+    for sent in (size, 0):
+        done = send(tmp_path, "--tracking", "sqlite")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"Sent {sent:,} bytes of metrics.jsonl to {store}")
+    (run,) = runs_of(tmp_path, store)
+    assert run.data.tags[RUN_TAG] == "a1b2" and run.info.status == "FINISHED"
+    assert steps_of(MlflowClient(tracking_uri=store), run, "loss/mlm") == list(range(1, 1201))
+
+
+def test_a_folder_that_is_no_run_or_has_no_store_is_refused(tmp_path):
+    done = send(tmp_path)
+    assert done.returncode == 2 and "is not a run folder (settings.yaml is missing)" in done.stderr
+    begin(tmp_path, "none").close("finished")
+    done = send(tmp_path)
+    assert done.returncode == 2 and "the run was not tracked by MLflow; give --tracking URI" in done.stderr

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quincunx.engine.run_folder import read_metrics
+from quincunx.engine.tracking import read_metrics
 
 TASK_AND_LOSS = """
 import sys
