@@ -7,7 +7,6 @@ docs/glue.md shows a line of each. The measures are scikit-learn's and scipy's.
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +93,6 @@ class Task:
     """Names of the labels 0 and 1; empty for a score from 0 to HIGHEST_SCORE."""
     measures: tuple[str, ...]
     """Names of what GLUE's leaderboard and MASTER's Table 8 report."""
-    rows: dict[str, int]
-    """Rows of the published train and dev files that can be read."""
     header: tuple[str, ...] = ()
     """Columns of train and dev files, which have no header line where this is given."""
 
@@ -106,19 +103,15 @@ class Task:
 
 TASKS = {
     "cola": Task(
-        "CoLA", ("sentence",), "label", ("unacceptable", "acceptable"), ("mcc",), {"train": 8551, "dev": 1043},
+        "CoLA", ("sentence",), "label", ("unacceptable", "acceptable"), ("mcc",),
         header=("source", "label", "note", "sentence"),
     ),
     "mrpc": Task(
         "MRPC", ("#1 String", "#2 String"), "Quality", ("not_equivalent", "equivalent"), ("accuracy", "f1"),
-        {"train": 3668, "dev": 408},
     ),
-    "stsb": Task(
-        "STS-B", ("sentence1", "sentence2"), "score", (), ("pearson", "spearman"), {"train": 5749, "dev": 1500},
-    ),
+    "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), ("pearson", "spearman")),
     "qqp": Task(
         "QQP", ("question1", "question2"), "is_duplicate", ("not_duplicate", "duplicate"), ("accuracy", "f1"),
-        {"train": 363846, "dev": 40430},
     ),
 }  # fmt: skip
 
@@ -134,9 +127,6 @@ class Examples:
     num_broken: int
     """Rows left out, with another number of columns than the file's others."""
 
-    def __len__(self) -> int:
-        return len(self.sentences[0])
-
 
 def find_files(settings: GlueSettings) -> dict[str, Path]:
     """The file of each split: as given, else SPLIT.tsv or SPLIT.jsonl of the folder; there may be no test file.
@@ -146,11 +136,11 @@ def find_files(settings: GlueSettings) -> dict[str, Path]:
     found = {}
     for split in SPLITS:
         given = getattr(settings, split)
-        names = [given] if given else [f"{settings.data}/{split}.{ending}" for ending in ("tsv", "jsonl")]
-        path = next((Path(name) for name in names if Path(name).is_file()), None)
-        if path is not None and (given or settings.data):
-            found[split] = path
-        elif split != "test" or given:
+        in_folder = [f"{settings.data}/{split}.tsv", f"{settings.data}/{split}.jsonl"] if settings.data else []
+        names = [given] if given else in_folder
+        if path := next((name for name in names if Path(name).is_file()), None):
+            found[split] = Path(path)
+        elif given or split != "test":
             looked_for = " nor ".join(names)
             raise DataError(f"there is no {split} file ({looked_for}): give --data a folder that has one, or --{split}")
     return found
@@ -166,49 +156,48 @@ def read_examples(name: str, path: str | Path, split: str, *, skip_broken: bool 
         DataError: no such file, a column that is missing, a row with a wrong number of columns, a label that is missing
             or not one of the task's, labels that are all alike, or no examples. Names file and line.
     """
-    task, path = TASKS[name], Path(path)
-    texts, labels, broken = [], [], []
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        rows = _jsonl_rows(task, path)
-    else:
-        rows = _tsv_rows(task, path, split, broken if skip_broken and split != "test" else None)
-    for place, sentences, label in rows:
-        texts.append(sentences)
-        if split != "test":
-            labels.append(_label(task, label, place))
-    if not texts:
+    task, path, is_test = TASKS[name], Path(path), split == "test"
+    broken: list[str] = []
+    is_jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
+    rows = list(_jsonl_rows(task, path) if is_jsonl else _tsv_rows(task, path, split, broken))
+    if broken and (is_test or not skip_broken):
+        raise DataError(broken[0] + ("" if is_test else ", or pass --skip_broken_rows"))
+    if not rows:
         raise DataError(f"{path} holds no examples: give a {split} file of {task.title} with at least one")
-    if len(set(labels)) == 1:
+    columns = [list(column) for column in zip(*(sentences for _, sentences, _ in rows))]
+    if is_test:
+        return Examples(columns, None, 0)
+    labels = np.array(
+        [_label(task, label, place) for place, _, label in rows], np.int64 if task.classes else np.float32
+    )
+    if (labels == labels[0]).all():
         raise DataError(
             f"all {len(labels)} labels of {path} are {labels[0]:g}, {task.title}'s are {task.allowed}: give a file "
             "with different ones"
         )
-    kind = np.int64 if task.classes else np.float32
-    columns = [list(column) for column in zip(*texts)]
-    return Examples(columns, None if split == "test" else np.array(labels, kind), len(broken))
+    return Examples(columns, labels, len(broken))
 
 
-def _tsv_rows(task: Task, path: Path, split: str, broken: list[str] | None) -> Iterator[tuple[str, list[str], str]]:
-    """(place, sentences, label as written) of every row.
-
-    broken: gets the places of rows with a wrong number of columns; None: they are refused.
-    """
+def _tsv_rows(task: Task, path: Path, split: str, broken: list[str]) -> Iterator[tuple[str, list[str], str]]:
+    """(place, sentences, label as written) of every row. broken: gets a sentence on every row of a wrong length."""
     is_test, count = split == "test", 0
-    header = None if is_test or not task.header else task.header
+    header = () if is_test else task.header
     for number, line in enumerate(read_lines(path), 1):
         cells, place = line.rstrip("\r\n").split("\t"), f"{path}:{number}"
         if cells == [""]:
             continue
-        if header is None:
+        if not header:
             header = cells
             wanted = task.sentences if is_test else (*task.sentences, task.label)
             if missing := [column for column in wanted if column not in header]:
-                hint = " (a test file has none)" if missing == [task.label] else ""
                 raise DataError(
-                    f"{place}: the header has no column {' nor '.join(missing)}{hint}: give a {split} file of "
-                    f"{task.title}, tab-separated"
+                    f"{place}: the header has no column {' nor '.join(missing)}: give a {split} file of {task.title}, "
+                    "tab-separated"
                 )
-        elif len(cells) == len(header):
+        elif len(cells) != len(header):
+            columns = f"{len(cells)} tab-separated columns where {task.title} has {len(header)} ({', '.join(header)})"
+            broken.append(f"{place}: {columns}: fix or remove the line")
+        else:
             row = dict(zip(header, cells))
             index = row.get("index", row.get("id", str(count)))
             if is_test and index != str(count):
@@ -218,12 +207,6 @@ def _tsv_rows(task: Task, path: Path, split: str, broken: list[str] | None) -> I
                 )
             count += 1
             yield place, [row[column].strip() for column in task.sentences], row.get(task.label, "")
-        elif broken is not None:
-            broken.append(place)
-        else:
-            columns = f"{len(cells)} column{'s' * (len(cells) != 1)}"
-            remedy = "fix or remove the line" if is_test else "fix the line, or pass --skip_broken_rows"
-            raise DataError(f"{place}: {columns} where {task.title} has {len(header)} ({', '.join(header)}): {remedy}")
 
 
 def _jsonl_rows(task: Task, path: Path) -> Iterator[tuple[str, list[str], Any]]:
@@ -242,30 +225,24 @@ def _jsonl_rows(task: Task, path: Path) -> Iterator[tuple[str, list[str], Any]]:
 def _label(task: Task, given: Any, place: str) -> float:
     """A label as a number. Raises DataError if it is none, or not one of the task's."""
     try:
-        value = math.nan if isinstance(given, bool) else float(given)
-    except (ValueError, TypeError, OverflowError):
-        value = math.nan
+        value = float(str(given))  # str: true is no number
+    except ValueError:
+        value = -1.0
     if not (value in (0, 1) if task.classes else 0 <= value <= HIGHEST_SCORE):
-        shown = "missing" if given in (None, "") else repr(given)
-        raise DataError(f"{place}: the label is {shown}, {task.title}'s are {task.allowed}: fix the line")
+        raise DataError(f"{place}: the label is {given!r}, {task.title}'s are {task.allowed}: fix the line")
     return value
 
 
 def run_glue(settings: GlueSettings, environment: Environment) -> int:
     """Trains, measures dev, exports OUTPUT/classifier and writes OUTPUT/TASK.tsv; goes on from OUTPUT's checkpoint.
 
-    Warns of files with another number of rows than GLUE's own: numbers then compare with nobody's. Raises SettingsError
-    for a model that cannot serve and DataError for files that cannot be read.
+    Raises SettingsError for a model that cannot serve and DataError for files that cannot be read.
     """
     task, output, read = TASKS[settings.task], Path(settings.output), {}
     for split, path in find_files(settings).items():
-        examples = read[split] = read_examples(settings.task, path, split, skip_broken=settings.skip_broken_rows)
-        published = task.rows.get(split, len(examples))
-        if environment.is_main and path.suffix != ".jsonl" and len(examples) != published:
-            size = f"{len(examples):,} examples, GLUE's {split} file of {task.title} {published:,}"
-            print(f"warning: {path} has {size}", flush=True)
-        if environment.is_main and examples.num_broken:
-            print(f"warning: {examples.num_broken} rows of {path} are broken and left out", flush=True)
+        read[split] = read_examples(settings.task, path, split, skip_broken=settings.skip_broken_rows)
+        if environment.is_main and read[split].num_broken:
+            print(f"warning: {read[split].num_broken} rows of {path} are broken and left out", flush=True)
     trainer = make_trainer(settings, read, environment.world_size, choose_device(settings.device, environment))
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -357,10 +334,11 @@ def measure(name: str, logits: np.ndarray, labels: np.ndarray) -> dict[str, floa
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     if not TASKS[name].classes:
-        scores, wanted = logits.reshape(-1).astype(np.float64), labels.astype(np.float64)
-        same = np.ptp(scores) == 0
-        tests = {"pearson": pearsonr, "spearman": spearmanr}
-        return {name: 0.0 if same else float(test(scores, wanted).statistic) for name, test in tests.items()}
+        scores = logits.reshape(-1).astype(np.float64)
+        if np.ptp(scores) == 0:
+            return {"pearson": 0.0, "spearman": 0.0}
+        wanted = labels.astype(np.float64)
+        return {"pearson": float(pearsonr(scores, wanted)[0]), "spearman": float(spearmanr(scores, wanted)[0])}
     classes = logits.argmax(axis=1)
     if name == "cola":
         return {"mcc": float(matthews_corrcoef(labels, classes))}
