@@ -15,30 +15,23 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from quincunx.engine.retrieval.evaluation import compare, evaluate
+from quincunx.engine.export import curves
 from quincunx.engine.retrieval.report import plot_curves
 from quincunx.engine.retrieval.study_report import describe_code
-from quincunx.engine.retrieval.trec import read_qrels, read_run
-from quincunx.launchers.demo import LABELS, MEASURE, records
+from quincunx.launchers.demo import MEASURE, compare_systems
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def read_demo(folder: Path) -> dict:
     """The numbers of one demo."""
-    qrels = read_qrels(folder / "shards" / "probe" / "qrels" / "test.tsv")
-    found = {name: evaluate(read_run(folder / f"{name}.trec"), qrels, [MEASURE]) for name in LABELS}
+    found, gains = compare_systems(folder)
     return {
         "seed": yaml.safe_load((folder / "ours" / "settings.yaml").read_text())["seed"],
-        "queries": len(qrels),
+        "queries": found["ours"].counts["judged"],
         "mrr@10": {name: evaluation.means[MEASURE] for name, evaluation in found.items()},
-        "ours_against": {
-            name: asdict(compare(found["ours"], other)[MEASURE]) for name, other in found.items() if name != "ours"
-        },
-        "probe": {
-            run: [(line["step"], line["probe/mrr@10"]) for line in records(folder / run, "probe")]
-            for run in ("mlm", "ours")
-        },
+        "ours_against": {name: asdict(gain) for name, gain in gains.items()},
+        "probe": {run: list(zip(*curves(folder / run, "probe", "probe/")["mrr@10"])) for run in ("mlm", "ours")},
     }
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.retrieval.evaluation import Comparison, aligned, compare, evaluate, interval
+from quincunx.engine.export import curves
+from quincunx.engine.retrieval.evaluation import Comparison, Evaluation, aligned, compare, evaluate, interval
 from quincunx.engine.retrieval.trec import read_qrels, read_run
-from quincunx.engine.tracking import numbers, read_metrics
 from quincunx.launchers.command_line import parse_settings
 
 LABELS = {
@@ -45,25 +45,21 @@ class DemoSettings:
     """Folder of everything that the demo made."""
 
 
-def records(run_folder: Path, kind: str) -> list[dict]:
-    """The run's records of one kind: "train", "held_out", "probe" or "event"."""
-    return [record for record in read_metrics(run_folder) if record["kind"] == kind]
-
-
 def print_learned(run_folder: Path) -> list[str]:
     """Held-out losses beside their unigrams, and the probe along the run; gives what failed."""
-    held_out, probe = records(run_folder, "held_out"), records(run_folder, "probe")
-    before, after = numbers(held_out[0]), numbers(held_out[-1])
+    losses, unigrams, right = (
+        curves(run_folder, "held_out", f"held_out/{measure}/") for measure in ("loss", "unigram", "accuracy")
+    )
     rows, failures = [["held-out loss, nats a token", "before", "after", "unigram", "right words, after"]], []
-    for task in [key.removeprefix("held_out/loss/") for key in after if key.startswith("held_out/loss/")]:
-        loss, unigram = after[f"held_out/loss/{task}"], after[f"held_out/unigram/{task}"]
-        values = (f"{value:.2f}" for value in (before[f"held_out/loss/{task}"], loss, unigram))
-        rows.append([f"{task}, {TASKS.get(task, '')}", *values, f"{after[f'held_out/accuracy/{task}']:.1%}"])
+    for task, (_, values) in losses.items():
+        loss, unigram = values[-1], unigrams[task][1][-1]
+        cells = (f"{value:.2f}" for value in (values[0], loss, unigram))
+        rows.append([f"{task}, {TASKS.get(task, '')}", *cells, f"{right[task][1][-1]:.1%}"])
         if not loss < unigram:
             failures.append(f"the held-out loss of {task} is {loss:.2f}, not below its unigram {unigram:.2f}")
     print("", *aligned(rows), sep="\n")
     print("unigram: the loss of a model that knows each word's frequency and ignores the context.")
-    curve = [record["probe/mrr@10"] for record in probe]
+    _, curve = curves(run_folder, "probe", "probe/")["mrr@10"]
     print("\nprobe, MRR@10 along the run: " + " ".join(f"{value:.3f}" for value in curve))
     print("Held-out summary lines search for their docstrings by [CLS] vectors, not fine-tuned yet; 1 is perfect.\n")
     if not curve[-1] >= 2 * curve[0]:
@@ -71,12 +67,18 @@ def print_learned(run_folder: Path) -> list[str]:
     return failures
 
 
-def print_worth(output: Path) -> list[str]:
-    """MRR@10 of every system, how much more ours has, and what that is worth, in a sentence; gives what failed."""
+def compare_systems(output: Path) -> tuple[dict[str, Evaluation], dict[str, Comparison]]:
+    """(every system's values, ours against each of the others)."""
     qrels = read_qrels(output / "shards" / "probe" / "qrels" / "test.tsv")
     found = {name: evaluate(read_run(output / f"{name}.trec"), qrels, [MEASURE]) for name in LABELS}
-    gains = {name: compare(found["ours"], other)[MEASURE] for name, other in found.items() if name != "ours"}
-    rows = [[f"{len(qrels)} held-out queries", "MRR@10", "95 % interval", "ours minus it", "95 % interval", "p"]]
+    return found, {name: compare(found["ours"], other)[MEASURE] for name, other in found.items() if name != "ours"}
+
+
+def print_worth(output: Path) -> list[str]:
+    """MRR@10 of every system, how much more ours has, and what that is worth, in a sentence; gives what failed."""
+    found, gains = compare_systems(output)
+    judged = found["ours"].counts["judged"]
+    rows = [[f"{judged} held-out queries", "MRR@10", "95 % interval", "ours minus it", "95 % interval", "p"]]
     for name, evaluation in found.items():
         low, high = interval(evaluation.per_query[MEASURE].values())
         more = ["", "", ""]

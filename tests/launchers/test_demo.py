@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,46 +134,17 @@ def shell(tmp_path: Path, lines: str) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", tmp_path / "demo.sh"], env=environment, capture_output=True, text=True, timeout=60)
 
 
-TRAINING = """
-import json, pathlib, signal, sys, time
-run, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-run.mkdir(parents=True)
-(run / "run.lock").touch()
-def log(step, **record):
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, "time": 0.0, **record}) + "\\n")
-def stop(*_):
-    log(step + 1, kind="event", status="preempted")
-    sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
-for step in range(0, steps, 10):
-    log(step, kind="train")
-    time.sleep(0.1)
-"""
-
-
-def test_a_training_is_interrupted_once_and_not_again(tmp_path):
-    (tmp_path / "training.py").write_text(TRAINING)
-    command = f"interrupt 30 {tmp_path}/run {sys.executable} {tmp_path}/training.py {tmp_path}/run 5000\n"
-    done = shell(tmp_path, command + command)
-    assert done.returncode == 0, done.stderr
-    stopped = re.findall(r"Step (\d+): SIGTERM to the launcher", done.stdout)
-    assert len(stopped) == 1 and 30 <= int(stopped[0]) < 5000
-    assert done.stdout.count("The ranks saved step") == 1
-
-
-def test_a_training_that_fails_before_the_interruption_ends_the_demo_with_its_code(tmp_path):
-    done = shell(tmp_path, f"interrupt 30 {tmp_path}/run {sys.executable} -c 'raise SystemExit(3)'\necho after")
-    assert done.returncode == 3 and "after" not in done.stdout
-
-
-def test_commands_run_at_once_and_a_failure_shows_its_log_and_ends_with_its_code(tmp_path):
-    """Each of two commands waits for what the other writes."""
-    meet = f"meet() {{ touch {tmp_path}/$1; until [ -e {tmp_path}/$2 ]; do sleep 0.05; done; }}\n"
-    done = shell(tmp_path, meet + "beside a meet a b; beside b meet b a; all; echo met")
-    assert done.returncode == 0 and "met" in done.stdout
-    done = shell(tmp_path, "lose() { echo lost a wheel; return 4; }\nbeside c lose; beside d true; all; echo after")
-    assert done.returncode == 4 and "lost a wheel" in done.stderr and "after" not in done.stdout
+@pytest.mark.parametrize(
+    ("lines", "code", "said"),
+    [
+        (f"interrupt 30 run {sys.executable} -c 'raise SystemExit(3)'", 3, ""),
+        ("lose() { echo lost a wheel; return 4; }\nbeside c lose; beside d true; all", 4, "lost a wheel"),
+    ],
+    ids=["before its interruption", "beside another"],
+)
+def test_a_command_that_fails_ends_the_demo_with_its_code(tmp_path, lines, code, said):
+    done = shell(tmp_path, f"{lines}\necho after")
+    assert done.returncode == code and said in done.stderr and "after" not in done.stdout.splitlines()
 
 
 @pytest.mark.slow
