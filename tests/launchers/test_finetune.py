@@ -125,22 +125,6 @@ def test_a_stopped_run_goes_on_where_it_was(whole, train, tmp_path):
     assert resumed.losses() == whole.losses()
 
 
-def test_a_run_killed_with_9_goes_on_bit_for_bit(whole, train, tiny, tmp_path, harness):
-    """Killed once a checkpoint stands; steps that no checkpoint holds are taken again, and none twice in the record."""
-    settings = {**TINY, **tiny.files, "stage": "retriever1", "dropout": 0.0, "micro_batch": 8, "all_pairs": True}
-    settings |= {"checkpoint_every": 1, "steps": 40}
-    folder = tmp_path / "run"
-    with harness.started(
-        harness.training_command(harness.finetune, folder, settings, launcher="python"), tmp_path / "log"
-    ):
-        harness.wait_until(lambda: harness.committed(folder), 120, "a first checkpoint")
-    assert 0 < len(harness.lines(folder)) < 40
-    through = train(tmp_path / "through", launch={"launcher": "python"}, **settings)
-    resumed = train(folder, launch={"launcher": "python"}, **settings)
-    assert resumed.code == 0 and "resuming at step" in resumed.output, resumed.output
-    assert resumed.losses() == through.losses() and len(through.losses()) == 40
-
-
 def test_an_exported_retriever_gives_sentence_transformers_the_same_vectors(whole, tiny):
     from sentence_transformers import SentenceTransformer
 

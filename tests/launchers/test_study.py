@@ -91,21 +91,6 @@ def test_every_shipped_recipe_reads(name):
     assert len(recipe.seeds) >= 3
 
 
-def test_masters_and_retromaes_tables_have_their_rows():
-    tasks = {name: v.pretrain["tasks"] for name, v in read_recipe("master_table6").variants.items()}
-    assert tasks["full"] == tasks["shared-decoder"] == ["mkp", "cmp", "npr", "dor", "gor"]
-    assert tasks["without-cpr"] == ["npr", "dor", "gor"] and tasks["without-rpr"] == ["mkp", "cmp", "dor", "gor"]
-    assert tasks["without-por"] == ["mkp", "cmp", "npr"]
-    retromae = [v.pretrain for v in read_recipe("retromae_table6").variants.values()]
-    for decoder in ("enhanced", "masked"):
-        rates = {s.get("decoder_mask_rate", 0.5) for s in retromae if s["decoder"] == decoder}
-        assert rates == {0.15, 0.3, 0.5, 0.7, 0.9}
-    assert {s.get("encoder_mask_rate", 0.3) for s in retromae} == {0.15, 0.3, 0.5, 0.7, 0.9}
-    assert {s.get("decoder_layers") for s in retromae if s["decoder"] == "masked"} == {1, 2, 3}
-    figure = read_recipe("master_figure2")
-    assert [v.at_step for v in figure.variants.values()] == [*(125 * k for k in range(1, 12)), None]
-
-
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [

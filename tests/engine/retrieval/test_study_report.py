@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from quincunx.engine.retrieval.study_report import Row, compare_rows, holm, make_report, spearman
+from quincunx.engine.retrieval.study_report import Row, compare_rows, holm, make_report
 
 
 def made_from(steps: int = 10, at_step: int | None = None, train_share: float = 1.0) -> dict:
@@ -51,12 +51,6 @@ def test_seeds_are_paired_by_number_and_one_seed_gives_no_p_value():
 def test_holm_corrects_from_the_smallest_p_on():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01; 2 x 0.03; not below the one before
     assert holm([0.6, 0.5]) == [1.0, 1.0] and holm([]) == []
-
-
-def test_ranks_correlate_and_a_constant_gives_none():
-    assert spearman([0.1, 0.2, 0.3], [1, 4, 9]) == pytest.approx(1.0)
-    assert spearman([0.1, 0.2, 0.3], [9, 4, 1]) == pytest.approx(-1.0)
-    assert spearman([0.1, 0.1], [1, 2]) is None
 
 
 def test_the_report_shows_every_variant_and_leaves_diverged_cells_out(tmp_path):
