@@ -28,9 +28,10 @@ from pathlib import Path
 
 import numpy as np
 import webdataset as wds
+from synthetic import write_shard_set
 
 from quincunx.data_shards.packer import Packer
-from quincunx.data_shards.shard_writer import Sample, write_shard_set
+from quincunx.data_shards.shard_writer import Sample
 from quincunx.data_shards.shards import ShardSet, Text, open_shards
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.data_shards.webdataset_decoder import decode_member, split_blocks
@@ -105,8 +106,7 @@ def write_members(path: str, documents: Iterator[list[Sample]]) -> None:
     with wds.TarWriter(path) as tar:
         for samples in documents:
             for sample in samples:
-                texts = {"passage": sample.passage, "queries": sample.queries, "continuation": sample.continuation}
-                members = {f"{name}.npy": text.token_ids.astype(np.uint16) for name, text in texts.items()}
+                members = {f"{name}.npy": text.token_ids.astype(np.uint16) for name, text in sample.texts.items()}
                 tar.write({"__key__": sample.passage_id, **members})
 
 

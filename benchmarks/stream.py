@@ -18,9 +18,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from synthetic import write_shard_set
 
 from quincunx.data_shards.packer import Packer
-from quincunx.data_shards.shard_writer import Sample, write_shard_set
+from quincunx.data_shards.shard_writer import Sample
 from quincunx.data_shards.shards import ShardSet, Text, open_shards
 from quincunx.data_shards.stream import Order, Stream
 from quincunx.data_shards.tasks import TaskSpec

@@ -1,14 +1,21 @@
-"""Synthetic packed batches of known lengths, and the recipes that benchmarks run; random ids, no corpus needed."""
+"""Synthetic packed batches and shard sets, and the recipes that benchmarks run; no corpus needed."""
 
 import itertools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from quincunx.data_shards.batches import Batch, Context, Task, make_labels, make_text
+from quincunx.data_shards.build_settings import BuildSettings
 from quincunx.data_shards.tasks import TASKS, TaskSpec
+
+if TYPE_CHECKING:
+    from quincunx.data_shards.shard_writer import Sample
+    from quincunx.data_shards.shards import Manifest
 
 RECIPES = {
     "retromae": (("retromae",), "enhanced"),
@@ -106,3 +113,41 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "processor": names[0] if names else "unknown",
     }
+
+
+def write_shard_set(
+    folder: str | Path,
+    tokenizer: str | Path,
+    train: Iterable[list["Sample"]],
+    heldout: Iterable[list["Sample"]] = (),
+    *,
+    max_tokens: int = BuildSettings.max_tokens,
+    block_samples: int = BuildSettings.block_samples,
+    shard_bytes: int = BuildSettings.shard_bytes,
+    num_buckets: int = BuildSettings.num_buckets,
+) -> "Manifest":
+    """Writes a whole shard set from documents in memory, each the list of its samples in reading order.
+
+    tokenizer: any name that `load_tokenizer` takes; it is copied into the set.
+    """
+    from quincunx.data_shards.shard_writer import StatisticsCounter, finish_shard_set, open_writers
+    from quincunx.data_shards.tokenizer import load_tokenizer
+
+    folder = Path(folder)
+    loaded = load_tokenizer(str(tokenizer))
+    counter = StatisticsCounter(len(loaded), num_buckets)
+    writers = open_writers(folder, 0, counter, block_samples=block_samples, shard_bytes=shard_bytes)
+    for writer, documents in zip(writers.values(), (train, heldout), strict=True):
+        for samples in documents:
+            writer.add_document(samples)
+        writer.close()
+    return finish_shard_set(
+        folder,
+        loaded,
+        counter,
+        shards=[shard for writer in writers.values() for shard in writer.shards],
+        fields={split: dict(writer.field_counts) for split, writer in writers.items()},
+        max_tokens=max_tokens,
+        settings={"block_samples": block_samples, "shard_bytes": shard_bytes, "num_buckets": num_buckets},
+        counts={"lost_neighbours": sum(writer.num_lost_neighbours for writer in writers.values())},
+    )

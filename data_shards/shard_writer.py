@@ -10,7 +10,6 @@ import shutil
 import struct
 import tarfile
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -19,8 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from quincunx.data_shards.build_settings import BuildSettings
-from quincunx.data_shards.durable import file_digest, full_disk_is_named, sync_folder, written_whole
+from quincunx.data_shards.durable import file_digest, sync_folder, written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.hashing import compiled, word_slot
 from quincunx.data_shards.shards import (
@@ -42,7 +40,7 @@ from quincunx.data_shards.shards import (
     decode_block,
     token_dtype,
 )
-from quincunx.data_shards.tokenizer import load_tokenizer, special_ids, tokenizer_digest
+from quincunx.data_shards.tokenizer import special_ids, tokenizer_digest
 
 
 class Sample:
@@ -256,46 +254,6 @@ class ShardWriter:
 def open_writers(folder: Path, task: int, counter: StatisticsCounter, **limits: int) -> dict[str, ShardWriter]:
     """A task's writer for each split. limits: block_samples, shard_bytes."""
     return {split: ShardWriter(folder, split, task, counter, **limits) for split in SPLITS}
-
-
-def write_shard_set(
-    folder: str | Path,
-    tokenizer_folder: str | Path,
-    train: Iterable[list[Sample]],
-    heldout: Iterable[list[Sample]] = (),
-    *,
-    max_tokens: int = BuildSettings.max_tokens,
-    block_samples: int = BuildSettings.block_samples,
-    shard_bytes: int = BuildSettings.shard_bytes,
-    num_buckets: int = BuildSettings.num_buckets,
-) -> Manifest:
-    """Writes a whole shard set from documents in memory; a document is the list of its samples in reading order.
-
-    The way for corpora that are tokenised already; launchers/build_shards.py is the way for texts. The tokenizer in
-    `tokenizer_folder` (or any name that `load_tokenizer` takes) is copied into the set.
-
-    Raises:
-        DataError: no training samples, ids beyond the tokenizer's vocabulary, a full disk.
-    """
-    folder = Path(folder)
-    tokenizer = load_tokenizer(str(tokenizer_folder))
-    counter = StatisticsCounter(len(tokenizer), num_buckets)
-    writers = open_writers(folder, 0, counter, block_samples=block_samples, shard_bytes=shard_bytes)
-    with full_disk_is_named(folder):
-        for writer, documents in zip(writers.values(), (train, heldout), strict=True):
-            for samples in documents:
-                writer.add_document(samples)
-            writer.close()
-        return finish_shard_set(
-            folder,
-            tokenizer,
-            counter,
-            shards=[shard for writer in writers.values() for shard in writer.shards],
-            fields={split: dict(writer.field_counts) for split, writer in writers.items()},
-            max_tokens=max_tokens,
-            settings={"block_samples": block_samples, "shard_bytes": shard_bytes, "num_buckets": num_buckets},
-            counts={"lost_neighbours": sum(writer.num_lost_neighbours for writer in writers.values())},
-        )
 
 
 def finish_shard_set(

@@ -1,6 +1,7 @@
 """Triton kernels run on the GPU where there is one, else in Triton's interpreter on CPU tensors."""
 
 import gzip
+import importlib.util
 import json
 import os
 import random
@@ -32,6 +33,16 @@ if not torch.cuda.is_available():
 def device() -> str:
     """Where Triton kernels run in this process."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def write_shard_set() -> Callable[..., Any]:
+    """write_shard_set of benchmarks/synthetic.py: documents in memory to a shard set."""
+    path = Path(__file__).parent.parent / "benchmarks" / "synthetic.py"
+    spec = importlib.util.spec_from_file_location("synthetic", path)
+    synthetic = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(synthetic)
+    return synthetic.write_shard_set
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
 """Tokenizers of the three families that encoders come with, trained on a few sentences, and the real BERT one; shard
 sets of random documents, for packing and streaming."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from quincunx.data_shards.shard_writer import Sample, write_shard_set
+from quincunx.data_shards.shard_writer import Sample
 from quincunx.data_shards.shards import ShardSet, Text, open_shards
 
 SEP, FIRST_ORDINARY, VOCAB_SIZE = 102, 1000, 30522
@@ -122,14 +123,24 @@ def tokenizer_folder() -> str:
 
 
 @pytest.fixture(scope="session")
-def make_shard_set(tmp_path_factory, tokenizer_folder):
+def random_documents() -> Callable[[int, int], list[list[Sample]]]:
+    """random_documents(seed, number) -> documents of Corpus, the same ones each time."""
+
+    def make(seed: int, number: int) -> list[list[Sample]]:
+        corpus = Corpus(seed)
+        return [corpus.document(f"{seed}-{d}") for d in range(number)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_shard_set(tmp_path_factory, tokenizer_folder, write_shard_set, random_documents):
     """make_shard_set(seed, num_documents) -> ShardSet of random documents in blocks of about 64 samples."""
 
     def make(seed: int, num_documents: int) -> ShardSet:
-        corpus = Corpus(seed)
         folder = tmp_path_factory.mktemp(f"shards{seed}")
-        train = [corpus.document(f"train{d}") for d in range(num_documents)]
-        heldout = [corpus.document(f"heldout{d}") for d in range(10)]
+        documents = random_documents(seed, num_documents + 10)
+        train, heldout = documents[:num_documents], documents[num_documents:]
         write_shard_set(folder, tokenizer_folder, train, heldout, block_samples=64, num_buckets=1024)
         return open_shards(str(folder))
 

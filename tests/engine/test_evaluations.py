@@ -110,7 +110,7 @@ def test_the_unigram_scores_the_same_tokens_by_their_frequency_as_labels_in_trai
 
 
 def test_passages_are_shared_by_the_sets_of_a_mixture_and_none_held_out_is_none(
-    shards, small_shards, tmp_path, monkeypatch
+    shards, small_shards, write_shard_set, tmp_path, monkeypatch
 ):
     mixture, number = make_packer([shards, shards], "heldout"), shards.num_samples("heldout")
     monkeypatch.setattr(mixture, "pack", lambda rows: rows)
@@ -124,7 +124,7 @@ def test_passages_are_shared_by_the_sets_of_a_mixture_and_none_held_out_is_none(
         (rows,) = pack_spread(mixture, 1000, 1000, in_a_row)
         assert rows.sample_ids.tolist() == [*range(number), *range(number)], "all of them, each once"
 
-    from quincunx.data_shards.shard_writer import Sample, write_shard_set
+    from quincunx.data_shards.shard_writer import Sample
 
     text = shards.read_block("train", 0).text("passage", 0)
     documents = [[Sample("only", text, text, None)]]

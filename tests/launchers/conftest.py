@@ -36,9 +36,9 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def tiny_shards(tmp_path_factory) -> Path:
+def tiny_shards(tmp_path_factory, write_shard_set) -> Path:
     """A shard set of 144 training and 6 held-out passages with every field but continuations."""
-    from quincunx.data_shards.shard_writer import Sample, write_shard_set
+    from quincunx.data_shards.shard_writer import Sample
     from quincunx.data_shards.shards import Text
     from quincunx.data_shards.tokenizer_training import train_wordpiece
     from quincunx.data_shards.words import tokenize
