@@ -104,20 +104,6 @@ def test_another_set_in_the_output_folder_is_refused_until_remade(build_case, co
     assert {path.name for path in copy.glob("*.tar")} == {shard.name for shard in manifest.shards}
 
 
-def test_an_output_that_cannot_be_written_or_is_no_set_is_one_sentence(build_case, tmp_path):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    for output, refusal in (
-        (tmp_path / "file" / "below", "cannot be written"),
-        (Path("/proc/shards"), "cannot be written"),
-        (tmp_path / "file", "exists, and no stage made it"),
-        (tmp_path / "mine", "exists, and no stage made it"),
-    ):
-        with pytest.raises(SettingsError, match=rf"{output} {refusal}"):
-            build_case.build(build_case.settings(output))
-
-
 def given(build_case, tmp_path: Path, documents: list[dict]) -> BuildSettings:
     """Settings of two tasks for these documents."""
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))

@@ -1,15 +1,11 @@
 """Passages: nothing lost, nothing too long, cut where sentences start."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quincunx.data_shards.passages import Passage, split_documents, text_parts
-from quincunx.data_shards.readers import read_documents
 from quincunx.data_shards.records import Document, ReadReport
 from quincunx.data_shards.words import tokenize
 
@@ -110,19 +106,3 @@ def test_a_text_without_tokens_is_counted_and_gives_no_passage_and_one_token_is_
         bert.convert_tokens_to_ids(["fox"])
     ]
     assert report.counts["empty_passages"] == 1
-
-
-def test_parts_of_a_corpus_give_the_passages_of_the_whole(bert, tmp_path: Path):
-    lines = [{"doc_id": f"d{k}", "paragraphs": [f"This is text {k}. " * (k % 7 + 1)]} for k in range(100)]
-    (tmp_path / "docs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def passages(num_tasks: int) -> list[tuple[str, list[int]]]:
-        found = []
-        for task in range(num_tasks):
-            documents = read_documents("documents", str(tmp_path), task, num_tasks)
-            for _, of_document in split_documents(documents, bert, 12):
-                found += [(p.passage_id, p.token_ids.tolist()) for p in of_document]
-        return found
-
-    assert len(passages(1)) > 150
-    assert passages(1) == passages(3) == passages(64)
