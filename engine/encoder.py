@@ -216,11 +216,11 @@ def fetch_pretrained(load: Callable, name: str, **arguments):
     """What `load` gives for `name`; what the hub or the disk cannot give becomes a SettingsError of one sentence."""
     source = resolve_model(name)
     try:
-        with _without_load_report():
+        with quiet_transformers():
             return load(source, **arguments)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise SettingsError(
-            f"encoder {name!r} could not be loaded ({_in_one_line(error)}); give a folder, a package:NAME/FOLDER, or a "
+            f"model {name!r} could not be loaded ({_in_one_line(error)}); give a folder, a package:NAME/FOLDER, or a "
             "model of the Hugging Face hub that this machine reaches or has cached"
         ) from error
 
@@ -230,8 +230,8 @@ def _in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Keeps transformers' table of loaded keys off the screen: what is missing is read from its report, not by eye."""
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' table of loaded keys and its bars off the screen: its report says what is missing."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

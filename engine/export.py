@@ -132,13 +132,16 @@ def write_encoder(folder: Path, model_folder: Path, weights: "dict[str, torch.Te
     """
     from transformers import AutoConfig, AutoModel
 
+    from quincunx.engine.encoder import quiet_transformers
+
     encoder = AutoModel.from_config(AutoConfig.from_pretrained(model_folder))
     own = {name.removeprefix(ENCODER_PREFIX): w for name, w in weights.items() if name.startswith(ENCODER_PREFIX)}
     missing, unexpected = encoder.load_state_dict(own, strict=False)
     differing = [*(name for name in missing if not name.startswith("pooler.")), *unexpected]
     if differing:
         raise CheckpointError(f"the checkpoint is not of the model in {model_folder}: {differing[0]} is in one only")
-    encoder.save_pretrained(folder, state_dict=own)
+    with quiet_transformers():
+        encoder.save_pretrained(folder, state_dict=own)
     for path in model_folder.iterdir():
         if path.name != "config.json":
             shutil.copy(path, folder)

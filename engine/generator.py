@@ -25,7 +25,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from quincunx.data_shards.errors import SettingsError
-from quincunx.data_shards.tokenizer import resolve_model
+from quincunx.engine.encoder import fetch_pretrained
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
@@ -176,25 +176,16 @@ def load_generator(name: str, device: str, precision: str) -> Generator:
     Raises:
         SettingsError: not found, the hub cannot be reached, or neither kind of model.
     """
-    source = resolve_model(name)
-    try:
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        is_causal = any(architecture.endswith(CAUSAL_ENDINGS) for architecture in config.architectures or [])
-        if config.is_encoder_decoder or is_causal:
-            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model = kind.from_pretrained(source, dtype=getattr(torch, precision))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SettingsError(
-            f"no generation model could be loaded from {name!r} ({reason}): give a local folder with config.json, "
-            "weights and tokenizer, or an id that the Hugging Face hub knows and this machine can reach"
-        ) from error
+    config = fetch_pretrained(AutoConfig.from_pretrained, name)
+    is_causal = any(architecture.endswith(CAUSAL_ENDINGS) for architecture in config.architectures or [])
     if not config.is_encoder_decoder and not is_causal:
         raise SettingsError(
             f"the model {name!r} ({', '.join(config.architectures or [config.model_type])}) does not generate text: "
             "give a sequence-to-sequence model (a doc2query T5) or a causal one (GPT-2)"
         )
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = fetch_pretrained(kind.from_pretrained, name, dtype=getattr(torch, precision))
+    tokenizer = fetch_pretrained(AutoTokenizer.from_pretrained, name)
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise SettingsError(
             f"the tokenizer of {name!r} has neither a padding nor an end token: give a model that has one"

@@ -22,7 +22,7 @@ from quincunx.data_shards.batches import Text
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import load_tokenizer, tokenizer_digest
 from quincunx.engine.encoder import PACKED, PackedEncoder, fetch_pretrained, set_dropout
-from quincunx.engine.retrieval.dual_encoder import mean_pool, run_packed, save_tokenizer, save_weights
+from quincunx.engine.retrieval.dual_encoder import mean_pool, run_packed, save_model, save_tokenizer
 from quincunx.engine.retrieval.sentence_folder import folder_written_whole
 
 FAMILIES = ("bert", "roberta", "electra", "xlm-roberta", "modernbert")
@@ -207,12 +207,8 @@ def save_reranker(folder: Path, reranker: Reranker, state: dict[str, torch.Tenso
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise SettingsError(f"{folder} holds other files than a model's: give a new folder, or move that one away")
     with folder_written_whole(folder) as staging:
-        config = type(model.config).from_dict(model.config.to_dict())
-        config.architectures = [type(model.model).__name__]
-        config.dtype = "float32"
-        config.sentence_transformers = {"activation_fn": ACTIVATION}
-        config.save_pretrained(staging)
-        save_weights(staging, model.model, model.state_dict() if state is None else state, "model.")
+        model.config.sentence_transformers = {"activation_fn": ACTIVATION}
+        save_model(staging, model.model, state or model.state_dict(), "model.")
         save_tokenizer(staging, reranker.tokenizer, reranker.max_tokens)
         (staging / "README.md").write_text(card, encoding="utf-8")
 

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 import xxhash
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
 from tokenizers import normalizers
 from torch import nn
 from torch.nn.functional import normalize
+from transformers import PreTrainedModel
 
 from quincunx.data_shards.batches import Text, batches_by_length, join_texts, to_device
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.tokenizer import load_tokenizer, resolve_model, tokenise, tokenizer_digest
-from quincunx.engine.encoder import PackedEncoder, fetch_pretrained, load_encoder
+from quincunx.engine.encoder import PackedEncoder, fetch_pretrained, load_encoder, quiet_transformers
 from quincunx.engine.retrieval.sentence_folder import (
     KINDS,
     Tower,
@@ -258,24 +258,17 @@ def save_retriever(
     model = retriever.model
     with folder_written_whole(folder) as staging:
         for kind, (place, max_tokens) in write_sentence_folder(staging, retriever).items():
-            encoder = model.tower(kind).model
-            save_weights(place, encoder, model.state_dict() if state is None else state, f"{kind}.model.")
-            config = copy.deepcopy(encoder.config)
-            config.architectures, config.dtype = [type(encoder).__name__], torch.float32
-            config.save_pretrained(place)
+            save_model(place, model.tower(kind).model, state or model.state_dict(), f"{kind}.model.")
             save_tokenizer(place, retriever.tokenizer, max_tokens)
         (staging / "README.md").write_text(card, encoding="utf-8")
 
 
-def save_weights(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], prefix: str) -> None:
-    """Writes the weights of `state` that have this prefix, which must be those of `model`, in float32."""
-    weights = {
-        name.removeprefix(prefix): weight.detach().float().cpu().contiguous()
-        for name, weight in state.items()
-        if name.startswith(prefix)
-    }
-    assert weights.keys() == model.state_dict().keys(), "the state is not of this model"
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def save_model(folder: Path, model: PreTrainedModel, state: dict[str, torch.Tensor], prefix: str) -> None:
+    """Writes a model's configuration and, in float32, its weights: those of `state` with this prefix."""
+    own = {name.removeprefix(prefix): w.float() for name, w in state.items() if name.startswith(prefix)}
+    assert own.keys() == model.state_dict().keys(), "the state is not of this model"
+    with quiet_transformers():
+        model.save_pretrained(folder, state_dict=own)
 
 
 def save_tokenizer(folder: Path, tokenizer: Any, max_tokens: int) -> None:

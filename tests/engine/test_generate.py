@@ -209,7 +209,7 @@ def test_what_cannot_be_generated_is_refused_in_one_sentence(models, corpus, tmp
     with pytest.raises(SettingsError, match=r"\(BertModel\) does not generate text"):
         load_generator(str(models / "bert"), "cpu", "float32")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SettingsError, match="no generation model could be loaded"):
+    with pytest.raises(SettingsError, match=r"model .* could not be loaded"):
         load_generator(str(tmp_path / "empty"), "cpu", "float32")
     problems = find_problems(make_settings(models, corpus, tmp_path / "out", temperature=0, top_p=2, prompt="x"))
     assert [problem.partition(";")[0] for problem in problems] == ["temperature is 0", "top_p is 2", "prompt is x"]

@@ -153,7 +153,7 @@ def test_state_of_a_checkpoint_is_saved_and_a_kill_leaves_the_old_folder(encoder
     doubled = load_retriever(saved(retriever, tmp_path, state=state, card="doubled"))
     for name, weight in doubled.model.state_dict().items():
         torch.testing.assert_close(weight, state[name], rtol=0, atol=0)
-    monkeypatch.setattr("quincunx.engine.retrieval.dual_encoder.save_file", lambda *_: 1 / 0)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         saved(retriever, tmp_path)
     assert load_retriever(str(tmp_path / "saved")).digest == doubled.digest
