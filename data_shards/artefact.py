@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from quincunx.data_shards.durable import (
+    FULL_DISK,
     cannot_write,
     file_digest,
     free_aside,
-    full_disk_is_named,
     publish,
     sync_folder,
     written_whole,
@@ -341,6 +341,20 @@ def move_aside(path: Path, folder: Path) -> None:
         os.replace(path, aside)
     if manifest_path(path).exists():
         os.replace(manifest_path(path), manifest_path(aside))
+
+
+@contextlib.contextmanager
+def full_disk_is_named(folder: Path) -> Iterator[None]:
+    """Turns a full disk or quota into a DataError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise DataError(
+            f"the disk of {folder} is full ({error.strerror}): free space and run the same command again, what is "
+            "finished is kept"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -22,11 +22,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quincunx.data_shards.artefact import BEGUN, Work, artefact, read_begun, work_folder
+from quincunx.data_shards.artefact import BEGUN, Work, artefact, full_disk_is_named, read_begun, work_folder
 from quincunx.data_shards.build_merge import merge_tasks
 from quincunx.data_shards.build_settings import TRAIN_PREFIX, BuildSettings
 from quincunx.data_shards.build_task import TaskPlan, run_task
-from quincunx.data_shards.durable import file_digest, full_disk_is_named
+from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import DataError, SettingsError
 from quincunx.data_shards.generations import index_generations, list_generation_files
 from quincunx.data_shards.passages import text_parts

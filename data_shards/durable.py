@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import xxhash
 
-from quincunx.data_shards.errors import DataError, SettingsError
+from quincunx.data_shards.errors import SettingsError
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -78,20 +78,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def full_disk_is_named(folder: Path) -> Iterator[None]:
-    """Turns a full disk or quota into a DataError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise DataError(
-            f"the disk of {folder} is full ({error.strerror}): free space and run the same command again, what is "
-            "finished is kept"
-        ) from None
 
 
 def cannot_write(path: Path, error: OSError) -> SettingsError:

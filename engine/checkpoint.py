@@ -117,14 +117,6 @@ def find_newest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def find_step(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of one step. Raises CheckpointError if there is none that verifies, naming those that exist."""
-    if not (folder / step_name(step)).is_dir():
-        kept = ", ".join(str(int(path.name.removeprefix("step-"))) for path in committed(folder)) or "none"
-        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has those of steps {kept}")
-    return verify(folder / step_name(step))
-
-
 def choose_checkpoint(
     job: "Job", identity: dict[str, Any], total_steps: int, folder: RunFolder, world_size: int
 ) -> Checkpoint | None:
@@ -236,14 +228,6 @@ def load_checkpoint(engine, folder: Path) -> None:
     for state in engine.optimizer.optimizer.state.values():
         if hasattr(state.get("step"), "clone"):
             state["step"] = state["step"].clone()
-
-
-def consolidated_state_dict(folder: Path) -> dict[str, Any]:
-    """The model's float32 weights on the CPU, from a checkpoint of any ZeRO stage and world size."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
 
 
 def save_checkpoint(engine, group, folder: Path, step: int, state: dict[str, Any], keep: int) -> str | None:

@@ -12,6 +12,8 @@ float32, whatever ZeRO stage, precision and number of ranks wrote it; the model'
 the folder `model` of the run folder.
 """
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.setting import names_of
-from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest, find_step
+from quincunx.engine.checkpoint import Checkpoint, committed, find_newest, step_name, verify
 from quincunx.engine.run_folder import MODEL_FOLDER
 from quincunx.engine.settings import PretrainSettings
 from quincunx.engine.tracking import numbers, read_metrics
@@ -108,6 +110,22 @@ def export_run(run_folder: Path, output: Path, normalise: bool = False, step: in
         shutil.rmtree(output / name, ignore_errors=True)
         os.replace(staging, output / name)
     return checkpoint
+
+
+def find_step(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step. Raises CheckpointError if there is none that verifies, naming those that exist."""
+    if not (folder / step_name(step)).is_dir():
+        kept = ", ".join(str(int(path.name.removeprefix("step-"))) for path in committed(folder)) or "none"
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; it has those of steps {kept}")
+    return verify(folder / step_name(step))
+
+
+def consolidated_state_dict(folder: Path) -> dict[str, Any]:
+    """The model's float32 weights on the CPU, from a checkpoint of any ZeRO stage and world size."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
 
 
 def about_pretraining(checkpoint: Checkpoint) -> str:

@@ -1,11 +1,8 @@
 """The ranks of a run: who this process is, small collectives, requests to stop, and a watchdog.
 
-deepspeed and torchrun set RANK and WORLD_SIZE, srun sets SLURM_*, mpirun sets OMPI_*; without any of them the process
-is the whole run. What was found is written back as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is
-what torch.distributed and DeepSpeed read. No other file reads a launcher's variables.
-
-A request to stop is SIGTERM, SIGUSR1, Ctrl-C or the death of the launcher. It only sets a flag; the training loop folds
-the flag into its per-step all-reduce, so that all ranks save at the same step and leave with exit code 75.
+Without a launcher's variables (LAUNCHERS) the process is the whole run. No other file reads them: what was found is
+written back as those that torch.distributed and DeepSpeed read. A request to stop (docs/training.md) only sets a flag,
+which the training loop folds into its per-step all-reduce, so that all ranks save at the same step.
 """
 
 import contextlib
@@ -19,12 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quincunx.data_shards.errors import EXIT_HUNG, CheckpointError, DataError, SettingsError
 
 if TYPE_CHECKING:
-    import psutil
     import torch
 
 DEFAULT_PORT = 29500
@@ -183,7 +180,7 @@ class StopRequest:
         """launched: the process was started by deepspeed, torchrun, srun or mpirun, whose death is a request too."""
         self.reason: str | None = None
         self._interrupted = False
-        self._watched = watched_parents() if launched else []
+        self._above = processes_above() if launched else None
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
@@ -195,37 +192,25 @@ class StopRequest:
             self._interrupted = True
 
     def pending(self) -> bool:
-        """True from the first request on; costs one or two reads of /proc a step."""
-        if self.reason is None and any(parent_of(process) != parent for process, parent in self._watched):
+        """True from the first request on; costs up to three reads of /proc a step."""
+        if self.reason is None and self._above is not None and processes_above() != self._above:
             self.reason = "the death of the launcher"
         return self.reason is not None
 
 
-def watched_parents() -> "list[tuple[psutil.Process, int]]":
-    """Processes with their parents' ids, which change when a parent dies.
+def processes_above() -> list[int]:
+    """The ids of this process's parent and, if that was started by a `deepspeed` command, of the command.
 
-    The `deepspeed` command starts `deepspeed.launcher.launch`, which starts the ranks. Killing the command leaves the
-    other two running without a word, so a rank watches the command beside its own parent.
+    The command starts `deepspeed.launcher.launch`, which starts the ranks. Killing the command leaves the other two
+    running without a word.
     """
-    import psutil
-
-    me = psutil.Process()
-    watched = [(me, me.ppid())]
-    with contextlib.suppress(psutil.Error, ValueError):  # they cannot be read, or there are not two
-        launcher, command = me.parents()[:2]
-        if "deepspeed.launcher.launch" in launcher.cmdline() and "deepspeed" in " ".join(command.cmdline()):
-            watched.append((launcher, command.pid))
-    return watched
-
-
-def parent_of(process: "psutil.Process") -> int | None:
-    """The id of a process's parent, None if the process has just died."""
-    import psutil
-
-    try:
-        return process.ppid()
-    except psutil.NoSuchProcess:
-        return None
+    parent = os.getppid()
+    with contextlib.suppress(OSError):  # it has just died, or this system has no /proc
+        if "deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_text():
+            command = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+            if "deepspeed" in Path(f"/proc/{command}/cmdline").read_text():
+                return [parent, command]
+    return [parent]
 
 
 class Watchdog:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Literal
 from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import CheckpointError, SettingsError
 from quincunx.data_shards.setting import setting
-from quincunx.engine.checkpoint import Checkpoint, consolidated_state_dict, find_newest
+from quincunx.engine.checkpoint import Checkpoint, find_newest
 from quincunx.engine.evaluations import make_probe
-from quincunx.engine.export import PLOT_FILE, learned_settings, model_card, plot_losses
+from quincunx.engine.export import PLOT_FILE, consolidated_state_dict, learned_settings, model_card, plot_losses
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.candidates import iterate_candidates
 from quincunx.engine.retrieval.collection import read_passages, read_queries

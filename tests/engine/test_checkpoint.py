@@ -13,7 +13,6 @@ from quincunx.engine.checkpoint import (
     committed,
     file_digest,
     find_newest,
-    find_step,
     needs_conversion,
     remove_leftovers,
     step_name,
@@ -108,10 +107,3 @@ def test_only_a_changed_world_stage_or_precision_needs_a_conversion(tmp_path):
     assert needs_conversion(checkpoint, 2, 2, "bfloat16")
     with pytest.raises(CheckpointError, match="cannot continue under ZeRO 3"):
         needs_conversion(checkpoint, 2, 3, "float32")
-
-
-def test_a_step_without_a_checkpoint_is_refused_with_those_that_are_kept(tmp_path):
-    for step in (2, 10):
-        (tmp_path / step_name(step)).mkdir()
-    with pytest.raises(CheckpointError, match="has no checkpoint of step 3; it has those of steps 10, 2"):
-        find_step(tmp_path, 3)

@@ -11,9 +11,9 @@ from quincunx.data_shards.batches import join_texts
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
-from quincunx.engine.checkpoint import consolidated_state_dict, find_newest
+from quincunx.engine.checkpoint import find_newest, step_name
 from quincunx.engine.evaluations import load_probe
-from quincunx.engine.export import export_run
+from quincunx.engine.export import consolidated_state_dict, export_run, find_step
 from quincunx.engine.model import BUNDLE_FILE, PretrainModel, build_model, is_bundle, load_bundle
 from quincunx.engine.tracking import read_metrics
 
@@ -151,3 +151,10 @@ def test_the_probe_of_the_exported_model_is_the_runs_last_probe(finished_run, bu
     last = [line for line in read_metrics(finished_run) if line["kind"] == "probe"][-1]
     measured = run_probe(bundle_model, probe, torch.device("cpu"))
     assert measured == {name: pytest.approx(last[name], abs=1e-12) for name in measured}
+
+
+def test_a_step_without_a_checkpoint_is_refused_with_those_that_are_kept(tmp_path):
+    for step in (2, 10):
+        (tmp_path / step_name(step)).mkdir()
+    with pytest.raises(CheckpointError, match="has no checkpoint of step 3; it has those of steps 10, 2"):
+        find_step(tmp_path, 3)

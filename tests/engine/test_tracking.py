@@ -139,9 +139,7 @@ def test_a_full_disk_does_not_stop_the_run_and_loses_no_line_once_there_is_room(
     assert capsys.readouterr().err.count("No space left") == 1
 
 
-def test_sqlite_in_the_run_folder_holds_all_of_one_run_across_a_restart(
-    tmp_path, patient, capfd
-):
+def test_sqlite_in_the_run_folder_holds_all_of_one_run_across_a_restart(tmp_path, patient, capfd):
     tracker = begin(tmp_path, "sqlite")
     train(tracker, 1, 30)
     tracker.log(30, "probe", {"probe/mrr@10": 0.25})

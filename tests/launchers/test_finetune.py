@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from quincunx.engine.checkpoint import consolidated_state_dict
+from quincunx.engine.export import consolidated_state_dict
 from quincunx.engine.retrieval.candidates import Candidates, write_candidates
 from quincunx.launchers.command_line import as_flags
 
