@@ -74,14 +74,10 @@ class StudySettings:
             found.append("launch gives all GPUs to one training: leave workers out, or launch")
         try:
             words = shlex.split(self.launch or "")
+            if words and shutil.which(words[0]) is None:
+                found.append(f"launch starts with {words[0]}, which this machine has not: install it, or fix its name")
         except ValueError as error:
             found.append(f"launch is {self.launch!r}, which no shell would read ({error}): fix its quotes")
-        else:
-            if words and shutil.which(words[0]) is None:
-                found.append(
-                    f"launch is {self.launch!r}, but this machine has no command {words[0]}: install it, or fix its "
-                    "name"
-                )
         return found
 
 
@@ -203,13 +199,9 @@ def write_report(cells: Sequence[Cell], output: Path, recipe: Recipe) -> list[Pa
         return make_report(output, recipe.name, list(recipe.variants), recipe.against, records, bm25, len(cells))
 
 
-def refuse_other_study(output: Path, name: str, cells: Sequence[Cell]) -> None:
-    """Raises SettingsError if the output cannot be written, or holds another study."""
+def refuse_other_study(output: Path, cells: Sequence[Cell]) -> None:
+    """Raises SettingsError if the output cannot be written, or holds cells of another study."""
     make_folder(output)
-    report = output / "report.md"
-    title = report.read_text(errors="replace").partition("\n")[0].removeprefix("# ") if report.exists() else None
-    if title not in (None, f"Study {name}"):
-        raise SettingsError(f"{report} is the report of {title}, this one is {name}: give another --output")
     if not os.access(output, os.W_OK):
         raise SettingsError(f"output {output} cannot be written: give another --output")
     own = {cell.record.path for cell in cells}
@@ -242,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(StudySettings, __doc__.split("\n")[0], argv)
     recipe, output = read_recipe(settings.recipe), Path(settings.output)
     cells = make_cells(recipe, settings.collections, output, Path(settings.work or output / "work"))
-    refuse_other_study(output, recipe.name, cells)
+    refuse_other_study(output, cells)
     made = sum(cell.is_made() for cell in cells)
     say(f"study {recipe.name}: {len(cells)} cells, {made} of them there")
     report = partial(write_report, cells, output, recipe)

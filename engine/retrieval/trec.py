@@ -269,16 +269,17 @@ def read_answers(path: str | Path) -> dict[str, list[str]]:
     Raises:
         DataError: not such a file, a record without a list of answers, or a query twice.
     """
+    if not str(path).removesuffix(".gz").endswith(".jsonl"):
+        return read_dpr(path)[1]
     answers: dict[str, list[str]] = {}
-    is_jsonl = str(path).removesuffix(".gz").endswith(".jsonl")
 
     def add(record: dict) -> None:
-        query_id = check_id(record.get("query_id", record.get("_id")), "query_id") if is_jsonl else str(len(answers))
+        query_id = check_id(record.get("query_id", record.get("_id")), "query_id")
         if query_id in answers:
             raise BadRecordError(f"the query {query_id} comes a second time")
         answers[query_id] = _answers(record)
 
-    for _ in (parse_objects if is_jsonl else read_questions)(path, add):
+    for _ in parse_objects(path, add):
         pass
     if not answers:
         raise DataError(f"{path} holds no answers: give a file with at least one question")
