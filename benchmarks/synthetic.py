@@ -130,13 +130,14 @@ def write_shard_set(
 
     tokenizer: any name that `load_tokenizer` takes; it is copied into the set.
     """
-    from quincunx.data_shards.shard_writer import StatisticsCounter, finish_shard_set, open_writers
+    from quincunx.data_shards.shard_writer import ShardWriter, StatisticsCounter, finish_shard_set
+    from quincunx.data_shards.shards import SPLITS
     from quincunx.data_shards.tokenizer import load_tokenizer
 
     folder = Path(folder)
     loaded = load_tokenizer(str(tokenizer))
     counter = StatisticsCounter(len(loaded), num_buckets)
-    writers = open_writers(folder, 0, counter, block_samples=block_samples, shard_bytes=shard_bytes)
+    writers = {split: ShardWriter(folder, split, 0, counter, block_samples, shard_bytes) for split in SPLITS}
     for writer, documents in zip(writers.values(), (train, heldout), strict=True):
         for samples in documents:
             writer.add_document(samples)

@@ -20,7 +20,7 @@ from quincunx.data_shards.generations import Generations
 from quincunx.data_shards.passages import Passage, split_documents
 from quincunx.data_shards.readers import read_documents
 from quincunx.data_shards.records import ReadReport
-from quincunx.data_shards.shard_writer import Sample, StatisticsCounter, open_writers, shard_to_json, write_file
+from quincunx.data_shards.shard_writer import Sample, ShardWriter, StatisticsCounter, shard_to_json, write_file
 from quincunx.data_shards.shards import SPLITS, Text
 from quincunx.data_shards.tokenizer import load_tokenizer
 from quincunx.data_shards.words import tokenize
@@ -89,7 +89,7 @@ def run_task(plan: TaskPlan, task: int) -> None:
     report = ReadReport(content["on_bad_record"])
     counter = StatisticsCounter(len(tokenizer), content["num_buckets"])
     limits = {name: content[name] for name in ("block_samples", "shard_bytes")}
-    writers = open_writers(plan.shards_folder, task, counter, **limits)
+    writers = {split: ShardWriter(plan.shards_folder, split, task, counter, **limits) for split in SPLITS}
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     documents = read_documents(content["format"], plan.path, task, plan.num_tasks, report)
     split_up = split_documents(documents, tokenizer, content["max_tokens"], content["with_titles"], report)

@@ -27,7 +27,6 @@ from quincunx.data_shards.shards import (
     HEADER,
     MAGIC,
     MANIFEST_NAME,
-    SPLITS,
     TAR_HEADER_BYTES,
     TOKENIZER_FOLDER,
     Block,
@@ -249,11 +248,6 @@ class ShardWriter:
             blocks=tuple(self._blocks),
         )
         self.shards.append(entry)
-
-
-def open_writers(folder: Path, task: int, counter: StatisticsCounter, **limits: int) -> dict[str, ShardWriter]:
-    """A task's writer for each split. limits: block_samples, shard_bytes."""
-    return {split: ShardWriter(folder, split, task, counter, **limits) for split in SPLITS}
 
 
 def finish_shard_set(

@@ -129,13 +129,6 @@ def decode_block(data: bytes) -> Block:
     )
 
 
-def check_ids(block: Block, vocab_size: int) -> None:
-    """Raises DataError if the block holds a token id that the vocabulary does not."""
-    worst = int(block.token_ids.max())
-    if worst >= vocab_size:
-        raise DataError(f"holds token id {worst} beyond the vocabulary of {vocab_size}")
-
-
 @dataclass(frozen=True)
 class BlockEntry:
     """Where a block and its list of passage ids lie in their shard.
@@ -375,7 +368,8 @@ class ShardSet:
         shard, number, entry = self._entries[split][index]
         with self._named(f"block {number} of shard {shard}"):
             block = decode_block(self._read_member(shard, entry.offset, entry.size, entry.digest))
-            check_ids(block, self.manifest.vocab_size)
+            if (highest := int(block.token_ids.max())) >= self.manifest.vocab_size:
+                raise DataError(f"holds token id {highest} beyond the vocabulary of {self.manifest.vocab_size}")
         return block
 
     def passage_ids(self, split: str, index: int) -> list[str]:
