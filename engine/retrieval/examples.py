@@ -177,11 +177,18 @@ def _fill(rows_BG, keys, epochs, positives_BP, num_passages):
                     rows_BG[n, i] = row
 
 
+@dataclass(frozen=True, kw_only=True)
 class GroupedBatch:
-    """What the loop counts in a micro-batch of queries with their candidates."""
+    """A micro-batch of B queries and their B * G passages, group by group, the positive first."""
 
+    group: int
+    """G"""
     query_rows: np.ndarray
+    """int64 [B], row in the collection of queries."""
     passage_rows: np.ndarray
+    """int64 [B * G], row in the collection of passages."""
+    num_cut_texts: int
+    """How many of the texts were longer than allowed and were cut."""
 
     def __len__(self) -> int:
         return len(self.query_rows)
@@ -191,43 +198,30 @@ class GroupedBatch:
         return len(self.passage_rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RetrieverBatch(GroupedBatch):
-    """A micro-batch of B queries and their B * G passages."""
+    """Queries and passages apart."""
 
     queries: Text
     passages: Text
-    """Group by group, the positive first."""
-    group: int
-    """G"""
-    query_rows: np.ndarray
-    """int64 [B], row in the collection of queries."""
-    passage_rows: np.ndarray
-    """int64 [B * G], row in the collection of passages."""
     positives: np.ndarray
     """int64 [B, P], the rows of all positives of each query, filled with -1; P is the same in every batch."""
     teacher_scores: np.ndarray | None
     """float32 [B, G]"""
-    num_cut_texts: int
-    """How many of the texts were longer than allowed and were cut."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.queries.input_ids) + len(self.passages.input_ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RerankerBatch(GroupedBatch):
-    """A micro-batch of B * G (query, passage) pairs, group by group, the positive first; fields as above."""
+    """B * G (query, passage) pairs."""
 
     pairs: list[np.ndarray]
     """Token ids of each pair."""
     token_types: list[np.ndarray] | None
     """Beside them; None if the tokenizer gives none."""
-    group: int
-    query_rows: np.ndarray
-    passage_rows: np.ndarray
-    num_cut_texts: int
 
     @property
     def num_tokens(self) -> int:

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 from pathlib import Path
 
@@ -136,10 +135,3 @@ def test_missing_files_and_unknown_formats_are_named(tmp_path):
     (tmp_path / "object.json").write_text('{"question": "who"}')
     with pytest.raises(DataError, match="not a JSON list"):
         read_queries(tmp_path / "object.json")
-
-
-@pytest.mark.skipif("QUINCUNX_DATA" not in os.environ, reason="QUINCUNX_DATA is the folder of the collections")
-def test_two_empty_documents_of_cranfield_keep_their_ids():
-    passages = read_passages(Path(os.environ["QUINCUNX_DATA"], "cranfield"))
-    assert len(passages) == 1400 and len(passages.empty_rows) == 2
-    assert passages.texts(passages.rows(["471", "995"])) == ["", ""]
