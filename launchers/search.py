@@ -14,16 +14,7 @@ from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.retrieval.search import (
-    BUILT_WITH,
-    SEARCHED_WITH,
-    Finder,
-    IndexKind,
-    IndexOptions,
-    dense_finder,
-    judged_queries,
-    search_to_run,
-)
+from quincunx.engine.retrieval.search import Finder, dense_finder, judged_queries, search_to_run
 from quincunx.engine.retrieval.search_page import MAX_RESULTS
 from quincunx.launchers.command_line import parse_settings
 
@@ -34,7 +25,7 @@ RECALL_DEPTHS = (10, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings(IndexOptions):
+class SearchSettings:
     """Settings of a search."""
 
     method: Literal["dense", "bm25"] = "dense"
@@ -57,12 +48,12 @@ class SearchSettings(IndexOptions):
     """Make the output anew if it is there; what was there is moved aside."""
     depth: int | None = setting(None, low=1)
     """Passages a query (None: 1000 in a run, 10 for a person)."""
-    index: IndexKind = "exact"
-    """Dense: exact (torch), or faiss's flat, ivfpq, hnsw; the last two are kept in the embeddings' folder."""
-    shard_rows: int | None = setting(None, low=1)
-    """ivfpq, hnsw: vectors of one index, searched one after the other (None: one for all)."""
+    index: str = "exact"
+    """Dense: exact (torch), or a string of faiss's index_factory such as HNSW32 or IVF911,PQ96."""
+    index_options: str = ""
+    """faiss: index parameters, such as efSearch=256, or efConstruction=200,efSearch=256."""
     measure_recall: bool = True
-    """ivfpq, hnsw: print the recall against exact search on the first 100 queries of a run."""
+    """faiss: print the recall against exact search on the first 100 queries of a run."""
     pooling: Literal["cls", "mean"] | None = None
     """Dense: as in encode.py; None: as the model says."""
     normalise: Literal["model", "yes", "no"] = "model"
@@ -97,13 +88,10 @@ class SearchSettings(IndexOptions):
             problems.append(f"depth is {self.depth}; the page shows at most {MAX_RESULTS} passages")
         if not person and self.queries is None:
             problems.append("--output needs --queries")
-        own = {
-            "bm25": ("k1", "b"),
-            "dense": ("model", "embeddings", "index", "measure_recall", "pooling", "normalise", "max_tokens"),
-            **{kind: (*BUILT_WITH[kind], *SEARCHED_WITH[kind]) for kind in BUILT_WITH},
-        }
-        idle = [name for kind, names in own.items() if kind not in (self.method, self.index) for name in names]
-        idle += ["shard_rows"] * (self.index not in BUILT_WITH)
+        dense = ("model", "embeddings", "index", "measure_recall", "pooling", "normalise", "max_tokens")
+        idle = dense if self.method == "bm25" else ("k1", "b")
+        if self.index == "exact":
+            idle += ("index_options",)
         defaults = {field.name: field.default for field in fields(self)}
         for name in idle:
             if getattr(self, name) != defaults[name]:
@@ -137,9 +125,7 @@ def open_finder(settings: SearchSettings) -> Finder:
         model_digest=retriever.digest,
         collection_digest=passages.digest if passages is not None else None,
     )
-    index = Index(
-        embeddings, settings.index, options=settings, device=device, shard_rows=settings.shard_rows, report=print
-    )
+    index = Index(embeddings, settings.index, settings.index_options, device=device, report=print)
     return dense_finder(settings.model, retriever, embeddings, passages, index, device=device, precision=precision)
 
 

@@ -1,17 +1,18 @@
-"""Search by inner product in embeddings, exact or approximate, one part after the other where they exceed the memory.
+"""Search by inner product in embeddings, exact or approximate.
 
-exact   torch's matrix product and top k, on the CPU or a GPU; needs no other library
-flat    the same search by faiss
-ivfpq   faiss: lists around centroids, each vector in a few bytes (Jegou et al. 2011); searches some of the lists
-hnsw    faiss: a graph of neighbours over whole vectors (Malkov and Yashunin 2016)
+exact           torch's matrix product and top k on the CPU or a GPU, block by block if the vectors exceed the memory
+HNSW32          faiss: a graph of neighbours over whole vectors (Malkov and Yashunin 2016), on the CPU
+IVF911,PQ96     faiss: lists around centroids, each vector in a few bytes (Jegou et al. 2011), on the CPU
 
-faiss is imported here only. Results are ordered by score, then by row: a search in shards gives what one index gives.
-Letters: Q queries, N rows, D channels, K results.
+Every other name is a string of faiss's index_factory. faiss is imported here only. Results are ordered by score, then
+by row. Letters: Q queries, N rows, D channels, K results.
 """
 
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +20,58 @@ import numpy as np
 import torch
 import xxhash
 
-from quincunx.data_shards.durable import file_digest, written_whole
+from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval.embeddings import Embeddings
 from quincunx.engine.retrieval.progress import FEW_QUERIES, progress_bar
-from quincunx.engine.retrieval.search import BUILT_WITH, SEARCHED_WITH, IndexKind, IndexOptions
 
+EXACT = "exact"
 QUERIES_AT_ONCE = 256
 BLOCK_ROWS = 2**17
 """Rows of one matrix product; parts are taken together up to so many."""
 RESIDENT_BYTES = 2**31
 """Vectors up to this size stay in memory (float32) between searches."""
-LEAST_A_CENTROID = 39
-"""Vectors a centroid that faiss wants for training."""
 
 
 class Index:
-    """Embeddings made ready for search; approximate indexes are built once and kept in the embeddings' folder."""
+    """Embeddings made ready for search; an approximate index is built once and kept in the embeddings' folder."""
 
     def __init__(
         self,
         embeddings: Embeddings,
-        kind: IndexKind = "exact",
+        kind: str = EXACT,
+        options: str = "",
         *,
-        options: IndexOptions | None = None,
         device: torch.device | str = "cpu",
-        shard_rows: int | None = None,
         report: Callable[[str], None] = lambda _: None,
     ):
-        """shard_rows: an approximate index covers about so many rows, the next one the next; None: one for all.
+        """kind: EXACT, or a string of faiss's index_factory. options: faiss's index parameters ("efSearch=256").
 
-        Raises SettingsError where faiss is needed and not installed, or the options do not fit the embeddings.
+        device: of exact search. Raises SettingsError if faiss is needed and not installed, or does not take the kind or
+        the options.
         """
-        self.embeddings, self.kind = embeddings, kind
-        self.options = options or IndexOptions()
+        self.embeddings, self.kind, self.options = embeddings, kind, options
         self.device = torch.device(device)
         self.report = report
-        self.faiss = None if kind == "exact" else import_faiss(kind)
-        self.approximate = kind in BUILT_WITH
-        self.shards = _shards(embeddings, shard_rows if self.approximate else BLOCK_ROWS)
-        small = len(embeddings) * embeddings.width * 4 <= RESIDENT_BYTES
-        self._stays = len(self.shards) == 1 if self.approximate else small
+        self.approximate = kind != EXACT
+        self.blocks = [range(len(embeddings.parts))] if self.approximate else _blocks(embeddings)
+        """Part numbers of what is searched at once."""
+        self._stays = self.approximate or len(embeddings) * embeddings.width * 4 <= RESIDENT_BYTES
         self._resident: dict[int, Any] = {}
-        """By shard, what stays in memory between searches."""
-        if kind == "ivfpq":
-            self._check_ivfpq()
+        """By block, what stays in memory between searches."""
+        if self.approximate:
+            try:
+                import faiss
+            except ImportError:
+                raise SettingsError(
+                    f"index {kind} needs faiss, which is not installed: pip install faiss-cpu, or give --index {EXACT}"
+                ) from None
+            self.faiss = faiss
+            self._empty(options)
+
+    def described(self) -> dict[str, Any]:
+        """All of the index that decides its results. "shards" is in the manifests of earlier runs, which stay valid."""
+        return {"kind": self.kind, "shards": 1} | ({"options": self.options} if self.approximate else {})
 
     def search(self, queries_QD: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores float32 [Q, K], rows int64 [Q, K]), best first, K = depth; -inf and -1 where there are no more.
@@ -74,177 +82,122 @@ class Index:
         assert queries_QD.shape[1] == self.embeddings.width
         scores_QK = torch.full((len(queries_QD), depth), -torch.inf, device=self.device)
         rows_QK = torch.full((len(queries_QD), depth), -1, dtype=torch.int64, device=self.device)
-        shards = progress_bar("searching", "shard", self.shards, show=len(queries_QD) >= FEW_QUERIES)
-        search_shard = self._search_approximate if self.approximate else self._search_block
-        for number, parts in enumerate(shards):
-            start, stop = self._bounds(parts)
+        blocks = progress_bar("searching", "block", self.blocks, show=len(queries_QD) >= FEW_QUERIES)
+        search_block = self._search_approximate if self.approximate else self._search_exact
+        for number, parts in enumerate(blocks):
+            start, stop = self.embeddings.starts[[parts.start, parts.stop]].tolist()
             first, last = np.searchsorted(self.embeddings.empty_rows, [start, stop])
             empty = torch.from_numpy(self.embeddings.empty_rows[first:last] - start).to(self.device)
-            scores, rows = search_shard(number, queries_QD, depth + len(empty))
+            scores, rows = search_block(number, queries_QD, depth + len(empty))
             scores = scores.masked_fill(torch.isin(rows, empty), -torch.inf)
             rows = torch.where(scores == -torch.inf, -1, rows + start)
-            # Rows of this shard lie above all before, and both sorts are stable: equal scores stay in order of rows.
+            # Rows of this block lie above all before, and both sorts are stable: equal scores stay in order of rows.
             scores, order = torch.cat([scores_QK, scores], dim=1).sort(dim=1, descending=True, stable=True)
             scores_QK = scores[:, :depth]
             rows_QK = torch.cat([rows_QK, rows], dim=1).gather(1, order[:, :depth])
         return scores_QK.cpu().numpy(), rows_QK.cpu().numpy()
 
-    def _search_block(self, number: int, queries_QD: np.ndarray, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A block by brute force: scores and rows in it [Q, K], in order."""
-        vectors_ND = self._ready(number)
-        if self.kind == "exact":
-            queries = torch.from_numpy(queries_QD).to(self.device)
-            found = [top_rows(some_QD @ vectors_ND.T, depth) for some_QD in queries.split(QUERIES_AT_ONCE)]
-            return torch.cat([scores for scores, _ in found]), torch.cat([rows for _, rows in found])
-        faiss, asked = self.faiss, {"k": min(depth, len(vectors_ND)), "metric": self.faiss.METRIC_INNER_PRODUCT}
-        if self.device.type == "cuda" and num_gpus(faiss):
-            place = {"res": faiss.StandardGpuResources(), "device": self.device.index or 0}
-            found = faiss.knn_gpu(xq=queries_QD, xb=vectors_ND.numpy(), **asked, **place)
-        else:
-            found = faiss.knn(queries_QD, vectors_ND.numpy(), **asked)
-        return in_order(*(torch.from_numpy(array).to(self.device) for array in found))
-
     def _ready(self, number: int) -> Any:
-        """What is searched of a shard: its faiss index, or float32 [rows, D] on the device (for faiss on the host)."""
+        """What is searched of a block: float32 [rows, D] on the device, or the faiss index."""
         if number in self._resident:
             return self._resident[number]
         if self.approximate:
-            ready = self._placed(self._faiss_index(number))
+            ready = self._faiss_index()
         else:
-            vectors_ND = np.concatenate([self.embeddings.parts[part] for part in self.shards[number]])
-            ready = torch.from_numpy(vectors_ND).to("cpu" if self.kind == "flat" else self.device).float()
+            vectors_ND = np.concatenate([self.embeddings.parts[part] for part in self.blocks[number]])
+            ready = torch.from_numpy(vectors_ND).to(self.device).float()
         if self._stays:
             self._resident[number] = ready
         return ready
 
+    def _search_exact(self, number: int, queries_QD: np.ndarray, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A block by brute force: scores and rows in it [Q, K], in order."""
+        vectors_ND, queries = self._ready(number), torch.from_numpy(queries_QD).to(self.device)
+        found = [top_rows(some_QD @ vectors_ND.T, depth) for some_QD in queries.split(QUERIES_AT_ONCE)]
+        return torch.cat([scores for scores, _ in found]), torch.cat([rows for _, rows in found])
+
     def _search_approximate(self, number: int, queries_QD: np.ndarray, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = self._ready(number)
-        if self.kind == "hnsw":
-            index.hnsw.efSearch = max(self.options.ef_search, depth)
-        scores_QK, rows_QK = index.search(queries_QD, depth)
+        with self._as_sentence("cannot be searched"):
+            if any(piece.startswith("HNSW") for piece in self.kind.split(",")):
+                given = re.search(r"\befSearch=(\d+)", self.options)
+                candidates = max(int(given[1]) if given else 0, depth)  # with fewer it would silently find less
+                self.faiss.ParameterSpace().set_index_parameter(index, "efSearch", candidates)
+            scores_QK, rows_QK = index.search(queries_QD, depth)
         scores_QK[rows_QK < 0] = -np.inf
         return in_order(*(torch.from_numpy(array).to(self.device) for array in (scores_QK, rows_QK)))
 
-    def _bounds(self, parts: range) -> tuple[int, int]:
-        """First row of a shard, and of what follows it."""
-        return int(self.embeddings.starts[parts.start]), int(self.embeddings.starts[parts.stop])
-
-    def _faiss_index(self, number: int) -> Any:
-        """The faiss index of a shard: read where it was kept, else built and kept."""
-        parts = self.shards[number]
-        digests = json.dumps(self.embeddings.manifest.get("parts", [])[parts.start : parts.stop])
-        description = {**self._options(BUILT_WITH), "parts": xxhash.xxh3_128_hexdigest(digests.encode())}
-        path = None
-        if self.embeddings.folder is not None:
-            path = self.embeddings.folder / f"index-{self.kind}-{number:05d}.faiss"
-            if _is_kept(path, description):
-                return self.faiss.read_index(str(path))
-        begun = time.monotonic()
-        index = self._build(parts)
-        if path is not None:
+    def _faiss_index(self) -> Any:
+        """The faiss index: read from where it was kept, else built and kept."""
+        built_with = ",".join(option for option in self.options.split(",") if "efConstruction" in option)
+        parts = self.embeddings.manifest.get("parts", [])
+        digest = xxhash.xxh3_128_hexdigest(json.dumps([self.kind, built_with, parts]).encode())
+        folder = self.embeddings.folder
+        if folder is None:
+            index = self._build(built_with)
+        else:
+            path = folder / f"index-{digest}.faiss"
             try:
-                with written_whole(path, "wb") as file:
-                    self.faiss.write_index(index, self.faiss.PyCallbackIOWriter(file.write))
-                with written_whole(path.with_suffix(".json")) as file:
-                    json.dump({**description, "digest": file_digest(path)}, file)
-            except (OSError, RuntimeError, SettingsError) as error:  # a folder that may only be read, a full disk
-                self.report(f"the index is not kept ({str(error).strip().splitlines()[-1]})")
+                index = self.faiss.read_index(str(path))
+            except RuntimeError:  # it is not there, or cut off
+                index = self._build(built_with)
+                self._keep(index, path)
+        self.faiss.ParameterSpace().set_index_parameters(index, self.options)
+        return index
+
+    def _keep(self, index: Any, path: Path) -> None:
+        try:
+            with written_whole(path, "wb") as file:
+                self.faiss.write_index(index, self.faiss.PyCallbackIOWriter(file.write))
+        except (OSError, RuntimeError, SettingsError) as error:  # a folder that may only be read, a full disk
+            self.report(f"the index is not kept ({str(error).strip().splitlines()[-1]})")
+
+    def _build(self, options: str) -> Any:
+        begun, rows = time.monotonic(), len(self.embeddings)
+        index = self._empty(options)
+        lists = self.faiss.try_extract_index_ivf(index)
+        lists = None if lists is None else self.faiss.downcast_index(lists)
+        if hasattr(lists, "do_polysemous_training"):
+            lists.do_polysemous_training = False  # takes minutes, for a filter that is not used here
+        wanted = max(256 * getattr(lists, "nlist", 0), 2**16)  # as many as faiss's k-means would look at
+        with self._as_sentence(f"cannot be built over {rows} vectors"):
+            if not index.is_trained:
+                index.train(self.embeddings.vectors(np.linspace(0, rows - 1, min(rows, wanted)).astype(np.int64)))
+            for part in self.embeddings.parts:
+                index.add(np.array(part, np.float32))
         self.report(f"built {self.kind} over {index.ntotal} vectors in {time.monotonic() - begun:.1f} s")
         return index
 
-    def _placed(self, index: Any) -> Any:
-        """Ready to search: on all GPUs where faiss has them and the kind can be there."""
-        if self.kind == "ivfpq":
-            self.faiss.extract_index_ivf(index).nprobe = self.options.num_probes  # before it is on a GPU
-        if self.device.type == "cuda" and self.kind == "ivfpq" and num_gpus(self.faiss):
-            return self.faiss.index_cpu_to_all_gpus(index)
-        return index
-
-    def _options(self, *tables: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-        """The kind, and its options in BUILT_WITH and SEARCHED_WITH."""
-        names = [name for table in tables for name in table.get(self.kind, ())]
-        return {"kind": self.kind, **{name: getattr(self.options, name) for name in names}}
-
-    def described(self) -> dict[str, Any]:
-        """The kind, and every option that has a part in its results."""
-        options = self._options(BUILT_WITH, SEARCHED_WITH)
-        return {**options, "shards": len(self.shards) if self.approximate else 1}
-
-    def _build(self, parts: range) -> Any:
+    def _empty(self, options: str) -> Any:
+        """The index before it holds a vector."""
         faiss, width = self.faiss, self.embeddings.width
-        start, stop = self._bounds(parts)
-        if self.kind == "hnsw":
-            index = faiss.IndexHNSWFlat(width, self.options.links, faiss.METRIC_INNER_PRODUCT)
-            index.hnsw.efConstruction = self.options.ef_construction
-        else:
-            rows = stop - start
-            num_lists = self.options.num_lists or max(1, min(round(4 * rows**0.5), rows // LEAST_A_CENTROID))
-            factory = f"IVF{num_lists},PQ{self._code_bytes()}"
-            index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
-            index.do_polysemous_training = False  # takes minutes, for a filter that is not used here
-            wanted = max(256 * num_lists, 2**16)  # as many as faiss's k-means would look at
-            sample = np.linspace(start, stop - 1, min(rows, wanted)).astype(np.int64)
-            index.train(self.embeddings.vectors(sample))
-        for part in parts:
-            index.add(np.array(self.embeddings.parts[part], np.float32))
+        with self._as_sentence(f"is not an index of faiss for {width} channels"):
+            index = faiss.index_factory(width, self.kind, faiss.METRIC_INNER_PRODUCT)
+            faiss.ParameterSpace().set_index_parameters(index, options)
         return index
 
-    def _code_bytes(self) -> int:
-        width = self.embeddings.width
-        divisors = [n for n in range(1, width + 1) if width % n == 0]
-        if self.options.code_bytes is None:
-            return max(n for n in divisors if n <= max(1, width // 4))
-        if self.options.code_bytes not in divisors:
+    @contextmanager
+    def _as_sentence(self, problem: str) -> Iterator[None]:
+        """faiss's errors as one sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            given = f"--index {self.kind}" + (f" --index_options {self.options}" if self.options else "")
+            reason = str(error).rpartition(":")[2].strip()
             raise SettingsError(
-                f"code_bytes is {self.options.code_bytes}, which does not divide the {width} channels: give one of "
-                f"{', '.join(map(str, divisors))}"
-            )
-        return self.options.code_bytes
-
-    def _check_ivfpq(self) -> None:
-        self._code_bytes()
-        for parts in self.shards:
-            start, stop = self._bounds(parts)
-            if (rows := stop - start) < max(256, self.options.num_lists or 0):
-                raise SettingsError(
-                    f"an ivfpq index of {self.options.num_lists or 'some'} lists cannot be trained on {rows} vectors, "
-                    "because it needs 256 and one for each list: give --index exact, fewer lists or larger shards"
-                )
+                f"{given} {problem} ({reason}): give --index {EXACT}, or a string and options of faiss that fit, such "
+                "as HNSW32 with efSearch=256 or IVF911,PQ96 with nprobe=32 (docs/search.md)"
+            ) from None
 
 
-def import_faiss(kind: str) -> Any:
-    """faiss, or SettingsError."""
-    try:
-        import faiss
-    except ImportError:
-        raise SettingsError(
-            f"index {kind} needs faiss, which is not installed: pip install faiss-cpu, or give --index exact"
-        ) from None
-    return faiss
-
-
-def num_gpus(faiss: Any) -> int:
-    """How many GPUs faiss can use; the CPU package has no such function."""
-    return faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-
-
-def _shards(embeddings: Embeddings, shard_rows: int | None) -> list[range]:
-    """Part numbers of each shard: consecutive parts up to shard_rows rows, one part at least."""
-    first, shards = 0, []
+def _blocks(embeddings: Embeddings) -> list[range]:
+    """Part numbers of each block: consecutive parts up to BLOCK_ROWS rows, one part at least."""
+    first, blocks = 0, []
     for part in range(1, len(embeddings.parts)):
-        if shard_rows is not None and embeddings.starts[part + 1] - embeddings.starts[first] > shard_rows:
-            shards.append(range(first, part))
+        if embeddings.starts[part + 1] - embeddings.starts[first] > BLOCK_ROWS:
+            blocks.append(range(first, part))
             first = part
-    return [*shards, range(first, len(embeddings.parts))]
-
-
-def _is_kept(path: Path, description: dict[str, Any]) -> bool:
-    """Whether `path` is the index of this description, undamaged."""
-    try:
-        kept = json.loads(path.with_suffix(".json").read_bytes())
-        return kept == {**description, "digest": file_digest(path)}
-    except (OSError, ValueError):
-        return False
+    return [*blocks, range(first, len(embeddings.parts))]
 
 
 def in_order(scores_QK: torch.Tensor, rows_QK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

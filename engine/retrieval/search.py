@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quincunx.data_shards.artefact import artefact
-from quincunx.data_shards.setting import setting
 from quincunx.engine.retrieval.collection import Collection, make_collection
 from quincunx.engine.retrieval.files import in_groups
 from quincunx.engine.retrieval.trec import RUN, Qrels, write_run
@@ -18,30 +17,8 @@ if TYPE_CHECKING:
     from quincunx.engine.retrieval.embeddings import Embeddings
     from quincunx.engine.retrieval.index import Index
 
-IndexKind = Literal["exact", "flat", "ivfpq", "hnsw"]
-BUILT_WITH = {"ivfpq": ("num_lists", "code_bytes"), "hnsw": ("links", "ef_construction")}
-SEARCHED_WITH = {"ivfpq": ("num_probes",), "hnsw": ("ef_search",)}
-"""By kind of approximate index, the IndexOptions it has."""
 QUERIES_AT_ONCE = 2**15
 """Large collections pass through the memory, or into a GPU's, once for so many queries."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexOptions:
-    """How an approximate index is built and searched; N vectors of D channels."""
-
-    num_lists: int | None = setting(None, low=1)
-    """ivfpq: lists (None: 4 sqrt(N), but 39 vectors a list at least)."""
-    num_probes: int = setting(32, low=1)
-    """ivfpq: lists that a query looks through."""
-    code_bytes: int | None = None
-    """ivfpq: bytes a vector, a divisor of D (None: the largest one up to D / 4)."""
-    links: int = setting(32, low=1)
-    """hnsw: links a vector."""
-    ef_construction: int = setting(200, low=1)
-    """hnsw: candidates while building."""
-    ef_search: int = setting(256, low=1)
-    """hnsw: candidates while searching; at least as many as passages are asked for."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Exact search equals numpy's, in shards as in one; approximate indexes come near it and are kept for the next time."""
+"""Exact search equals numpy's, in blocks as in one; approximate indexes come near it and are kept for the next time."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ from quincunx.data_shards.errors import SettingsError
 from quincunx.engine.retrieval import index as index_file
 from quincunx.engine.retrieval.embeddings import Embeddings
 from quincunx.engine.retrieval.index import Index, recall_against_exact
-from quincunx.engine.retrieval.search import IndexOptions
 
 WIDTH, DEPTH, ROWS = 16, 20, 1200
 
@@ -31,8 +30,8 @@ def queries():
     return random_vectors(40, seed=1)
 
 
-def search(queries_QD, embeddings, depth, kind="exact", **arguments):
-    return Index(embeddings, kind, **arguments).search(queries_QD, depth)
+def search(queries_QD, embeddings, depth, *index, **arguments):
+    return Index(embeddings, *index, **arguments).search(queries_QD, depth)
 
 
 def by_numpy(queries_QD, vectors_ND, depth):
@@ -53,18 +52,17 @@ def assert_same(found, expected):
     assert found[0].dtype == np.float32 and found[1].dtype == np.int64
 
 
-@pytest.mark.parametrize("kind", ["exact", "flat"])
 @pytest.mark.parametrize("block_rows", [400, 10**6])
 @pytest.mark.parametrize("cuts", [[], [1, 500, 505, 1000]])
-def test_sharded_single_torch_and_faiss_searches_are_one(kind, block_rows, cuts, vectors, queries, monkeypatch):
+def test_search_in_blocks_and_in_one_are_the_same(block_rows, cuts, vectors, queries, monkeypatch):
     monkeypatch.setattr(index_file, "BLOCK_ROWS", block_rows)
     embeddings = Embeddings(np.split(vectors, cuts))
     for depth in (1, DEPTH, 300):
-        assert_same(search(queries, embeddings, depth, kind), by_numpy(queries, vectors, depth))
-    index = Index(embeddings, kind)
-    assert len(index.shards) == (1 if not cuts or block_rows > ROWS else 5)
+        assert_same(search(queries, embeddings, depth), by_numpy(queries, vectors, depth))
+    index = Index(embeddings)
+    assert len(index.blocks) == (1 if not cuts or block_rows > ROWS else 5)
     monkeypatch.setattr(index_file, "RESIDENT_BYTES", 0)
-    assert_same(Index(embeddings, kind).search(queries, DEPTH), by_numpy(queries, vectors, DEPTH))
+    assert_same(search(queries, embeddings, DEPTH), by_numpy(queries, vectors, DEPTH))
 
 
 @pytest.mark.parametrize("cuts", [[], [10, 30, 70]])
@@ -92,50 +90,53 @@ def test_half_precision_parts_are_searched_in_single_precision(vectors, queries)
     np.testing.assert_allclose(found[0], by_numpy(queries, halves, DEPTH)[0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("ivfpq", 0.5), ("hnsw", 0.97)])
-@pytest.mark.parametrize("shard_rows", [None, 600])
-def test_approximate_indexes_find_most_of_the_exact_results(kind, least, shard_rows, vectors, queries):
+@pytest.mark.parametrize(
+    ("kind", "options", "least"),
+    [("IVF30,PQ4", "nprobe=30", 0.5), ("HNSW32", "efSearch=256", 0.97), ("PCA12,HNSW32", "", 0.5), ("Flat", "", 1)],
+)
+def test_approximate_indexes_find_most_of_the_exact_results(kind, options, least, vectors, queries):
     embeddings = Embeddings(np.split(vectors, [600, 700]))
-    index = Index(embeddings, kind, shard_rows=shard_rows)
-    assert len(index.shards) == (1 if shard_rows is None else 2)
-    scores, rows = index.search(queries, DEPTH)
+    scores, rows = search(queries, embeddings, DEPTH, kind, options)
     _, exact = by_numpy(queries, vectors, DEPTH)
     assert recall_against_exact(rows, exact) >= least
     assert (np.diff(scores, axis=1) <= 0).all() and len(set(rows[0])) == DEPTH
 
 
-def test_more_lists_looked_through_find_more(vectors, queries):
-    embeddings = Embeddings([vectors])
-    _, exact = by_numpy(queries, vectors, DEPTH)
-    few, many = (
-        recall_against_exact(
-            search(queries, embeddings, DEPTH, "ivfpq", options=IndexOptions(num_lists=20, num_probes=probes))[1], exact
-        )
-        for probes in (1, 20)
-    )
-    assert few < many
+def test_a_graph_looks_at_as_many_candidates_as_passages_are_asked_for(vectors, queries, tmp_path):
+    """From one kept graph: two builds by several threads may differ."""
+    embeddings = Embeddings([vectors], {"parts": ["a"]}, tmp_path)
+    few, enough = (search(queries, embeddings, 300, "HNSW4", f"efSearch={number}") for number in (2, 300))
+    np.testing.assert_array_equal(few[1], enough[1])
 
 
-def test_an_index_is_kept_for_its_embeddings_and_options_only(vectors, queries, tmp_path):
-    manifest = {"parts": ["a"]}
+def test_an_index_is_kept_for_its_string_its_building_options_and_its_embeddings(vectors, queries, tmp_path):
     built = []
 
-    def found(manifest, links=32, ef_search=256):
-        embeddings = Embeddings([vectors], manifest, tmp_path)
-        options = IndexOptions(links=links, ef_search=ef_search)
-        return Index(embeddings, "hnsw", options=options, report=built.append).search(queries, DEPTH)
+    def found(kind="HNSW32", options="", parts="a"):
+        embeddings = Embeddings([vectors], {"parts": [parts]}, tmp_path)
+        return search(queries, embeddings, DEPTH, kind, options, report=built.append)
 
-    first = found(manifest)
-    again = found(manifest, ef_search=300)
-    assert len(built) == 1 and np.mean(first[1] == again[1]) > 0.9
-    found(manifest, links=16)
-    assert len(built) == 2
-    found({"parts": [{"digest": "b"}]}, links=16)
-    assert len(built) == 3
-    path = tmp_path / "index-hnsw-00000.faiss"
-    path.write_bytes(path.read_bytes()[:-100])  # cut off
-    assert_same(found({"parts": [{"digest": "b"}]}), found({"parts": [{"digest": "b"}]}))
-    assert len(built) == 4
+    first = found(options="efSearch=300")
+    assert_same(found(options="efSearch=300"), first)
+    found()
+    assert len(built) == 1
+    for number, other in enumerate([{"kind": "HNSW16"}, {"options": "efConstruction=50"}, {"parts": "b"}], 2):
+        found(**other)
+        assert len(built) == number
+    for path in tmp_path.glob("index-*.faiss"):
+        path.write_bytes(path.read_bytes()[:-100])  # cut off
+    found()
+    found()
+    assert len(built) == 5
+
+
+def test_an_index_that_cannot_be_kept_is_used_all_the_same(vectors, queries, tmp_path):
+    said = []
+    (tmp_path / "file").touch()
+    embeddings = Embeddings([vectors], {"parts": ["a"]}, tmp_path / "file")
+    _, rows = search(queries, embeddings, DEPTH, "Flat", report=said.append)
+    np.testing.assert_array_equal(rows, by_numpy(queries, vectors, DEPTH)[1])
+    assert "the index is not kept" in " ".join(said)
 
 
 def test_recall_counts_what_was_found():
@@ -144,16 +145,30 @@ def test_recall_counts_what_was_found():
     assert recall_against_exact(np.array([[3, 9, 1], [7, 8, -1]]), exact) == pytest.approx(2 / 5)
 
 
-def test_what_cannot_be_searched_is_refused_in_one_sentence(vectors, queries, monkeypatch):
-    embeddings = Embeddings([vectors])
-    with pytest.raises(SettingsError, match="code_bytes is 7, which does not divide the 16 channels"):
-        Index(embeddings, "ivfpq", options=IndexOptions(code_bytes=7))
-    with pytest.raises(SettingsError, match="cannot be trained on 100 vectors"):
-        Index(Embeddings([vectors[:100]]), "ivfpq")
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        (("hnsw",), "--index hnsw is not an index of faiss for 16 channels .*could not parse.*: give --index exact"),
+        (("IVF20,PQ7",), "IVF20,PQ7 is not an index .*multiple of the number of subquantizers"),
+        (("HNSW99999999999999999999",), "is not an index"),
+        (("HNSW32", "nprobe=3"), "HNSW32 --index_options nprobe=3 is not .*could not set parameter nprobe"),
+        (("HNSW32", "efSearch=x"), "could not interpret parameters efSearch=x"),
+    ],
+)
+def test_strings_that_faiss_does_not_take_are_one_sentence_at_once(index, sentence, vectors):
+    with pytest.raises(SettingsError, match=sentence):
+        Index(Embeddings([vectors]), *index)
+
+
+def test_what_only_the_search_can_find_is_one_sentence_too(vectors, queries, monkeypatch):
+    with pytest.raises(SettingsError, match=r"IVF20,PQ4 cannot be built over 100 vectors .*Number of training points"):
+        search(queries, Embeddings([vectors[:100]]), DEPTH, "IVF20,PQ4")
+    with pytest.raises(SettingsError, match="nprobe=0 cannot be searched"):
+        search(queries, Embeddings([vectors]), DEPTH, "IVF20,Flat", "nprobe=0")
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
-    with pytest.raises(SettingsError, match="index hnsw needs faiss, which is not installed"):
-        Index(embeddings, "hnsw")
-    assert_same(search(queries, embeddings, DEPTH), by_numpy(queries, vectors, DEPTH))
+    with pytest.raises(SettingsError, match="index HNSW32 needs faiss, which is not installed"):
+        Index(Embeddings([vectors]), "HNSW32")
+    assert_same(search(queries, Embeddings([vectors]), DEPTH), by_numpy(queries, vectors, DEPTH))
 
 
 @pytest.mark.gpu
@@ -166,20 +181,20 @@ def test_search_on_a_gpu_is_the_same(vectors, queries):
     np.testing.assert_allclose(scores, expected[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["exact", "flat", "hnsw", "ivfpq"])
-@pytest.mark.parametrize("shard_rows", [None, 400])
-def test_rows_without_text_are_never_found_and_cost_no_result(kind, shard_rows, vectors, queries, monkeypatch):
+@pytest.mark.parametrize("kind", ["exact", "Flat", "HNSW32", "IVF20,PQ4"])
+@pytest.mark.parametrize("block_rows", [400, 10**6])
+def test_rows_without_text_are_never_found_and_cost_no_result(kind, block_rows, vectors, queries, monkeypatch):
     """Rows that every query would find first, in the first, a middle and the last part."""
-    monkeypatch.setattr(index_file, "BLOCK_ROWS", shard_rows or 10**6)
+    monkeypatch.setattr(index_file, "BLOCK_ROWS", block_rows)
     empty = [0, 3, 700, ROWS - 1]
     near = vectors.copy()
     near[empty] = 4 * queries.mean(0)
     parts = np.split(near, [400, 800])
     embeddings = Embeddings(parts, {"empty_rows": empty})
-    scores_QK, rows_QK = search(queries, embeddings, DEPTH, kind, shard_rows=shard_rows)
+    scores_QK, rows_QK = search(queries, embeddings, DEPTH, kind, "nprobe=20" if "IVF" in kind else "")
     assert (rows_QK >= 0).all() and np.isfinite(scores_QK).all() and not np.isin(rows_QK, empty).any()
     others = np.setdiff1d(np.arange(ROWS), empty)
-    if kind in ("exact", "flat"):
+    if kind in ("exact", "Flat"):
         expected = by_numpy(queries, near[others], DEPTH)
         assert_same((scores_QK, rows_QK), (expected[0], others[expected[1]]))
     whole = search(queries, embeddings, ROWS, "exact")[1]
