@@ -75,7 +75,7 @@ class StudySettings:
         try:
             words = shlex.split(self.launch or "")
             if words and shutil.which(words[0]) is None:
-                found.append(f"launch starts with {words[0]}, which this machine has not: install it, or fix its name")
+                found.append(f"this machine has no command {words[0]}, which launch names: install it, or fix its name")
         except ValueError as error:
             found.append(f"launch is {self.launch!r}, which no shell would read ({error}): fix its quotes")
         return found

@@ -183,11 +183,10 @@ def test_the_content_of_a_settings_file_is_part_of_a_cell(study, collection, tmp
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--launch", "no_such_launcher --x"], "no_such_launcher, which this machine has not"),
+        (["--launch", "no_such_launcher --x"], "this machine has no command no_such_launcher"),
         (["--launch", '"'], "which no shell would read"),
         (["--output", ""], "output is empty: give a folder"),
         (["--collections", ""], "names an empty path: give at least one BEIR folder"),
-        (["--workers", "0"], "workers is 0; it must be at least 1"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(study, flags, sentence):
