@@ -46,6 +46,43 @@ def write_shard_set() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def write_text_shards(write_shard_set) -> Callable[..., Path]:
+    """Writes documents of passages as a shard set, with a tokenizer trained on them; returns its folder.
+
+    The first four words of a passage are its query, in the documents whose numbers `has_queries` takes.
+    """
+    from quincunx.data_shards.shard_writer import Sample
+    from quincunx.data_shards.shards import Text
+    from quincunx.data_shards.tokenizer_training import train_wordpiece
+    from quincunx.data_shards.words import tokenize
+
+    def write(
+        folder: Path,
+        documents: list[list[str]],
+        *,
+        num_train: int,
+        max_tokens: int,
+        has_queries: Callable[[int], bool] = lambda d: True,
+    ) -> Path:
+        tokenizer = train_wordpiece((passage for document in documents for passage in document), 300)
+        tokenizer.save_pretrained(folder / "tokenizer")
+
+        def text(words: str) -> Text:
+            tokens = tokenize(tokenizer, [words])[0]
+            return Text(tokens.token_ids, tokens.word_starts)
+
+        def sample(d: int, p: int, words: str) -> Sample:
+            return Sample(f"{d}#{p}", text(words), text(" ".join(words.split()[:4])) if has_queries(d) else None)
+
+        samples = [[sample(d, p, words) for p, words in enumerate(document)] for d, document in enumerate(documents)]
+        limits = {"max_tokens": max_tokens, "block_samples": 16}
+        write_shard_set(folder / "shards", folder / "tokenizer", samples[:num_train], samples[num_train:], **limits)
+        return folder / "shards"
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def save_tiny_bert() -> Callable[..., None]:
     """Saves a random BERT of 2 x 32 (or other `shape`), and a tokenizer of `words` trained on `texts`, in a folder."""
 

@@ -222,7 +222,15 @@ def test_pairs_to_fine_tune_on_hold_no_held_out_passage_and_none_of_their_querie
     assert [row["_id"] for row in read_jsonl(tmp_path / "pairs" / "corpus.jsonl")] == ["a", "a.1", "b", "b.1", "b.2"]
 
 
-SBATCH = """#!/bin/bash
+def put_on_the_path(folder: Path, monkeypatch, **commands: str) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, script in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+SBATCH = """
 # Runs every element of the job array at once on this machine; srun and squeue stand beside it.
 script="${@: -1}"
 array=$(grep -o -- '--array=0-[0-9]*' "$script" | grep -o '[0-9]*$')
@@ -239,16 +247,13 @@ def test_slurm_jobs_write_the_same_bytes_and_a_rerun_completes_the_set(build_cas
     """The queue's commands are stand-ins that run the job script here; script, tasks and shards are the real ones."""
     commands = {
         "sbatch": SBATCH,
-        "srun": '#!/bin/bash\nwhile [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done\nexec "$@"\n',
-        "scontrol": "#!/bin/bash\necho localhost\n",
-        "squeue": "#!/bin/bash\ncat $QUEUE_STATE\n",
+        "srun": 'while [[ $1 == -* ]]; do [[ $1 == -n ]] && shift; shift; done\nexec "$@"',
+        "scontrol": "echo localhost",
+        "squeue": "cat $QUEUE_STATE",
     }
-    (tmp_path / "bin").mkdir()
-    for name, text in commands.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "state").write_text("")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    put_on_the_path(tmp_path / "bin", monkeypatch, **commands)
     monkeypatch.setenv("QUEUE_LOG", str(tmp_path / "queue.log"))
     monkeypatch.setenv("QUEUE_STATE", str(tmp_path / "state"))
     said: list[str] = []
@@ -275,25 +280,19 @@ def test_slurm_jobs_write_the_same_bytes_and_a_rerun_completes_the_set(build_cas
     build_case.check(tmp_path / "out")
 
 
-def put_sbatch_on_the_path(folder: Path, monkeypatch, script: str) -> None:
-    (folder / "sbatch").write_text(f"#!/bin/bash\n{script}\n")
-    (folder / "sbatch").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
 def test_slurm_that_is_not_there_or_refuses_the_job_is_one_sentence(build_case, tmp_path, monkeypatch):
     slurm = build_case.settings(tmp_path / "out", executor="slurm", slurm_partition="cpu")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SettingsError, match="executor slurm needs sbatch on this machine: give --executor local"):
         build_case.build(slurm)
-    put_sbatch_on_the_path(tmp_path, monkeypatch, "exit 5")
+    put_on_the_path(tmp_path, monkeypatch, sbatch="exit 5")
     refusal = r"refused the job \(exit 5\).* --slurm_partition, --slurm_time and --slurm_args"
     with pytest.raises(SettingsError, match=refusal):
         build_case.build(slurm)
 
 
 def test_work_that_slurm_has_is_kept_and_not_given_to_another_command(build_case, copy, tmp_path, monkeypatch):
-    put_sbatch_on_the_path(tmp_path, monkeypatch, "echo Submitted batch job 1")
+    put_on_the_path(tmp_path, monkeypatch, sbatch="echo Submitted batch job 1")
     slurm = build_case.settings(copy, executor="slurm", slurm_partition="cpu", remake=True)
     assert build_case.build(slurm) is None
     assert (work_folder(copy) / "scratch" / "slurm_job").read_text() == "1"

@@ -21,34 +21,12 @@ def passage(draw: random.Random) -> str:
 
 
 @pytest.fixture(scope="session")
-def small_shards(tmp_path_factory, write_shard_set) -> Path:
+def small_shards(tmp_path_factory, write_text_shards) -> Path:
     """A shard set of 90 training and 21 held-out passages, three a document; every second one has a query."""
-    from quincunx.data_shards.shard_writer import Sample
-    from quincunx.data_shards.shards import Text
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
-    from quincunx.data_shards.words import tokenize
-
     draw = random.Random(1)
     documents = [[passage(draw) for _ in range(3)] for _ in range(37)]
-    tokenizer = train_wordpiece((text for document in documents for text in document), 300)
     folder = tmp_path_factory.mktemp("small")
-    tokenizer.save_pretrained(folder / "tokenizer")
-
-    def text(words: str) -> Text:
-        tokens = tokenize(tokenizer, [words])[0]
-        return Text(tokens.token_ids, tokens.word_starts)
-
-    samples = [
-        [
-            Sample(f"{d}#{p}", text(words), text(" ".join(words.split()[:4])) if d % 2 else None, None)
-            for p, words in enumerate(document)
-        ]
-        for d, document in enumerate(documents)
-    ]
-    write_shard_set(
-        folder / "shards", folder / "tokenizer", samples[:30], samples[30:], max_tokens=40, block_samples=16
-    )
-    return folder / "shards"
+    return write_text_shards(folder, documents, num_train=30, max_tokens=40, has_queries=lambda d: d % 2 == 1)
 
 
 @pytest.fixture(scope="session")

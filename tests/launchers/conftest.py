@@ -36,13 +36,8 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def tiny_shards(tmp_path_factory, write_shard_set) -> Path:
+def tiny_shards(tmp_path_factory, write_text_shards) -> Path:
     """A shard set of 144 training and 6 held-out passages with every field but continuations."""
-    from quincunx.data_shards.shard_writer import Sample
-    from quincunx.data_shards.shards import Text
-    from quincunx.data_shards.tokenizer_training import train_wordpiece
-    from quincunx.data_shards.words import tokenize
-
     draw = random.Random(0)
     words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(120)]
 
@@ -50,22 +45,7 @@ def tiny_shards(tmp_path_factory, write_shard_set) -> Path:
         return " ".join(words[min(int(draw.expovariate(1 / 25)), 119)] for _ in range(draw.randint(8, 18)))
 
     documents = [[passage() for _ in range(3)] for _ in range(50)]
-    tokenizer = train_wordpiece((text for document in documents for text in document), 300)
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer.save_pretrained(folder / "tokenizer")
-
-    def text(words: str) -> Text:
-        tokens = tokenize(tokenizer, [words])[0]
-        return Text(tokens.token_ids, tokens.word_starts)
-
-    samples = [
-        [Sample(f"{d}#{p}", text(words), text(" ".join(words.split()[:4])), None) for p, words in enumerate(document)]
-        for d, document in enumerate(documents)
-    ]
-    write_shard_set(
-        folder / "shards", folder / "tokenizer", samples[:48], samples[48:], max_tokens=32, block_samples=16
-    )
-    return folder / "shards"
+    return write_text_shards(tmp_path_factory.mktemp("tiny"), documents, num_train=48, max_tokens=32)
 
 
 @dataclass
