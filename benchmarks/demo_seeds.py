@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from quincunx.engine.export import curves
-from quincunx.engine.retrieval.report import plot_curves
+from quincunx.engine.report import plot_curves
 from quincunx.engine.retrieval.study_report import describe_code
 from quincunx.launchers.demo import MEASURE, compare_systems
 

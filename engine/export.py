@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.setting import names_of
 from quincunx.engine.checkpoint import Checkpoint, committed, find_newest, step_name, verify
+from quincunx.engine.report import draw_curves, table
 from quincunx.engine.run_folder import MODEL_FOLDER
 from quincunx.engine.settings import PretrainSettings
 from quincunx.engine.tracking import numbers, read_metrics
@@ -66,18 +67,8 @@ def export_run(run_folder: Path, output: Path, normalise: bool = False, step: in
     Raises:
         CheckpointError: the run has no usable checkpoint (of that step), or its folder `model` is missing.
     """
-    run_folder, output = Path(run_folder), Path(output)
-    checkpoint = (
-        find_newest(run_folder / "checkpoints") if step is None else find_step(run_folder / "checkpoints", step)
-    )
-    if checkpoint is None:
-        raise CheckpointError(f"{run_folder} has no checkpoint: give a run folder of pretrain.py that has saved one")
-    if not (run_folder / MODEL_FOLDER / "config.json").is_file():
-        raise CheckpointError(f"{run_folder} has no {MODEL_FOLDER}/config.json, which every run writes: restore it")
-    weights = consolidated_state_dict(checkpoint.folder)
+    checkpoint, weights, plot = open_export(run_folder, output, step)
     settings = checkpoint.state["settings"]
-    output.mkdir(parents=True, exist_ok=True)
-    plot = plot_losses(run_folder, output / PLOT_FILE)
     dataset_ids = checkpoint.state["dataset_ids"]
     data = "Shard sets, by the digest of their manifest:\n\n" + "\n".join(f"- `{digest}`" for digest in dataset_ids)
     for name, usage in (
@@ -126,6 +117,26 @@ def consolidated_state_dict(folder: Path) -> dict[str, Any]:
 
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+
+
+def open_export(run_folder: Path, output: Path, step: int | None) -> "tuple[Checkpoint, dict[str, torch.Tensor], bool]":
+    """(the checkpoint to export, its weights in float32, whether the run's losses are plotted as OUTPUT/loss.png).
+
+    step: of the checkpoint; None takes the newest that verifies.
+
+    Raises:
+        CheckpointError: the run has no usable checkpoint (of that step), or its folder `model` is missing.
+    """
+    checkpoints = run_folder / "checkpoints"
+    checkpoint = find_newest(checkpoints) if step is None else find_step(checkpoints, step)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{run_folder} has no checkpoint: give a run folder of pretrain.py or finetune.py that has saved one"
+        )
+    if not any((run_folder / MODEL_FOLDER).rglob("config.json")):
+        raise CheckpointError(f"{run_folder} has no folder {MODEL_FOLDER}, which every run writes: restore it")
+    output.mkdir(parents=True, exist_ok=True)
+    return checkpoint, consolidated_state_dict(checkpoint.folder), plot_losses(run_folder, output / PLOT_FILE)
 
 
 def about_pretraining(checkpoint: Checkpoint) -> str:
@@ -221,16 +232,13 @@ def held_out_table(run_folder: Path) -> str:
     if not unigrams:
         return ""
     steps = next(iter(unigrams.values()))[0]
-    rows = [
-        f"| task | loss at step {steps[0]} | loss at step {steps[-1]} | unigram | accuracy before | after |",
-        "|---|---|---|---|---|---|",
-    ]
+    at_first, at_last = f"loss at step {steps[0]}", f"loss at step {steps[-1]}"
+    rows = []
     for task, (_, unigram) in unigrams.items():
         loss, right = losses[task][1], accuracies[task][1]
-        rows.append(
-            f"| {task} | {loss[0]:.3f} | {loss[-1]:.3f} | {unigram[-1]:.3f} | {right[0]:.1%} | {right[-1]:.1%} |"
-        )
-    return "\n".join(rows)
+        values = (f"{loss[0]:.3f}", f"{loss[-1]:.3f}", f"{unigram[-1]:.3f}", f"{right[0]:.1%}", f"{right[-1]:.1%}")
+        rows.append((task, *values))
+    return table(("task", at_first, at_last, "unigram", "accuracy before", "after"), rows)
 
 
 def probe_table(run_folder: Path) -> str:
@@ -239,11 +247,9 @@ def probe_table(run_folder: Path) -> str:
     if not measures:
         return ""
     steps = measures["mrr@10"][0]
-    rows = [f"| measure | step {steps[0]} | step {steps[-1]} |", "|---|---|---|"]
-    for name, title in (("mrr@10", "MRR@10"), ("ndcg@10", "nDCG@10")):
-        values = measures[name][1]
-        rows.append(f"| {title} | {values[0]:.3f} | {values[-1]:.3f} |")
-    return "\n".join(rows)
+    named = (("MRR@10", measures["mrr@10"][1]), ("nDCG@10", measures["ndcg@10"][1]))
+    rows = [(title, f"{values[0]:.3f}", f"{values[-1]:.3f}") for title, values in named]
+    return table(("measure", f"step {steps[0]}", f"step {steps[-1]}"), rows)
 
 
 def learned_settings(kind: type, settings: dict[str, Any]) -> dict[str, Any]:
@@ -282,14 +288,14 @@ def model_card(
     }
     front = yaml.safe_dump(metadata, sort_keys=False)
     parts = [f"---\n{front}---\n\n# {title}", about, usage, f"## Training data\n\n{data}"]
-    if table := held_out_table(run_folder):
+    if held_out := held_out_table(run_folder):
         parts.append(
             "## Held-out losses\n\nNats per labelled token, on passages never trained on. A task's unigram is the "
             "cross-entropy of the same tokens under their frequencies in training; tasks label different words, so "
-            f"compare a loss with its own unigram only.\n\n{table}"
+            f"compare a loss with its own unigram only.\n\n{held_out}"
         )
-    if table := probe_table(run_folder):
-        parts.append(f"## Retrieval probe\n\nExact search over a small judged collection.\n\n{table}")
+    if probe := probe_table(run_folder):
+        parts.append(f"## Retrieval probe\n\nExact search over a small judged collection.\n\n{probe}")
     if plot:
         parts.append(f"## Loss\n\n![Losses over the run]({PLOT_FILE})")
     parts.append(f"## Settings\n\n```yaml\n{yaml.safe_dump(learned, sort_keys=False)}```")
@@ -308,37 +314,17 @@ def curves(run_folder: Path, kind: str, prefix: str) -> dict[str, tuple[list[int
 
 
 def plot_losses(run_folder: Path, path: Path) -> bool:
-    """Writes a PNG: each task's training loss (thin), held-out loss (dots) and held-out unigram (dotted) over steps.
+    """Writes a PNG with panels of the losses in training and held out, and of their unigrams, over steps.
 
-    Returns False, and writes nothing, where the run has recorded no loss.
+    Returns False, and writes nothing, if the run has recorded no loss.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.style.use("tableau-colorblind10")
-    training = curves(run_folder, "train", "loss/")
-    held_out = curves(run_folder, "held_out", "held_out/loss/")
-    unigram = curves(run_folder, "held_out", "held_out/unigram/")
-    tasks = [task for task in dict.fromkeys([*training, *held_out]) if task != "total"]
-    if not tasks:
-        return False
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for number, task in enumerate(tasks):
-        colour = f"C{number}"
-        axes.plot(*training.get(task, ([], [])), color=colour, linewidth=1, alpha=0.7)
-        axes.plot(*held_out.get(task, ([], [])), color=colour, linewidth=1.5, marker="o", markersize=4, label=task)
-        for level in unigram.get(task, ([], []))[1][-1:]:
-            axes.axhline(level, color=colour, linewidth=1, linestyle=":")
-    axes.set(
-        xlabel="optimizer step",
-        ylabel="loss, nats per labelled token or query",
-        title="thin: training   dots: held out   dotted: unigram",
-    )
-    axes.title.set_fontsize(9)
-    axes.grid(alpha=0.2)
-    axes.legend(ncols=len(tasks), fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
+    panels = {
+        "loss in training": curves(run_folder, "train", "loss/"),
+        "loss held out": curves(run_folder, "held_out", "held_out/loss/"),
+        "unigram held out": curves(run_folder, "held_out", "held_out/unigram/"),
+    }
+    panels["loss in training"].pop("total", None)
+    panels = {title: lines for title, lines in panels.items() if lines}
+    if panels:
+        draw_curves(panels).savefig(path, dpi=120)
+    return bool(panels)

@@ -6,7 +6,7 @@ python launchers/export.py --run runs/pretrain --output exported
 from dataclasses import dataclass
 from pathlib import Path
 
-from quincunx.data_shards.errors import SettingsError, exit_with_one_sentence
+from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.engine.run_folder import SETTINGS_FILE
 from quincunx.launchers.command_line import parse_settings
@@ -22,7 +22,7 @@ class ExportSettings:
     """Folder to write encoder/, sentence-transformers/ and bundle/, or retriever/, or reranker/ into (default:
     RUN/export)."""
     step: int | None = setting(None, low=0)
-    """Checkpoint of this optimizer step of a pre-training (default: the newest)."""
+    """Checkpoint of this optimizer step (default: the newest)."""
     normalise: bool = False
     """The sentence-transformers model of a pre-trained encoder gives vectors of length 1."""
 
@@ -31,13 +31,9 @@ def main() -> None:
     settings = parse_settings(ExportSettings, __doc__.split("\n")[0])
     output = Path(settings.output or Path(settings.run, "export"))
     if is_finetuned(Path(settings.run)):
-        if settings.step is not None:
-            raise SettingsError(
-                "step is for pre-training runs: a fine-tuned model is exported from its newest checkpoint"
-            )
         from quincunx.engine.retrieval.finetuning import export_finetuned
 
-        print(f"Exported {settings.run}: {export_finetuned(Path(settings.run), output)}")
+        print(f"Exported {settings.run}: {export_finetuned(Path(settings.run), output, settings.step)}")
         return
     from quincunx.engine.export import export_run
 

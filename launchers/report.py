@@ -14,8 +14,8 @@ from pathlib import Path
 from quincunx.data_shards.errors import DataError, exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.engine.export import curves
+from quincunx.engine.report import Report, plot_curves, table
 from quincunx.engine.retrieval.evaluation import compare, read_results
-from quincunx.engine.retrieval.report import Report, plot_curves, table
 from quincunx.engine.run_folder import METRICS_FILE
 from quincunx.launchers.command_line import parse_settings
 

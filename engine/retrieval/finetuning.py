@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from quincunx.data_shards.durable import file_digest
-from quincunx.data_shards.errors import CheckpointError, SettingsError
+from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.setting import setting
-from quincunx.engine.checkpoint import Checkpoint, find_newest
+from quincunx.engine.checkpoint import Checkpoint
 from quincunx.engine.evaluations import make_probe
-from quincunx.engine.export import PLOT_FILE, consolidated_state_dict, learned_settings, model_card, plot_losses
+from quincunx.engine.export import PLOT_FILE, learned_settings, model_card, open_export
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.candidates import iterate_candidates
 from quincunx.engine.retrieval.collection import read_passages, read_queries
@@ -266,30 +266,20 @@ def load_to_train(settings: FinetuneSettings) -> "Retriever | Reranker":
     return loaded
 
 
-def export_finetuned(run_folder: Path, output: Path) -> Path:
-    """Exports the newest checkpoint that verifies; replaces an earlier export. Returns the model's folder.
+def export_finetuned(run_folder: Path, output: Path, step: int | None = None) -> Path:
+    """Exports the newest checkpoint that verifies, or that step's; replaces an earlier export. Returns its folder.
 
-    Weights come from the checkpoint, in float32; configuration and tokenizer from the run's folder `model`, which holds
-    the model that the run started from.
-
-    Raises:
-        CheckpointError: the run has no usable checkpoint, or its folder `model` is missing.
+    Configuration and tokenizer come from the run's folder `model`, which holds the model that the run started from.
+    Raises CheckpointError as open_export.
     """
     from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker
     from quincunx.engine.retrieval.dual_encoder import load_retriever, save_retriever
 
-    checkpoint, model_folder = find_newest(run_folder / "checkpoints"), run_folder / MODEL_FOLDER
-    if checkpoint is None:
-        raise CheckpointError(f"{run_folder} has no checkpoint: give a run folder of finetune.py that has saved one")
-    if not model_folder.is_dir():
-        raise CheckpointError(f"{run_folder} has no folder {MODEL_FOLDER}, which every run writes: restore it")
-    weights, settings = consolidated_state_dict(checkpoint.folder), checkpoint.state["settings"]
-    output.mkdir(parents=True, exist_ok=True)
-    plot = plot_losses(run_folder, output / PLOT_FILE)
-    kind = "reranker" if settings["stage"] == "reranker" else "retriever"
+    checkpoint, weights, plot = open_export(run_folder, output, step)
+    kind = "reranker" if checkpoint.state["settings"]["stage"] == "reranker" else "retriever"
     folder, card = output / kind, finetuned_card(run_folder, checkpoint, kind, plot)
     load, save = (load_reranker, save_reranker) if kind == "reranker" else (load_retriever, save_retriever)
-    save(folder, load(str(model_folder)), weights, card=card)
+    save(folder, load(str(run_folder / MODEL_FOLDER)), weights, card=card)
     if plot:
         (folder / PLOT_FILE).write_bytes((output / PLOT_FILE).read_bytes())
     return folder

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quincunx.engine.export import curves as curves_of
+from quincunx.engine.report import Curves, Report, plot_bars, plot_curves, table
 from quincunx.engine.retrieval.evaluation import interval, paired_t_test, read_results
-from quincunx.engine.retrieval.report import Curves, Report, plot_bars, plot_curves, table
 
 PACKAGES = ("quincunx", "torch", "transformers", "deepspeed", "bm25s", "ir-measures")
 Record = Mapping[str, Any]

@@ -12,7 +12,6 @@ from quincunx.data_shards.errors import CheckpointError
 from quincunx.data_shards.shards import open_shards
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.engine.checkpoint import find_newest, step_name
-from quincunx.engine.evaluations import load_probe
 from quincunx.engine.export import consolidated_state_dict, export_run, find_step
 from quincunx.engine.model import BUNDLE_FILE, PretrainModel, build_model, is_bundle, load_bundle
 from quincunx.engine.tracking import read_metrics
@@ -141,16 +140,6 @@ def test_a_bundle_that_does_not_fit_is_one_clear_sentence(finished_run, bundle_m
 def test_a_folder_without_a_checkpoint_cannot_be_exported(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         export_run(tmp_path, tmp_path / "export")
-
-
-def test_the_probe_of_the_exported_model_is_the_runs_last_probe(finished_run, bundle_model, beir_folder):
-    from quincunx.data_shards.tokenizer import load_tokenizer
-    from quincunx.engine.evaluations import run_probe
-
-    probe = load_probe(beir_folder, load_tokenizer(str(finished_run / "export" / "encoder")), 40)
-    last = [line for line in read_metrics(finished_run) if line["kind"] == "probe"][-1]
-    measured = run_probe(bundle_model, probe, torch.device("cpu"))
-    assert measured == {name: pytest.approx(last[name], abs=1e-12) for name in measured}
 
 
 def test_a_step_without_a_checkpoint_is_refused_with_those_that_are_kept(tmp_path):

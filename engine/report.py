@@ -7,9 +7,13 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
 from quincunx.data_shards.durable import written_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_suffix(".html.jinja")
 # Okabe and Ito's palette without black and yellow, each at 3:1 or better on white.
@@ -74,7 +78,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") 
 
 
 def plot_curves(curves: Curves, xlabel: str = "optimizer step", logarithmic: bool = False) -> str:
-    """SVG: a panel for each entry, two in a row, and one legend for all of their lines."""
+    """SVG of draw_curves."""
+    return _svg(draw_curves(curves, xlabel, logarithmic))
+
+
+def draw_curves(curves: Curves, xlabel: str = "optimizer step", logarithmic: bool = False) -> "Figure":
+    """A panel for each entry, two in a row, and one legend for all of their lines."""
     lines = list(dict.fromkeys(line for panel in curves.values() for line in panel))
     looks = dict(zip(lines, itertools.cycle(LOOKS)))
     rows, columns, shown = -(-len(curves) // 2), min(2, len(curves)), {}
@@ -90,7 +99,7 @@ def plot_curves(curves: Curves, xlabel: str = "optimizer step", logarithmic: boo
             panel.xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel(xlabel, fontsize=9)
     figure.legend(shown.values(), shown.keys(), loc="outside right center")
-    return _svg(figure)
+    return figure
 
 
 def plot_bars(bars: Mapping[str, tuple[float, float, float]], measure: str, lines: Mapping[str, float]) -> str:
@@ -108,7 +117,7 @@ def plot_bars(bars: Mapping[str, tuple[float, float, float]], measure: str, line
     return _svg(figure)
 
 
-def _figure(width: float, height: float):
+def _figure(width: float, height: float) -> "Figure":
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -116,7 +125,7 @@ def _figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _svg(figure) -> str:
+def _svg(figure: "Figure") -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
