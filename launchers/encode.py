@@ -50,8 +50,6 @@ class EncodeSettings:
     """Where the model runs; auto takes the process's GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward; auto is bfloat16 (autocast) on a GPU and float32 elsewhere."""
-    patience: int = setting(3600, low=1)
-    """Seconds that rank 0 waits for other ranks' parts while none comes."""
 
 
 def main() -> None:
@@ -84,7 +82,6 @@ def encode(settings: EncodeSettings, environment: Environment) -> None:
         details={"model": settings.model, "corpus": settings.corpus, "titles": settings.titles},
         device=device,
         precision=precision,
-        patience_seconds=settings.patience,
         **{name: getattr(settings, name) for name in ("dtype", "part_rows", "batch_tokens", "remake")},
     )
     if not environment.is_main:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.retrieval.candidates import CANDIDATES, ENDINGS
+from quincunx.engine.retrieval.candidates import CANDIDATES, ENDING
 from quincunx.engine.retrieval.files import input_digest, refuse_input
 from quincunx.engine.retrieval.mining import MiningRules
 from quincunx.launchers.command_line import parse_settings
@@ -29,7 +29,7 @@ class MineSettings(MiningRules):
     queries: str = setting(role="data")
     """Queries of the run: BEIR folder, tsv, JSONL or DPR json."""
     output: str
-    """File of candidates to write, .jsonl or .parquet; a manifest with all counts goes beside it."""
+    """File of candidates to write, .jsonl; a manifest with all counts goes beside it."""
     remake: bool = False
     """Make the output anew if it is there; what was there is moved aside."""
     titles: bool = False
@@ -44,8 +44,8 @@ class MineSettings(MiningRules):
         for name, without in (("margin", 0.0), ("margin_from", "best")):
             if self.teacher_scores is None and getattr(self, name) != without:
                 problems.append(f"{name} counts from a teacher's scores: give --teacher_scores, or leave it out")
-        if not self.output.endswith(ENDINGS):
-            problems.append(f"candidates cannot be written to {self.output}: give a name in {' or '.join(ENDINGS)}")
+        if not self.output.endswith(ENDING):
+            problems.append(f"candidates cannot be written to {self.output}: give a name in {ENDING}")
         return problems
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
 from quincunx.engine.ranks import Environment, device_and_precision, discover_environment, one_voice
-from quincunx.engine.retrieval.candidates import CANDIDATES, ENDINGS
+from quincunx.engine.retrieval.candidates import CANDIDATES, ENDING
 from quincunx.launchers.command_line import parse_settings
 
 
@@ -30,7 +30,7 @@ class ScoreSettings:
     queries: str = setting(role="data")
     """Queries: BEIR folder, tsv, JSONL or DPR json."""
     output: str
-    """File to write: candidates (.jsonl or .parquet), or a TREC run; a manifest goes beside it."""
+    """File to write: candidates (.jsonl), or a TREC run; a manifest goes beside it."""
     remake: bool = False
     """Make the output anew if it is there; what was there is moved aside."""
     candidates: str | None = setting(None, role="data")
@@ -51,8 +51,6 @@ class ScoreSettings:
     """Where the model runs; auto takes the process's GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the forward; auto is bfloat16 (autocast) on a GPU and float32 elsewhere."""
-    patience: int = setting(3600, low=1)
-    """Seconds that rank 0 waits for other ranks' parts while none comes."""
 
     def contradictions(self) -> list[str]:
         """What is wrong with values that are each in range, as clauses."""
@@ -61,8 +59,8 @@ class ScoreSettings:
             problems.append("give either --candidates or --run, the pairs to score")
         if self.depth is not None and self.run is None:
             problems.append("depth is of a --run; --candidates are scored whole: leave --depth out")
-        if self.candidates is not None and not self.output.endswith(ENDINGS):
-            problems.append(f"candidates cannot be written to {self.output}: give a name in {' or '.join(ENDINGS)}")
+        if self.candidates is not None and not self.output.endswith(ENDING):
+            problems.append(f"candidates cannot be written to {self.output}: give a name in {ENDING}")
         return problems
 
 
@@ -102,7 +100,6 @@ def score(settings: ScoreSettings, environment: Environment) -> None:
         environment,
         device=device,
         precision=precision,
-        patience_seconds=settings.patience,
         **{name: getattr(settings, name) for name in ("batch_tokens", "pairs_a_part", "remake")},
     )
     if counts is not None:

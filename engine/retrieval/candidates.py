@@ -1,6 +1,7 @@
 """Candidates: for each training query its positives, its mined negatives, and a teacher's scores of both.
 
-Our file is JSONL or Parquet with a manifest beside it; SimLM's published JSONL is read too. One line:
+Our file is JSONL with a manifest beside it; SimLM's published JSONL, and Parquet of the same fields, are read too. One
+line:
 
     {"query_id": "q7", "positives": ["p3"], "negatives": ["p9", "p4"], "positive_scores": [8.1],
      "negative_scores": [2.5, null]}
@@ -17,11 +18,10 @@ from quincunx.data_shards.artefact import manifest_path, open_artefact
 from quincunx.data_shards.durable import written_whole
 from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.records import BadRecordError, check_id, parse_objects
-from quincunx.engine.retrieval.files import first_of, in_groups
+from quincunx.engine.retrieval.files import first_of
 
 CANDIDATES = "candidates"
-ENDINGS = (".jsonl", ".parquet")
-ROWS_A_GROUP = 4096
+ENDING = ".jsonl"
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,13 @@ def check_negatives(rows: Iterable[Candidates], name: str) -> None:
 
 
 def write_candidates(path: Path, rows: Iterable[Candidates]) -> dict[str, int]:
-    """Writes .jsonl or .parquet (by ending), whole or not at all; returns its counts.
+    """Writes JSONL, whole or not at all; returns its counts.
 
     Raises DataError if there are no rows; nothing is overwritten then.
     """
-    assert path.suffix in ENDINGS
     counts = dict.fromkeys(("queries", "positives", "negatives", "scores"), 0)
 
-    def records() -> Iterator[dict[str, Any]]:
+    with written_whole(path) as file:
         for row in rows:
             assert row.positives and len(set(row.ids)) == len(row.ids)
             counts["queries"] += 1
@@ -84,29 +83,10 @@ def write_candidates(path: Path, rows: Iterable[Candidates]) -> dict[str, int]:
                 for side in ("positive", "negative"):
                     scores = (row.scores.get(id) for id in record[f"{side}s"])
                     record[f"{side}_scores"] = [None if score is None else float(score) for score in scores]
-            yield record
-
-    with written_whole(path, "wb") as file:
-        if path.suffix == ".parquet":
-            _write_parquet(file, records())
-        else:
-            for record in records():
-                file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+            file.write(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n")
         if not counts["queries"]:
             raise DataError(f"no candidates to write to {path}: every query was left out, or there was none")
     return counts
-
-
-def _write_parquet(file: Any, records: Iterable[dict[str, Any]]) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    ids, scores = pyarrow.list_(pyarrow.string()), pyarrow.list_(pyarrow.float64())
-    kinds = {"query_id": pyarrow.string(), "positives": ids, "negatives": ids}
-    schema = pyarrow.schema({**kinds, "positive_scores": scores, "negative_scores": scores})
-    with parquet.ParquetWriter(file, schema) as writer:
-        for group in in_groups(records, ROWS_A_GROUP):
-            writer.write_table(pyarrow.Table.from_pylist(group, schema))
 
 
 def iterate_candidates(path: str | Path) -> Iterator[Candidates]:

@@ -92,7 +92,6 @@ def write_embeddings(
     part_rows: int,
     dtype: str = "float16",
     precision: str = "float32",
-    patience_seconds: float = 3600.0,
     remake: bool = False,
     **encoding: Any,
 ) -> bool:
@@ -141,7 +140,7 @@ def write_embeddings(
                 with work.part(number, ".npy") as file:
                     np.save(file, vectors, allow_pickle=False)
         if work.leads:
-            work.wait(patience_seconds)
+            work.wait()
             with work.file(IDS, "wb") as file:
                 file.write("".join(f"{id}\n" for id in ids).encode("utf-8"))
             work.details = {**details, "empty_rows": collection.empty_rows.tolist()}

@@ -84,7 +84,6 @@ def score_source(
     environment: Environment,
     *,
     pairs_a_part: int,
-    patience_seconds: float = 3600.0,
     remake: bool = False,
     **scoring: Any,
 ) -> dict[str, int] | None:
@@ -120,6 +119,6 @@ def score_source(
                     np.save(file, scores, allow_pickle=False)
         if not work.leads:
             return None
-        scores = np.concatenate([np.load(file, allow_pickle=False) for file in work.wait(patience_seconds)])
+        scores = np.concatenate([np.load(file, allow_pickle=False) for file in work.wait()])
         work.details = source.write(work.made(), scores)
         return {"pairs": len(scores), "cut": num_cut}

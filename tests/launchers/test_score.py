@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from quincunx.engine.retrieval.candidates import Candidates, iterate_candidates, write_candidates
+from quincunx.engine.retrieval.collection import read_passages, read_queries
+from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker, score_pairs
 from quincunx.engine.retrieval.trec import read_run
 from quincunx.launchers.score import main
 
@@ -20,12 +24,13 @@ NUM_PAIRS = 600
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, save_tiny_bert):
-    """A tiny random reranker, its encoder without head, a corpus, queries, and candidates of 600 pairs."""
-    from quincunx.engine.retrieval.cross_encoder import load_reranker, save_reranker
-
+    """A tiny random reranker, its encoder without head, one that gives NaN, and a corpus with 600 pairs to score."""
     folder = tmp_path_factory.mktemp("score")
     save_tiny_bert(folder / "encoder", [" ".join(WORDS)] * 3, 120, initializer_range=0.5)
-    save_reranker(folder / "reranker", load_reranker(str(folder / "encoder"), max_tokens=32), card="")
+    reranker = load_reranker(str(folder / "encoder"), max_tokens=32)
+    save_reranker(folder / "reranker", reranker, card="")
+    torch.nn.init.constant_(reranker.model.model.classifier.bias, torch.nan)
+    save_reranker(folder / "broken", reranker, card="")
     draw = np.random.default_rng(0)
     texts = [" ".join(draw.choice(WORDS, draw.integers(3, 30))) for _ in range(200)]
     rows = [{"_id": f"p{n}", "text": text} for n, text in enumerate(texts)]
@@ -64,9 +69,20 @@ def scored(data):
     return (data / "scored.jsonl").read_bytes()
 
 
-def test_every_candidate_is_scored_and_a_second_call_changes_nothing(data, scored, launched):
-    rows = list(iterate_candidates(data / "scored.jsonl"))
-    assert sum(len(row.scores) for row in rows) == NUM_PAIRS
+def score_by_hand(data, query_ids, passage_ids):
+    queries, passages = read_queries(data / "queries.tsv"), read_passages(data / "corpus.jsonl")
+    texts = queries.texts(queries.rows(query_ids)), passages.texts(passages.rows(passage_ids))
+    return score_pairs(load_reranker(str(data / "reranker")), *texts)[0]
+
+
+def test_every_candidate_gets_the_rerankers_score_and_a_second_call_changes_nothing(data, scored, launched):
+    """Tolerance: float32 with other pairs in the batch."""
+    rows, asked = list(iterate_candidates(data / "scored.jsonl")), list(iterate_candidates(data / "candidates.jsonl"))
+    assert [replace(row, scores=None) for row in rows] == asked
+    found = [(row.query_id, id, row.scores[id]) for row in rows for id in row.ids]
+    query_ids, passage_ids, scores = zip(*found, strict=True)
+    assert len(scores) == NUM_PAIRS and np.std(scores) > 0.01
+    np.testing.assert_allclose(scores, score_by_hand(data, query_ids, passage_ids), rtol=0, atol=5e-5)
     written = (data / "scored.jsonl").stat().st_mtime_ns
     assert "nothing to do" in launched(main, *command(data, data / "scored.jsonl")[2:])
     assert (data / "scored.jsonl").stat().st_mtime_ns == written
@@ -102,21 +118,28 @@ def test_a_run_is_reranked(data, scored, tmp_path, launched):
     assert {id: set(scores) for id, scores in found.items()} == {
         f"q{n}": {f"p{3 * n + rank}" for rank in range(1, 5)} for n in range(5)
     }
+    for id, scores in found.items():
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
+        expected = score_by_hand(data, [id] * len(scores), list(scores))
+        np.testing.assert_allclose(list(scores.values()), expected, rtol=0, atol=5e-5)
 
 
 def test_what_cannot_be_scored_is_refused_in_one_sentence_and_nothing_is_written(data, tmp_path, refused):
     write_candidates(data / "unknown.jsonl", [Candidates("q1", ("p1",), ("p2", "p999"))])
+    write_candidates(data / "nobody.jsonl", [Candidates("nobody", ("p1",), ())])
     (data / "empty.jsonl").write_text("")
     output = tmp_path / "out.jsonl"
     for words, code, sentence in (
         (command(data, output, model="encoder"), 2, "without a classification head"),
         (command(data, output, model="absent"), 2, "is not a folder"),
+        (command(data, output, model="broken"), 3, "the reranker gives nan for query q0 and passage p"),
         (command(data, output, source="unknown.jsonl"), 3, "names 1 passages"),
+        (command(data, output, source="nobody.jsonl"), 3, "names 1 queries"),
         (command(data, output, source="empty.jsonl"), 3, "empty.jsonl"),
         (command(data, output, "--run=x"), 2, "either --candidates or --run"),
         (command(data, output, "--depth=3"), 2, "depth is of a --run"),
         (command(data, output, "--max_tokens=100"), 2, "takes pairs of 8 to 40 tokens"),
-        (command(data, tmp_path / "out.txt"), 2, "a name in .jsonl or .parquet"),
+        (command(data, tmp_path / "out.txt"), 2, "a name in .jsonl"),
     ):
         found, said = refused(main, *words[2:])
         assert found == code and sentence in said, said

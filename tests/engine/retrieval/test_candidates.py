@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from pyarrow import parquet
+from pyarrow.json import read_json as json_table
 
 from quincunx.data_shards.artefact import artefact
 from quincunx.data_shards.errors import DataError
@@ -22,13 +24,13 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
-def test_candidates_are_read_as_they_were_written(tmp_path, ending, monkeypatch):
-    monkeypatch.setattr(candidates, "ROWS_A_GROUP", 2)
-    path = tmp_path / f"mined{ending}"
+def test_candidates_are_read_as_they_were_written_and_from_parquet_too(tmp_path):
+    path = tmp_path / "mined.jsonl"
     counts = write_candidates(path, iter(ROWS))
     assert list(iterate_candidates(path)) == ROWS
     assert counts == {"queries": 3, "positives": 4, "negatives": 3, "scores": 5}
+    parquet.write_table(json_table(path), tmp_path / "mined.parquet")
+    assert list(iterate_candidates(tmp_path / "mined.parquet")) == ROWS
 
 
 def test_equal_ids_are_one_object(tmp_path):

@@ -205,43 +205,6 @@ def test_an_encoder_gets_a_fresh_head_from_torchs_generator(family, model_class,
         load_reranker(folder, allow_fresh_head=False)
 
 
-def test_an_exported_pretrained_encoder_without_pooler_becomes_a_reranker(checkpoint, tmp_path):
-    """As engine/export.py leaves it: an encoder's names without prefix, and no pooler."""
-    from safetensors.torch import load_file, save_file
-
-    folder, base = checkpoint("bert", AutoModel)
-    weights = load_file(f"{folder}/model.safetensors")
-    save_file(
-        {name: weight for name, weight in weights.items() if not name.startswith("pooler.")},
-        f"{folder}/model.safetensors",
-        {"format": "pt"},
-    )
-    torch.manual_seed(3)
-    reranker = load_reranker(folder)
-    own = dict(reranker.model.model.named_parameters())
-    for name, weight in base.named_parameters():
-        assert torch.equal(own[f"bert.{name}"], weight) != name.startswith("pooler."), name
-    assert np.isfinite(scores_of(reranker, make_pairs())).all()
-
-
-def test_dropout_and_gradient_checkpointing_are_the_runs(checkpoint):
-    folder, _ = checkpoint("bert")
-    rates = {module.p for module in load_reranker(folder, dropout=0.3).model.modules() if hasattr(module, "p")}
-    assert rates == {0.3}
-    assert {module.p for module in load_reranker(folder).model.modules() if hasattr(module, "p")} == {0.1}
-    results = []
-    for checkpointing in (False, True):
-        reranker = load_reranker(folder, dropout=0.0, gradient_checkpointing=checkpointing)
-        tensors, types, _ = packed_tensors(reranker, make_pairs())
-        scores = reranker.model.train()(tensors, types)
-        scores.square().sum().backward()
-        results.append([scores, *(p.grad for p in reranker.model.parameters() if p.grad is not None)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    training = load_reranker(folder).model.train()
-    assert (training(tensors, types) - training(tensors, types)).abs().max() > 1e-4, "dropout draws anew"
-
-
 def test_no_pairs_give_no_scores(checkpoint):
     assert score_pairs(load_reranker(checkpoint("bert")[0]), [], [])[0].shape == (0,)
 
