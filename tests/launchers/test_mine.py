@@ -68,17 +68,9 @@ def test_answers_the_teachers_margin_and_random_fill_work_together(data, launche
 
 
 def test_what_cannot_be_mined_is_refused_in_one_sentence_and_nothing_is_written(data, refused):
-    (data / "unknown.trec").write_text("q0 Q0 p1 1 2 x\nq0 Q0 p99 2 1.0 x\n")
     (data / "unjudged.tsv").write_text("q0\t0\tp3\t1\n")
-    (data / "foreign.tsv").write_text("q0\t0\tp77\t1\n")
-    write_candidates(data / "part.jsonl", [Candidates("q0", ("p3",), ("p1",), {"p3": 1.0, "p1": 0.5})])
     for words, code, sentence in (
-        (command(data, run="unknown.trec"), 3, "names 1 passages that"),
-        (command(data, run="absent.trec"), 3, "absent.trec cannot be read"),
         (command(data, qrels="unjudged.tsv"), 3, "1 queries of the run (first: q1): give the qrels of these queries"),
-        (command(data, qrels="foreign.tsv"), 3, "p77"),
-        (command(data, "--teacher_scores", data / "part.jsonl"), 3, "lacks the teacher's score of 4 candidates"),
-        (command(data, "--depth=1"), 3, "no negative is left of 1 queries (first: q1)"),
         (command(data, "--depth=0"), 2, "depth is 0"),
     ):
         found, said = refused(main, *words)

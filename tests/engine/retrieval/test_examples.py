@@ -1,12 +1,14 @@
-"""The stream of fine-tuning batches: one global batch for every world size, every query once an epoch, true texts."""
+"""Fine-tuning examples: one global batch for every world size, every query once an epoch, true texts, pure draws."""
 
 import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quincunx.data_shards.batches import Text
-from quincunx.data_shards.tokenizer import tokenise
+from quincunx.data_shards.errors import DataError
 from quincunx.data_shards.tokenizer_training import train_wordpiece
 from quincunx.engine.retrieval import examples as module
 from quincunx.engine.retrieval.candidates import Candidates
@@ -142,15 +144,6 @@ def test_a_retriever_batch_holds_the_texts_of_its_rows_cut_and_counted(tokenizer
     assert 0 < sum(cut) < 8 * 10, "some are cut and some are not"
 
 
-def test_rows_are_groups_of_a_positive_and_negatives_with_all_positives_known(tokenizer):
-    batches = [batch for step in range(7) for batch in make_stream(make_packer(tokenizer)).step(step)]
-    for batch in batches:
-        groups = batch.passage_rows.reshape(len(batch), batch.group)
-        for group, known in zip(groups, batch.positives, strict=True):
-            assert group[0] in known and not set(group[1:]) & set(known)
-    assert {batch.positives.shape for batch in batches} == {(2, 3)}, "one width, so that ranks can gather"
-
-
 def test_a_reranker_batch_holds_each_query_with_each_of_its_passages(tokenizer):
     cut = 0
     for batch in make_stream(make_packer(tokenizer, "reranker")).step(2):
@@ -195,7 +188,144 @@ def test_the_runs_tokenizer_is_left_as_it_is(tokenizer, kind):
         backend.no_padding()
 
 
-def test_texts_are_tokenised_as_for_encoding(tokenizer):
-    batch = make_stream(make_packer(tokenizer)).step(0)[0]
-    expected = tokenise(PASSAGES.texts(batch.passage_rows), tokenizer, 40)
-    np.testing.assert_array_equal(batch.passages.input_ids, np.concatenate(expected))
+NUM_FEW = 60
+FEW_PASSAGES = make_collection([f"p{n}" for n in range(NUM_FEW)], ["text"] * NUM_FEW, "passages")
+
+
+def drawn_groups(sizes: list[tuple[int, int]], *, with_scores=False, first=0, **options) -> Groups:
+    """Query n has sizes[n] = (positives, negatives), some passages of 60; its score of passage p is 100 n + p."""
+    candidates = []
+    for n, (num_positives, num_negatives) in enumerate(sizes):
+        rows = np.random.default_rng(first + n).permutation(NUM_FEW)[: num_positives + num_negatives].tolist()
+        ids = [f"p{row}" for row in rows]
+        scores = {f"p{row}": 100.0 * (first + n) + row for row in rows} if with_scores else None
+        candidates.append(Candidates(f"q{first + n}", tuple(ids[:num_positives]), tuple(ids[num_positives:]), scores))
+    queries = make_collection([row.query_id for row in candidates], ["text"] * len(candidates), "queries")
+    groups = Groups(candidates, queries, FEW_PASSAGES, with_scores=with_scores, **{"seed": 3, **options})
+    groups.candidates = candidates
+    return groups
+
+
+def names(rows: np.ndarray) -> list[str]:
+    return [f"p{row}" for row in rows]
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 20)), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=SIZES, num_hard_negatives=st.integers(0, 12), seed=st.integers(-5, 2**40), epoch=st.integers(0, 50))
+def test_a_group_is_a_positive_then_distinct_negatives_none_of_them_a_positive(sizes, num_hard_negatives, seed, epoch):
+    groups = drawn_groups(sizes, num_hard_negatives=num_hard_negatives, seed=seed)
+    sample_ids = np.arange(len(sizes))
+    rows_BG, scores = groups.draw(np.full(len(sizes), epoch, np.int32), sample_ids)
+    assert scores is None and rows_BG.dtype == np.int64 and rows_BG.shape == (len(sizes), 1 + num_hard_negatives)
+    for row, group in zip(groups.candidates, rows_BG.tolist(), strict=True):
+        positive, *negatives = names(group)
+        assert positive in row.positives
+        assert not set(negatives) & set(row.positives)
+        assert len(set(group)) == len(group)
+        mined = set(negatives) & set(row.negatives)
+        assert len(mined) == min(num_hard_negatives, len(row.negatives)), "mined ones first, random ones only to fill"
+        assert set(negatives[: len(mined)]) == mined
+    assert groups.num_filled == sum(num_negatives < num_hard_negatives for _, num_negatives in sizes)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sizes=SIZES, num_hard_negatives=st.integers(1, 12), epoch=st.integers(0, 9), data=st.data())
+def test_a_draw_does_not_depend_on_the_other_queries_nor_on_the_place_in_the_list(
+    sizes, num_hard_negatives, epoch, data
+):
+    whole = drawn_groups(sizes, num_hard_negatives=num_hard_negatives)
+    expected, _ = whole.draw(np.full(len(sizes), epoch), np.arange(len(sizes)))
+    chosen = np.array(data.draw(st.permutations(range(len(sizes)))))
+    again, _ = whole.draw(np.full(len(sizes), epoch), chosen)
+    np.testing.assert_array_equal(again, expected[chosen])
+    from_second = drawn_groups(sizes[1:], num_hard_negatives=num_hard_negatives, first=1) if sizes[1:] else whole
+    start = int(bool(sizes[1:]))
+    alone, _ = from_second.draw(np.array([epoch]), np.array([len(sizes) - 1 - start]))
+    np.testing.assert_array_equal(alone[0], expected[-1])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_positives=st.integers(1, 6), num_negatives=st.integers(5, 20), group=st.integers(2, 6), start=st.integers(0, 99)
+)
+def test_no_candidate_comes_again_before_all_have_come(num_positives, num_negatives, group, start):
+    """So over whole rounds all counts are equal, and each positive comes once in as many epochs as there are."""
+    groups = drawn_groups([(num_positives, num_negatives)], num_hard_negatives=group - 1)
+    rows_EG, _ = groups.draw(np.arange(0, num_positives * num_negatives), np.zeros(num_positives * num_negatives, int))
+    assert set(np.unique(rows_EG[:, 0], return_counts=True)[1]) == {num_negatives}
+    assert set(np.unique(rows_EG[:, 1:], return_counts=True)[1]) == {num_positives * (group - 1)}
+    rows_EG, _ = groups.draw(np.arange(start, start + num_positives), np.zeros(num_positives, int))
+    assert len(set(rows_EG[:, 0])) == num_positives
+
+
+def test_seeds_queries_and_epochs_draw_differently():
+    groups = drawn_groups([(4, 40)] * 20, num_hard_negatives=5)
+    zeros, rows = np.zeros(20, int), np.arange(20)
+    one = groups.draw(zeros, rows)[0]
+    other_epoch = groups.draw(zeros + 1, rows)[0]
+    other_seed = drawn_groups([(4, 40)] * 20, num_hard_negatives=5, seed=4).draw(zeros, rows)[0]
+    for other in (other_epoch, other_seed):
+        assert (one != other).mean() > 0.7
+    places = [groups.candidates[n].negatives.index(f"p{one[n, 1]}") for n in range(20)]
+    assert len(set(places)) > 8, "the first draw stands at another place of each query's list"
+
+
+def test_random_filling_is_fresh_each_epoch_and_spreads_over_the_collection():
+    groups = drawn_groups([(2, 1)], num_hard_negatives=4)
+    rows = groups.draw(np.arange(200), np.zeros(200, int))[0]
+    assert (rows[:, 1] == rows[0, 1]).all()
+    counts = np.bincount(rows[:, 2:].ravel(), minlength=NUM_FEW)
+    assert (counts > 0).sum() == NUM_FEW - 3, "all but the two positives and the one mined negative"
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 20)), min_size=1, max_size=6),
+    num_hard_negatives=st.integers(1, 12),
+    epoch=st.integers(0, 9),
+)
+def test_teachers_scores_stand_at_their_candidates_and_short_lists_repeat(sizes, num_hard_negatives, epoch):
+    groups = drawn_groups(sizes, num_hard_negatives=num_hard_negatives, with_scores=True)
+    rows_BG, scores_BG = groups.draw(np.full(len(sizes), epoch), np.arange(len(sizes)))
+    assert scores_BG.dtype == np.float32
+    np.testing.assert_array_equal(scores_BG, 100 * np.arange(len(sizes))[:, None] + rows_BG)
+    for row, group in zip(groups.candidates, rows_BG, strict=True):
+        assert set(names(group[1:])) <= set(row.negatives)
+        assert len(set(group[1:])) == min(num_hard_negatives, len(row.negatives))
+
+
+def test_all_positives_of_a_query_are_known_padded_to_one_width():
+    groups = drawn_groups([(2, 5), (1, 5), (3, 5)], num_hard_negatives=2)
+    positives_BP = groups.positives(np.array([1, 2]))
+    assert positives_BP.shape == (2, 3) and positives_BP.dtype == np.int64
+    assert names(positives_BP[0, :1]) == list(groups.candidates[1].positives) and (positives_BP[0, 1:] == -1).all()
+    assert names(positives_BP[1]) == list(groups.candidates[2].positives)
+
+
+def row(query="q0", positives=("p1",), negatives=("p2",), scores=None) -> Candidates:
+    return Candidates(query, positives, negatives, scores)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], {}, "no training query"),
+        ([row(), row("q9")], {}, r"candidates names 1 queries that queries does not have \(first: q9\)"),
+        ([row(negatives=("p2", "x", "y"))], {}, r"names 2 passages that passages does not have \(first: x, y\)"),
+        ([row(scores={"p1": 1.0})], {"with_scores": True}, "lacks the teacher's score of 1 candidates"),
+        ([row(negatives=(), scores={"p1": 1.0})], {"with_scores": True}, "no negatives for 1 queries"),
+        ([row()], {"num_hard_negatives": 60}, "has 60 passages, too few to fill groups of 61"),
+    ],
+)
+def test_candidates_that_cannot_be_trained_on_are_refused(rows, options, message):
+    queries = make_collection(["q0"], ["text"], "queries")
+    with pytest.raises(DataError, match=message):
+        Groups(rows, queries, FEW_PASSAGES, **{"num_hard_negatives": 1, "seed": 0, **options})
+
+
+def test_a_group_as_large_as_the_collection_is_filled():
+    groups = drawn_groups([(1, 3)], num_hard_negatives=NUM_FEW - 1)
+    assert sorted(groups.draw(np.array([0]), np.array([0]))[0][0]) == list(range(NUM_FEW))
