@@ -77,6 +77,11 @@ def tokenizers(tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="session", params=["bert", "roberta", "modernbert", "xlm_roberta"])
+def family(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def bert(tokenizers):
     return tokenizers["bert"]

@@ -1,7 +1,6 @@
 """Passages: nothing lost, nothing too long, cut where sentences start."""
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,6 @@ def split_document(document: Document, *given, **options) -> list[Passage]:
     return next(split_documents([document], *given, **options))[1]
 
 
-FAMILIES = ["bert", "roberta", "modernbert", "xlm_roberta"]
 SINGLE = ["fox", "Dog.", "naïve", "word-wide,", "Dr.", "10°C!", "日本語のテキスト。", "retrieval", "x" * 40, "🙂"]
 WORDS = st.sampled_from([*SINGLE, "\n\n", "(see p. 3)"])
 PARAGRAPHS = st.lists(WORDS, min_size=1, max_size=25).map(" ".join).filter(str.strip).map(str.strip)
@@ -28,7 +26,6 @@ DOCUMENTS = st.builds(
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @given(document=DOCUMENTS, max_tokens=st.integers(3, 40), with_titles=st.booleans())
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_passages_tokens_are_the_documents_and_none_is_too_long(
@@ -43,7 +40,6 @@ def test_the_passages_tokens_are_the_documents_and_none_is_too_long(
     assert len({p.passage_id for p in passages}) == len(passages)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @given(document=DOCUMENTS, max_tokens=st.integers(16, 40))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_words_are_cut_only_where_one_is_longer_than_a_passage(tokenizers, family, document, max_tokens):

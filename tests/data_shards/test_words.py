@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from quincunx.data_shards.tokenizer import special_ids
 from quincunx.data_shards.words import sentence_starts, tokenize
 
-FAMILIES = ["bert", "roberta", "modernbert", "xlm_roberta"]
 TEXTS = st.text(alphabet="ab Zé,.'-1°日本のไท\n\t[SEP]🙂ñ̃", max_size=60)
 
 
@@ -57,7 +56,6 @@ def test_no_word_starts_inside_a_character_of_several_byte_tokens(tokenizers, fa
     assert [word for word in words(tokenizers[family], text) if word] == ["鬱", "鬱", "🙂", "x"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @given(text=TEXTS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tokens_are_the_tokenizers_own_and_starts_and_ends_are_sound(tokenizers, family, text):
@@ -70,7 +68,6 @@ def test_tokens_are_the_tokenizers_own_and_starts_and_ends_are_sound(tokenizers,
         assert (np.diff(tokens.ends) >= 0).all() and tokens.ends[-1] <= len(text)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_text_that_spells_special_tokens_gives_no_special_token(tokenizers, family):
     tokenizer = tokenizers[family]
     tokens = tokenize(tokenizer, ["a [MASK] b [SEP] c <mask> d </s> [CLS] <s> <pad>"])[0]
