@@ -22,7 +22,6 @@ from quincunx.data_shards.records import parse_objects
 from quincunx.engine.retrieval.files import write_json_lines
 from quincunx.engine.retrieval.trec import Qrels, Run
 
-ALIASES = {"MRR": "RR", "MAP": "AP", "Recall": "R", "Precision": "P", "NDCG": "nDCG", "ndcg": "nDCG"}
 LEVEL = 0.95
 RESAMPLES = 10_000
 BOOTSTRAP_SEED = 20_230_601
@@ -79,12 +78,8 @@ def find_measure(name: str, relevant_from: int = 1) -> Any:
     """
     import ir_measures
 
-    word = re.match(r"\w+", name)
-    plain = name.strip()
-    if word and word[0] in ALIASES:
-        plain = ALIASES[word[0]] + plain[len(word[0]) :]
     try:
-        measure = ir_measures.parse_measure(plain)
+        measure = ir_measures.parse_measure(re.sub(r"^ndcg\b", "nDCG", name.strip()))
         if relevant_from != 1 and "rel" in measure.SUPPORTED_PARAMS and "rel" not in measure.params:
             measure = measure(rel=relevant_from)
         measure.validate_params()
