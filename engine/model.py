@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PretrainedConfig
@@ -98,37 +99,12 @@ class LMHead(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weighted loss, each task's sum of negative log-likelihoods, and correct rows: see `linear_cross_entropy`.
 
-        `output_weight_VE` is the word embedding's weight as `TiedRows` returns it.
+        `output_weight_VE` is the word embedding's weight.
         """
         transformed_NE = self.norm(self.activation(self.dense(hidden_ND)))
         return linear_cross_entropy(
             transformed_NE, output_weight_VE, self.bias, labels_N, row_weights_N, task_slices, impl=kernels
         )
-
-
-class TiedRows(torch.autograd.Function):
-    """Rows [T, E] of the tied weight, and the weight [V, E] itself for the output projection.
-
-    Both gradients meet here: the rows' is added into the projection's in place. Under ZeRO-3 the weight is partitioned;
-    DeepSpeed gathers it for the module in whose forward it is read.
-    """
-
-    @staticmethod
-    def forward(ctx, weight_VE, ids_T):
-        ctx.save_for_backward(ids_T)
-        return weight_VE.index_select(0, ids_T), weight_VE.view_as(weight_VE)
-
-    @staticmethod
-    def backward(ctx, rows_gradient_TE, gradient_VE):
-        (ids_T,) = ctx.saved_tensors
-        if rows_gradient_TE.is_cuda:
-            # Sorts, and sums a word's rows in float32: thousands of [MASK]s would be lost in bf16, and index_add_ adds
-            # in any order.
-            rows_gradient_VE = torch.ops.aten.embedding_dense_backward(
-                rows_gradient_TE, ids_T, len(gradient_VE), padding_idx=-1, scale_grad_by_freq=False
-            )
-            return gradient_VE.add_(rows_gradient_VE), None
-        return gradient_VE.index_add_(0, ids_T, rows_gradient_TE), None
 
 
 class PretrainModel(nn.Module):
@@ -232,7 +208,8 @@ class PretrainModel(nn.Module):
         head's weight [V, E]."""
         contexts = batch.contexts
         ids = torch.cat([batch.encoder.input_ids, *(context.text.input_ids for context in contexts.values())])
-        words_TE, output_weight_VE = TiedRows.apply(self.encoder.word_embeddings.weight, ids)
+        output_weight_VE = self.encoder.word_embeddings.weight
+        words_TE = F.embedding(ids, output_weight_VE)
         encoder_words_TE, words_TE = words_TE.split([batch.num_tokens, len(ids) - batch.num_tokens])
         hidden_TD = self.encoder(encoder_words_TE, batch.encoder)
         h_BD = hidden_TD.index_select(0, batch.encoder.starts)

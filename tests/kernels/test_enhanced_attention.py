@@ -84,34 +84,3 @@ def test_an_explicit_mask_is_taken_as_it_is():
     sees = torch.cat([mask.any(-1) for mask in masks])
     ours = enhanced_attention(*tensors, cu_seqlens, None, None, None, explicit)
     assert_same(ours, oracle(*tensors, cu_seqlens, masks), tensors, sees)
-
-
-def test_no_sequences_stay_in_the_graph():
-    tensors = [torch.zeros(n, HEADS, CHANNELS, requires_grad=True) for n in (0, 4, 0, 0)]
-    none = torch.zeros(0, dtype=torch.int32)
-    output = enhanced_attention(*tensors, torch.zeros(1, dtype=torch.int32), none, none, none)
-    gradients = torch.autograd.grad(output.sum(), tensors)
-    assert output.shape == (0, HEADS, CHANNELS) and all((gradient == 0).all() for gradient in gradients)
-
-
-def test_decoders_with_tables_of_their_own_may_share_a_call():
-    """The second decoder's table stands first: position_starts says whose is whose."""
-    first, cu_seqlens, *rule = make_inputs(seed=1)
-    second, _, *other_rule = make_inputs(seed=2)
-    rule, other_rule = ([torch.from_numpy(x) for x in one] for one in (rule, other_rule))
-    apart = [enhanced_attention(*first, cu_seqlens, *rule), enhanced_attention(*second, cu_seqlens, *other_rule)]
-    together = enhanced_attention(
-        torch.cat([first[0], second[0]]),
-        torch.cat([second[1], first[1]]),
-        *(torch.cat([one, other]) for one, other in zip(first[2:], second[2:], strict=True)),
-        torch.cat([cu_seqlens, cu_seqlens[-1] + cu_seqlens[1:]]),
-        *(torch.cat([one, other]) for one, other in zip(rule, other_rule, strict=True)),
-        position_starts_S=torch.tensor([len(second[1])] * len(LENGTHS) + [0] * len(LENGTHS), dtype=torch.int32),
-    )
-    leaves = first + second
-    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-12, atol=1e-12)
-    probe = torch.randn(together.shape, dtype=together.dtype, generator=torch.Generator().manual_seed(9))
-    for mine, other in zip(
-        torch.autograd.grad(together, leaves, probe), torch.autograd.grad(torch.cat(apart), leaves, probe), strict=True
-    ):
-        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-12)

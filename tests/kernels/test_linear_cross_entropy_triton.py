@@ -64,21 +64,6 @@ def assert_as_good_as_eager(found, inputs, form):
         assert torch.equal(found[4].bool(), truth[4])
 
 
-@pytest.fixture
-def redone(monkeypatch):
-    """The flag of every chunk of form B, in order."""
-    flags, amax = [], torch.Tensor.amax
-
-    def record(tensor, *arguments, **options):
-        result = amax(tensor, *arguments, **options)
-        if tensor.dtype == torch.int32:
-            flags.append(result)
-        return result
-
-    monkeypatch.setattr(torch.Tensor, "amax", record)
-    return flags
-
-
 @pytest.mark.parametrize(("dtype", "form"), FORMS)
 @pytest.mark.parametrize(
     "sizes",
@@ -157,37 +142,12 @@ def test_far_logits_err_no_more_than_eager_torchs(device, dtype, form, highest, 
     assert_as_good_as_eager(run(inputs, form), inputs, form)
 
 
-def test_only_a_chunk_with_a_far_row_is_done_again(device, redone):
-    hidden, *others = make_inputs(device, torch.bfloat16, rows=96)
-    scale = torch.ones(96, 1, device=device)
-    scale[70] = 30  # logits of +-180 in the third of three chunks
-    inputs = ((hidden * scale).to(hidden.dtype).detach().requires_grad_(), *others)
-    assert_as_good_as_eager(run(inputs, "B", chunk_rows=32), inputs, "B")
-    assert [int(flag) for flag in redone] == [0, 0, 1]
-
-
-@pytest.mark.parametrize(("shift", "far"), [(-70, 1), (-60, 0), (50, 0), (60, 1)])
-def test_rows_are_far_beyond_a_log_sum_of_60(device, redone, shift, far):
-    """Logits of 1 at most: the log of the sum of 203 exponentials is 5.3 above the shift."""
-    run(make_inputs(device, torch.bfloat16, highest=1.0, shift=float(shift)), "B")
-    assert [int(flag) for flag in redone] == [far]
-
-
-@pytest.mark.parametrize(("highest", "shift"), [(100, 0), (6, -100), (6, 100)])
-def test_without_the_second_attempt_far_logits_would_be_wrong(device, monkeypatch, highest, shift):
-    inputs = make_inputs(device, torch.bfloat16, highest=float(highest), shift=float(shift))
-    monkeypatch.setattr(torch.Tensor, "amax", lambda flags: torch.zeros_like(flags[0]))
-    with pytest.raises(AssertionError):
-        assert_as_good_as_eager(run(inputs, "B"), inputs, "B")
-
-
 @pytest.mark.parametrize("shift", [-45.0, 45.0])
-def test_the_first_attempt_holds_at_logits_it_keeps_and_rows_of_small_weight(device, redone, shift):
+def test_a_row_of_small_weight_still_counts(device, shift):
     """One row weighs 1e-8 of the heaviest; all alone in its row of dW it still counts."""
     hidden, weight, bias, labels, row_weights = make_inputs(device, torch.bfloat16, shift=shift)
     row_weights[5] = row_weights.max() * 1e-8
     found = run((hidden, weight, bias, labels, row_weights), "B")
-    assert [int(flag) for flag in redone] == [0]
     truth = eager((hidden, weight, bias, labels, row_weights), torch.float64)
     assert (found[1].double() - truth[1])[5].norm() <= 0.02 * truth[1][5].norm()
     assert_as_good_as_eager(found, (hidden, weight, bias, labels, row_weights), "B")
