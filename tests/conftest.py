@@ -101,6 +101,32 @@ def save_tiny_bert() -> Callable[..., None]:
     return save
 
 
+@pytest.fixture(scope="session")
+def invented_words() -> Callable[[random.Random, int], list[str]]:
+    """Draws so many words of 3 to 7 letters."""
+
+    def words(draw: random.Random, number: int) -> list[str]:
+        return ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(number)]
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def write_beir() -> Callable[..., None]:
+    """Writes texts as a BEIR folder of passages p0, p1, ... and queries q0, ...; judgements by split: (q, p, grade)."""
+
+    def write(folder: Path, passages: list[str], queries: list[str], **splits: list[tuple[int, int, int]]) -> None:
+        (folder / "qrels").mkdir(parents=True)
+        for name, kind, texts in (("corpus", "p", passages), ("queries", "q", queries)):
+            lines = (json.dumps({"_id": f"{kind}{n}", "text": text}) + "\n" for n, text in enumerate(texts))
+            (folder / f"{name}.jsonl").write_text("".join(lines))
+        for split, judgements in splits.items():
+            lines = ["query-id\tcorpus-id\tscore", *(f"q{q}\tp{p}\t{grade}" for q, p, grade in judgements)]
+            (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+
+    return write
+
+
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
     """Mounts a tmpfs with the options given ("size=16k") at tmp_path, its result; skips where that is not allowed."""

@@ -16,15 +16,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path, write_beir) -> Path:
     """A BEIR set of 30 queries and 50 passages, and two runs of 20 of them each."""
     generator = np.random.default_rng(0)
-    (tmp_path / "set" / "qrels").mkdir(parents=True)
-    passages = [{"_id": f"p{k}", "title": "", "text": f"the number {k}"} for k in range(50)]
-    (tmp_path / "set" / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
-    (tmp_path / "set" / "queries.jsonl").write_text(
-        "".join(json.dumps({"_id": f"q{k}", "text": f"which is {k}"}) + "\n" for k in range(30))
-    )
+    passages, queries = [f"the number {k}" for k in range(50)], [f"which is {k}" for k in range(30)]
+    write_beir(tmp_path / "set", passages, queries)
     (tmp_path / "answers.jsonl").write_text(
         "".join(json.dumps({"query_id": f"q{k}", "answers": [str(k)]}) + "\n" for k in range(30))
     )

@@ -26,20 +26,14 @@ QUICK = {"steps": 60, "log_every": 20, "learning_rate": 3e-3, "adam_eps": 1e-8, 
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, save_tiny_bert) -> SimpleNamespace:
+def tiny(tmp_path_factory, save_tiny_bert, write_beir, invented_words) -> SimpleNamespace:
     """40 passages of invented words, 40 queries made of three words of their passage, a BERT of 2 x 32."""
     folder = tmp_path_factory.mktemp("retrieval")
     draw = random.Random(0)
-    words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(150)]
+    words = invented_words(draw, 150)
     passages = [" ".join(draw.sample(words, draw.randint(8, 14))) for _ in range(40)]
     queries = [" ".join(draw.sample(passage.split(), 3)) for passage in passages]
-    rows = ({"_id": f"p{n}", "title": "", "text": text} for n, text in enumerate(passages))
-    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = ({"_id": f"q{n}", "text": text} for n, text in enumerate(queries))
-    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "qrels").mkdir()
-    judged = "".join(f"q{n}\tp{n}\t1\n" for n in range(40))
-    (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    write_beir(folder, passages, queries, dev=[(n, n, 1) for n in range(40)])
     write_candidates(folder / "candidates.jsonl", (candidates(n, draw) for n in range(40)))
 
     save_tiny_bert(folder / "encoder", passages, 300, pooler=False, max_position_embeddings=48)

@@ -25,7 +25,7 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, save_tiny_bert):
+def data(tmp_path_factory, save_tiny_bert, write_beir):
     """Two tiny random encoders, a BEIR folder of 400 passages, and the first encoder's embeddings of it."""
     folder = tmp_path_factory.mktemp("search")
     shape = {"hidden_size": 16, "intermediate_size": 32, "initializer_range": 0.5}
@@ -33,14 +33,9 @@ def data(tmp_path_factory, save_tiny_bert):
         save_tiny_bert(folder / name, [" ".join(WORDS)] * 3, 80, seed, **shape)
     draw = np.random.default_rng(0)
     beir = folder / "beir"
-    (beir / "qrels").mkdir(parents=True)
-    corpus = [
-        {"_id": f"p{n}", "title": "", "text": " ".join(draw.choice(WORDS, draw.integers(2, 20)))} for n in range(400)
-    ]
-    queries = [{"_id": f"q{n}", "text": " ".join(draw.choice(WORDS, 3))} for n in range(12)]
-    for name, rows in (("corpus", corpus), ("queries", queries)):
-        (beir / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq3\tp1\t1\nq7\tp2\t1\n")
+    passages = [" ".join(draw.choice(WORDS, draw.integers(2, 20))) for _ in range(400)]
+    queries = [" ".join(draw.choice(WORDS, 3)) for _ in range(12)]
+    write_beir(beir, passages, queries, test=[(3, 1, 1), (7, 2, 1)])
     run(
         encode.main, f"--model={folder / 'model'}", f"--corpus={beir}", f"--output={folder / 'embeddings'}",
         "--dtype=float32", "--part_rows=150", "--device=cpu",

@@ -41,22 +41,14 @@ RECIPE = {
 
 
 @pytest.fixture
-def collection(tmp_path) -> Path:
+def collection(tmp_path, write_beir, invented_words) -> Path:
     """A BEIR folder of 90 passages over 120 invented words; a query is three words of its passage."""
     draw = random.Random(0)
-    words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(120)]
+    words, folder = invented_words(draw, 120), tmp_path / "wiki"
     texts = [" ".join(draw.sample(words, 12)) for _ in range(90)]
-    folder = tmp_path / "wiki"
-    (folder / "qrels").mkdir(parents=True)
-    rows = {
-        "corpus.jsonl": [{"_id": f"p{n}", "title": "", "text": text} for n, text in enumerate(texts)],
-        "queries.jsonl": [{"_id": f"q{n}", "text": " ".join(text.split()[:3])} for n, text in enumerate(texts)],
-    }
-    for name, lines in rows.items():
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for split, numbers in (("train", range(60)), ("dev", range(60, 90))):
-        judged = "".join(f"q{n}\tp{n}\t1\n" for n in numbers)
-        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + judged)
+    queries = [" ".join(text.split()[:3]) for text in texts]
+    judged = [(n, n, 1) for n in range(90)]
+    write_beir(folder, texts, queries, train=judged[:60], dev=judged[60:])
     return folder
 
 

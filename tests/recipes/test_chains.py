@@ -27,29 +27,19 @@ SMALLER = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, save_tiny_bert) -> Path:
+def tiny(tmp_path_factory, save_tiny_bert, write_beir, invented_words) -> Path:
     """A BEIR folder of passages of invented words and queries of three words of one, and encoder/, a BERT of 2 x 32."""
-
     folder, draw = tmp_path_factory.mktemp("beir"), random.Random(0)
-    words = ["".join(draw.choice("aeioubdgkmnprst") for _ in range(draw.randint(3, 7))) for _ in range(150)]
+    words = invented_words(draw, 150)
     passages = [" ".join(draw.sample(words, draw.randint(8, 14))) for _ in range(NUM_PASSAGES)]
-    write_lines(folder / "corpus.jsonl", [{"_id": f"p{n}", "text": text} for n, text in enumerate(passages)])
-    (folder / "qrels").mkdir()
-    queries = []
+    queries, splits = [], {}
     for split, number in NUM_QUERIES.items():
-        lines = ["query-id\tcorpus-id\tscore"]
-        for _ in range(number):
-            place = len(queries)
-            queries.append({"_id": f"q{place}", "text": " ".join(draw.sample(passages[place].split(), 3))})
-            lines.append(f"q{place}\tp{place}\t1")
-        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
-    write_lines(folder / "queries.jsonl", queries)
+        places = range(len(queries), len(queries) + number)
+        queries += [" ".join(draw.sample(passages[place].split(), 3)) for place in places]
+        splits[split] = [(place, place, 1) for place in places]
+    write_beir(folder, passages, queries, **splits)
     save_tiny_bert(folder / "encoder", passages, 300, pooler=False, max_position_embeddings=64)
     return folder
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture(scope="module")
