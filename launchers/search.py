@@ -14,7 +14,7 @@ from typing import Literal
 
 from quincunx.data_shards.errors import exit_with_one_sentence
 from quincunx.data_shards.setting import setting
-from quincunx.engine.retrieval.search import Finder, dense_finder, judged_queries, search_to_run
+from quincunx.engine.retrieval.search import Finder, dense_finder, search_to_run
 from quincunx.engine.retrieval.search_page import MAX_RESULTS
 from quincunx.launchers.command_line import parse_settings
 
@@ -131,7 +131,7 @@ def open_finder(settings: SearchSettings) -> Finder:
 
 def main() -> None:
     settings = parse_settings(SearchSettings, __doc__.split("\n")[0])
-    from quincunx.engine.retrieval.collection import read_queries
+    from quincunx.engine.retrieval.collection import make_collection, read_queries
     from quincunx.engine.retrieval.files import refuse_input
     from quincunx.engine.retrieval.trec import read_qrels
 
@@ -148,7 +148,8 @@ def main() -> None:
     refuse_input(settings.output, settings)
     queries, depth = read_queries(settings.queries), settings.depth or DEPTH_OF_A_RUN
     if settings.qrels is not None:
-        queries = judged_queries(queries, read_qrels(settings.qrels), settings.qrels)
+        rows = sorted(queries.known_rows(list(read_qrels(settings.qrels)), "queries", settings.qrels))
+        queries = make_collection(queries.ids(rows), queries.texts(rows), queries.name)
     finder = open_finder(settings)
     lines = search_to_run(finder, queries, depth, settings.output, settings.remake)
     if lines is None:

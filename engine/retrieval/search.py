@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quincunx.data_shards.artefact import artefact
-from quincunx.engine.retrieval.collection import Collection, make_collection
+from quincunx.engine.retrieval.collection import Collection
 from quincunx.engine.retrieval.files import in_groups
-from quincunx.engine.retrieval.trec import RUN, Qrels, write_run
+from quincunx.engine.retrieval.trec import RUN, write_run
 
 if TYPE_CHECKING:
     from quincunx.engine.retrieval.dual_encoder import Retriever
@@ -93,9 +93,3 @@ def search_to_run(finder: Finder, queries: Collection, depth: int, output: str |
             return None
         work.details = write_run(work.made(), results(), finder.index)
         return work.details["results"]
-
-
-def judged_queries(queries: Collection, qrels: Qrels, name: str) -> Collection:
-    """The queries that the judgements name, in file order. Raises DataError if they name unknown ones."""
-    rows = np.sort(queries.known_rows(list(qrels), "queries", name))
-    return make_collection(queries.ids(rows), queries.texts(rows), queries.name)
