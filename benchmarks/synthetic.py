@@ -91,10 +91,10 @@ def make_batch(recipe: str, lengths: np.ndarray, vocab_size: int, seed: int = 0)
             context, read, rule = name, np.where(labelled, MASK, ids), {}
         if context not in contexts:
             contexts[context] = Context(make_text(read, cu_seqlens), torch.arange(len(lengths)))
-        tasks[name] = Task(context, make_labels(np.flatnonzero(labelled), ids[labelled], cu_seqlens), **rule)
+        tasks[name] = Task(context, make_labels(np.flatnonzero(labelled), ids[labelled]), **rule)
     return Batch(
         encoder=make_text(np.where(hidden, MASK, passage), cu_seqlens),
-        encoder_labels=make_labels(np.flatnonzero(hidden), passage[hidden], cu_seqlens),
+        encoder_labels=make_labels(np.flatnonzero(hidden), passage[hidden]),
         contexts=contexts,
         tasks=tasks,
     )

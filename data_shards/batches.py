@@ -43,10 +43,6 @@ class Labels:
     """int64 [M], ascending, into the text's tokens."""
     ids: torch.Tensor
     """int64 [M], the original ids there."""
-    cu_seqlens: torch.Tensor
-    """int32 [S + 1], which of the M belong to which sequence."""
-    max_rows: int
-    """Maximum number of labels of one sequence."""
 
 
 @dataclass(frozen=True)
@@ -120,16 +116,10 @@ def make_text(input_ids: np.ndarray, cu_seqlens: np.ndarray) -> Text:
     )
 
 
-def make_labels(positions: np.ndarray, ids: np.ndarray, cu_seqlens: np.ndarray) -> Labels:
-    """The labels `ids` [M] at ascending `positions` [M] of a text with bounds [S + 1]."""
+def make_labels(positions: np.ndarray, ids: np.ndarray) -> Labels:
+    """The labels `ids` [M] at ascending `positions` [M] of a text."""
     assert (np.diff(positions) > 0).all(), "label positions must ascend"
-    bounds = np.searchsorted(positions, cu_seqlens)
-    return Labels(
-        positions=torch.tensor(positions, dtype=torch.int64),
-        ids=torch.tensor(ids, dtype=torch.int64),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        max_rows=int(np.diff(bounds).max(initial=0)),
-    )
+    return Labels(torch.tensor(positions, dtype=torch.int64), torch.tensor(ids, dtype=torch.int64))
 
 
 def join_texts(texts: Sequence[np.ndarray]) -> Text:

@@ -171,7 +171,7 @@ class Packer:
 
 
 def _labels(text: Packed, labelled: np.ndarray) -> Labels:
-    return make_labels(np.flatnonzero(labelled), text.input_ids[labelled], text.cu_seqlens)
+    return make_labels(np.flatnonzero(labelled), text.input_ids[labelled])
 
 
 def _vocabulary(shard_sets: list[ShardSet]) -> Vocabulary:

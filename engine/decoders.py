@@ -1,6 +1,6 @@
 """The shallow decoders: masked (MASTER, section 4.2) and enhanced (RetroMAE, section 3.3), on packed text.
 
-Both are BERT's post-LayerNorm layers, and both finish only the rows that carry a label: queries, output projection and
+Both are BERT's post-LayerNorm layers, and both finish only the rows that carry a label: output projection and
 feed-forward of a last layer are never computed where no loss reads them.
 
 Letters: T tokens, S sequences, M labelled rows, R rows that ask, D channels, H heads, C channels of a head, P rows of
@@ -74,19 +74,15 @@ class MaskedDecoder(nn.Module):
 
     def forward(self, context_TD: torch.Tensor, text: Text, labels: Labels) -> torch.Tensor:
         """Hidden states [M, D] of the labelled rows."""
-        for layer in self.layers[:-1]:
-            q_THC = layer.split_heads(layer.query(context_TD) + layer.query_bias)
-            k_THC, v_THC = layer.keys_and_values(context_TD)
+        hidden = context_TD
+        for layer in self.layers:
+            q_THC = layer.split_heads(layer.query(hidden) + layer.query_bias)
+            k_THC, v_THC = layer.keys_and_values(hidden)
             attended = packed_attention(q_THC, k_THC, v_THC, text.cu_seqlens, text.max_length)
-            context_TD = layer(attended, context_TD)
-        layer = self.layers[-1]
-        rows_MD = context_TD.index_select(0, labels.positions)
-        q_MHC = layer.split_heads(layer.query(rows_MD) + layer.query_bias)
-        k_THC, v_THC = layer.keys_and_values(context_TD)
-        attended = packed_attention(
-            q_MHC, k_THC, v_THC, text.cu_seqlens, text.max_length, labels.cu_seqlens, labels.max_rows
-        )
-        return layer(attended, rows_MD)
+            if layer is self.layers[-1]:
+                attended, hidden = (x.index_select(0, labels.positions) for x in (attended, hidden))
+            hidden = layer(attended, hidden)
+        return hidden
 
 
 class EnhancedDecoder(nn.Module):

@@ -261,7 +261,8 @@ class PretrainModel(nn.Module):
     def flops(self, batch: Batch) -> float:
         """FLOPs of forward and backward (three times the forward) of one micro-batch, matrix products only.
 
-        Recomputation (gradient checkpointing) does not count, as usual for MFU. benchmarks/flops.py counts what is run.
+        As usual for MFU, only what the losses need counts: neither recomputation (gradient checkpointing) nor queries
+        at rows without a label. benchmarks/flops.py counts what is run.
         """
         width = self.encoder.config.hidden_size
         multiply_adds = encoder_multiply_adds(self.encoder.model, np.diff(batch.encoder.cu_seqlens))

@@ -127,7 +127,7 @@ def visible_attention(
             own_LL = visible_LL[:length, :length]
             blind.append(~own_LL.any(-1))
             masks.append(own_LL | blind[-1][:, None])
-    attended_THC = attend_each(q_THC, k_THC, v_THC, lengths, lengths, masks)
+    attended_THC = attend_each(q_THC, k_THC, v_THC, lengths, masks)
     return attended_THC.masked_fill(torch.cat(blind)[:, None, None], 0) if blind else attended_THC
 
 

@@ -151,7 +151,7 @@ def pack(ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> tuple[T
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     packed_labels = labels.numpy()[real]
     positions = np.flatnonzero(packed_labels != -100)
-    return make_text(ids.numpy()[real], cu_seqlens), make_labels(positions, packed_labels[positions], cu_seqlens)
+    return make_text(ids.numpy()[real], cu_seqlens), make_labels(positions, packed_labels[positions])
 
 
 def to_batch(batch: dict[str, torch.Tensor], step: Pass, task_names: Sequence[str]) -> Batch:
@@ -161,8 +161,8 @@ def to_batch(batch: dict[str, torch.Tensor], step: Pass, task_names: Sequence[st
         if name in step.decoders:
             text, labels = pack(*(batch[key] for key in step.decoders[name]))
         else:
-            none, bounds = np.zeros(0, np.int64), np.zeros(1, np.int64)
-            text, labels = make_text(none, bounds), make_labels(none, none, bounds)
+            none = np.zeros(0, np.int64)
+            text, labels = make_text(none, np.zeros(1, np.int64)), make_labels(none, none)
         contexts[name] = Context(text, torch.arange(len(text.starts)))
         visible = batch["decoder_attention_mask"].bool() if name == "retromae" else None
         tasks[name] = Task(name, labels, visibility=visible)

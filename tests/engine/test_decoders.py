@@ -36,7 +36,7 @@ def task():
     thresholds = np.where(inner, 2**29, 2**30).astype(np.int32)
     return Task(
         "passage",
-        make_labels(positions, rng.integers(5, 50, len(positions)), cu_seqlens),
+        make_labels(positions, rng.integers(5, 50, len(positions))),
         keys=torch.arange(7, 7 + len(LENGTHS), dtype=torch.int32),
         word_ids=torch.arange(cu_seqlens[-1], dtype=torch.int32),
         keep_thresholds=torch.from_numpy(thresholds),
@@ -125,7 +125,7 @@ def test_decoders_of_several_tasks_run_together_as_they_would_alone(task):
     short_text = make_text(np.arange(5, 17), np.array([0, 7, 12]))
     short = Task(
         "next",
-        make_labels(np.array([1, 2, 9]), np.array([6, 7, 8]), np.array([0, 7, 12])),
+        make_labels(np.array([1, 2, 9]), np.array([6, 7, 8])),
         keys=torch.tensor([11, -5], dtype=torch.int32),
         word_ids=torch.arange(12, dtype=torch.int32),
         keep_thresholds=torch.full((12,), 2**29, dtype=torch.int32),

@@ -82,7 +82,7 @@ def pack(passages: list[dict], decoder: str) -> Batch:
             return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
 
         positions = joined(text["positions"] + start for text, start in zip(texts, cu_seqlens))
-        labels = make_labels(positions, joined(text["labels"] for text in texts), cu_seqlens)
+        labels = make_labels(positions, joined(text["labels"] for text in texts))
         rule, context = {}, name
         if kind == "enhanced":
             context = TASKS_OF_PACKER[name].field

@@ -23,15 +23,13 @@ def alone(q, k, v, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
 
 
-def by_sequence(rows, cu_seqlens, queries_bounds=None, window=None):
-    queries_bounds = cu_seqlens if queries_bounds is None else queries_bounds
+def by_sequence(rows, cu_seqlens, window=None):
     outputs = []
     for i in range(len(cu_seqlens) - 1):
-        keys, queries = slice(*cu_seqlens[i : i + 2]), slice(*queries_bounds[i : i + 2])
-        position = torch.arange(keys.stop - keys.start)
+        own = slice(*cu_seqlens[i : i + 2])
+        position = torch.arange(own.stop - own.start)
         mask = None if window is None else (position[:, None] - position).abs() <= window
-        if queries.stop > queries.start:
-            outputs.append(alone(rows[0][queries], rows[1][keys], rows[2][keys], mask))
+        outputs.append(alone(*(x[own] for x in rows), mask))
     return torch.cat(outputs)
 
 
@@ -49,13 +47,3 @@ def test_output_and_gradients_are_those_of_each_sequence_alone(window):
     rows, cu_seqlens = make_inputs()
     ours = packed_attention(*rows, cu_seqlens, max(LENGTHS), window=window)
     assert_same(ours, by_sequence(rows, cu_seqlens, window=window), rows)
-
-
-def test_queries_at_some_rows_only():
-    """As in a decoder's last layer; one sequence has no query row."""
-    rows, cu_seqlens = make_inputs()
-    num_queries = [2, 5, 1, 0, 1, 16, 20]
-    bounds = torch.tensor([0, *np.cumsum(num_queries)], dtype=torch.int32)
-    rows[0] = rows[0][: sum(num_queries)].detach().requires_grad_()
-    ours = packed_attention(*rows, cu_seqlens, max(LENGTHS), bounds, max(num_queries))
-    assert_same(ours, by_sequence(rows, cu_seqlens, bounds), rows)
