@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FLOORS = ["kernels", "data_shards", "engine", "launchers"]
 HEAVY = {
-    "deepspeed": {"engine/training.py", "engine/checkpoint.py"},
+    "deepspeed": {"engine/training.py", "engine/checkpoint.py", "engine/export.py"},
     "mlflow": {"engine/tracking.py"},
     "ir_measures": {"engine/retrieval/evaluation.py", "engine/evaluations.py"},
     "faiss": {"engine/retrieval/index.py"},
