@@ -17,7 +17,6 @@ from quincunx.data_shards.durable import file_digest
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.setting import setting
 from quincunx.engine.checkpoint import Checkpoint
-from quincunx.engine.evaluations import make_probe
 from quincunx.engine.export import PLOT_FILE, learned_settings, model_card, open_export
 from quincunx.engine.ranks import Environment, choose_device
 from quincunx.engine.retrieval.candidates import iterate_candidates
@@ -237,6 +236,8 @@ def prepare(settings: FinetuneSettings, environment: Environment) -> FinetuneJob
 
 def load_judged(settings: FinetuneSettings, retriever: "Retriever") -> "Probe":
     """The probe, judged by qrels/SPLIT.tsv and read as the retriever reads texts. Raises DataError."""
+    from quincunx.engine.evaluations import make_probe
+
     folder = Path(settings.probe)
     passages, queries = read_passages(folder, titles=settings.titles), read_queries(folder)
     qrels = read_qrels(folder / "qrels" / f"{settings.probe_split}.tsv")

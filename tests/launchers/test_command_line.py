@@ -1,4 +1,8 @@
+import resource
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -6,6 +10,9 @@ import pytest
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.setting import setting
 from quincunx.launchers.command_line import as_flags, parse_settings
+
+LAUNCHERS = Path(__file__).parents[2] / "launchers"
+COMMANDS = sorted(path.name for path in LAUNCHERS.glob("*.py") if "__main__" in path.read_text())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +106,16 @@ def test_a_wrong_file_is_one_sentence(text, sentence, tmp_path):
     with pytest.raises(SettingsError) as caught:
         parse("--config", str(tmp_path / "a.yaml"))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("launcher", COMMANDS)
+def test_the_help_of_every_launcher_comes_at_once(launcher):
+    """In less time than it takes to import torch; of the processor's, which others may be using too."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, LAUNCHERS / launcher, "--help"], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "show this help message" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_help_shows_every_field_with_its_docstring(capsys):

@@ -100,9 +100,3 @@ def test_what_cannot_be_encoded_is_one_sentence_and_changes_nothing(flags, code,
     found, said = refused(encode.main, *words[2:])
     assert found == code and sentence in said
     assert {path.name: path.read_bytes() for path in sorted((data / "alone").iterdir())} == encoded
-
-
-def test_help_loads_no_torch():
-    code = "import sys; from quincunx.launchers import encode, search; print({'torch', 'faiss'} & set(sys.modules))"
-    assert run([sys.executable, "-c", code]).stdout == "set()\n"
-    assert "what a kill loses at most" in run([sys.executable, "launchers/encode.py", "--help"]).stdout

@@ -1,9 +1,6 @@
 """launchers/evaluate.py as users start it: tables, files, and one sentence with its exit code for every mistake."""
 
 import json
-import resource
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -84,15 +81,6 @@ def test_answer_match_with_and_without_qrels(folder, run):
     with open(folder / "good.run") as file:
         hits = sum(line.split()[2].removeprefix("p") == line.split()[0].removeprefix("q") for line in file)
     assert measures[0]["AnswerHit@20"]["mean"] == pytest.approx(hits / 30)
-
-
-def test_help_is_quick_and_shows_every_setting():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    command = [sys.executable, str(ROOT / "launchers" / "evaluate.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # of the processor: others may be using it
-    assert "Depths of answer match" in done.stdout
-    assert seconds < 1
 
 
 @pytest.mark.parametrize(
