@@ -218,6 +218,8 @@ def load_checkpoint(engine, folder: Path) -> None:
     checkpoint under ZeRO 3 it gives every parameter group the first one's. There it also gives all groups one step
     tensor, which each would count up. (DeepSpeed 0.19; the test is the resume from 2 to 1 ranks under zero3.)
     """
+    import torch
+
     groups = engine.optimizer.param_groups
     ours = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
@@ -225,9 +227,10 @@ def load_checkpoint(engine, folder: Path) -> None:
         raise CheckpointError(f"DeepSpeed could not load {folder}")
     for group, values in zip(groups, ours, strict=True):
         group.update(values)
-    for state in engine.optimizer.optimizer.state.values():
-        if hasattr(state.get("step"), "clone"):
-            state["step"] = state["step"].clone()
+    if isinstance(engine.optimizer.optimizer, torch.optim.AdamW):
+        for state in engine.optimizer.optimizer.state.values():
+            if "step" in state:  # a number in checkpoints that DeepSpeed's own Adam has written
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
 
 
 def save_checkpoint(engine, group, folder: Path, step: int, state: dict[str, Any], keep: int) -> str | None:

@@ -306,10 +306,9 @@ def fill_config(
     del filled["scheduler"]
     put(filled, "train_micro_batch_size_per_gpu", micro_batch)
     put(filled, "optimizer.type", "AdamW")
-    # torch's AdamW needs no compiler; an offloaded optimizer runs on the CPU, and only DeepSpeed's own is fast there.
     parameters = filled["optimizer"]["params"]
     if parameters.get("torch_adam", "auto") == "auto":
-        parameters["torch_adam"] = lookup(config, "zero_optimization.offload_optimizer.device") != "cpu"
+        parameters["torch_adam"] = True  # needs no compiler, and offloaded it is as fast as DeepSpeed's own
     if parameters["torch_adam"]:
         parameters.setdefault("fused", True)  # one pass over weights and moments instead of ten
     is_float16 = lookup(config, "fp16.enabled") is True

@@ -7,7 +7,6 @@ engine/pretraining.py has pre-training's, engine/retrieval/retriever_job.py and 
 """
 
 import difflib
-import fcntl
 import hashlib
 import json
 import os
@@ -37,7 +36,7 @@ from quincunx.engine.checkpoint import (
 )
 from quincunx.engine.ranks import Environment, StopRequest, Watchdog
 from quincunx.engine.run_folder import METRICS_FILE, RunFolder, Tracker
-from quincunx.engine.settings import Machine, RunSettings, lookup, precision_of
+from quincunx.engine.settings import Machine, RunSettings, precision_of
 from quincunx.engine.throughput import Progress, Window, peak_flops_of
 
 
@@ -380,8 +379,6 @@ def meet(
     deepspeed.utils.logger.setLevel("WARNING")
     # A shared-memory reduction for inference, which DeepSpeed would compile for a minute and training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if lookup(config, "zero_optimization.offload_optimizer.device") == "cpu":
-        compile_once(deepspeed.ops.op_builder.CPUAdamBuilder(), environment.is_main)
     if cuda:
         torch.cuda.set_device(environment.local_rank)
     patience = timedelta(minutes=settings.hang_minutes + 5)  # the watchdog is first: it says what hangs
@@ -412,28 +409,6 @@ def meet(
                 "machines the same command and the same files"
             )
     return control, checkpoint
-
-
-def compile_once(builder: Any, is_main: bool) -> None:
-    """Compiles and loads a DeepSpeed operator; later calls on this machine only load it.
-
-    torch marks a compilation with a file, which a killed process leaves behind and every later one waits for, without
-    end. Here ranks and runs take turns by the kernel's lock (flock), which dies with its holder: whoever holds it knows
-    that a mark still there is a dead process's, and removes it. For that the operators are compiled in a folder of
-    ours, ~/.cache/quincunx/torch_extensions, unless TORCH_EXTENSIONS_DIR names another.
-
-    builder: a DeepSpeed op builder (deepspeed.ops.op_builder). is_main: says on stderr that it takes a minute.
-    """
-    build = f"py{sys.version_info.major}{sys.version_info.minor}_torch{torch.__version__}"
-    default = Path.home() / ".cache" / "quincunx" / "torch_extensions" / build
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "quincunx.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / builder.name / "lock").unlink(missing_ok=True)
-        if is_main and not list((folder / builder.name).glob("*.so")):
-            print(f"compiling DeepSpeed's {builder.name} (once, about a minute)", file=sys.stderr, flush=True)
-        builder.load(verbose=False)
 
 
 def misspelt_keys(config: dict[str, Any]) -> list[str]:

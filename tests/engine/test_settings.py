@@ -95,7 +95,7 @@ def test_the_five_jsons_are_filled_from_the_run_and_leave_no_auto(monkeypatch):
         assert not auto_keys(filled) and "scheduler" not in filled
         assert filled["train_batch_size"] == 64 and filled["gradient_accumulation_steps"] == 4
         parameters = filled["optimizer"]["params"]
-        assert parameters["betas"] == [0.9, 0.98] and parameters["torch_adam"] is ("offload" not in name)
+        assert parameters["betas"] == [0.9, 0.98] and parameters["torch_adam"] is parameters["fused"] is True
         assert filled["gradient_clipping"] == 0.7 and filled["optimizer"]["type"] == "AdamW"
         assert precision_of(filled) == "float32" and filled["zero_optimization"]["stage"] == int(name[4])
         on_gpu = load_machine(settings, world_size=2, cuda=True).config

@@ -22,6 +22,7 @@ SMALLER = {
     r"--global_batch \d+": "--global_batch 8", "--probe_every 25": "--probe_every 3", "--sample 2000": "--sample 20",
     "--probe_queries 100 --probe_passages 200": "--probe_queries 8 --probe_passages 20",
     "--max_passage_tokens 80": "--max_passage_tokens 32", "--max_pair_tokens 96": "--max_pair_tokens 48",
+    "--max_tokens 80": "--max_tokens 32",
 }  # fmt: skip
 """What of small.sh is replaced by what, so that it takes a minute."""
 
