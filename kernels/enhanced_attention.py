@@ -48,7 +48,7 @@ def enhanced_attention(
     `impl` auto takes Triton's kernels on CUDA devices from Ampere on, for head sizes 32, 64 and 128 in bf16, fp16 and
     fp32. Results are repeatable bit for bit, and a sequence's output and dh, dK, dV do not depend on the others.
 
-    Shapes, dtypes and layouts are asserted; values are trusted, because reading them would wait for the device.
+    The kernels assert shapes, dtypes and layouts; values are trusted, because reading them would wait for the device.
     """
     num_sequences = len(h_query_SHC)
     if position_starts_S is None:
@@ -57,7 +57,7 @@ def enhanced_attention(
         max_length = int(cu_seqlens.diff().max()) if num_sequences else 0
     floats = (h_query_SHC, position_query_PHC, k_THC, v_THC)
     rule = (keys_S, word_ids_T, keep_thresholds_T)
-    _check(floats, (cu_seqlens, position_starts_S), rule, explicit_visibility_SLL, max_length)
+    assert max_length <= len(position_query_PHC), f"{max_length} positions, {len(position_query_PHC)} in the table"
     fits = k_THC.shape[-1] in TRITON_HEAD_SIZES and k_THC.dtype in TRITON_DTYPES
     assert fits or impl != "triton", f"the kernels take no heads of {k_THC.shape[-1]} channels in {k_THC.dtype}"
     explicit = explicit_visibility_SLL is not None
@@ -72,30 +72,6 @@ def enhanced_attention(
 
     with torch.cuda.device_of(k_THC):  # Triton launches on the current device.
         return Attention.apply(*floats, cu_seqlens, position_starts_S, *rule, max_length)
-
-
-def _check(
-    floats: tuple[torch.Tensor, ...],
-    bounds: tuple[torch.Tensor, ...],
-    rule: tuple[torch.Tensor | None, ...],
-    explicit_SLL: torch.Tensor | None,
-    max_length: int,
-) -> None:
-    h_query_SHC, position_query_PHC, k_THC, v_THC = floats
-    (num_sequences, *head_shape), num_tokens = h_query_SHC.shape, len(k_THC)
-    assert len({x.dtype for x in floats}) == 1 and k_THC.is_floating_point(), [x.dtype for x in floats]
-    assert len({x.device for x in (*floats, *bounds)}) == 1, [x.device for x in (*floats, *bounds)]
-    assert list(position_query_PHC.shape[1:]) == head_shape and v_THC.shape == k_THC.shape == (num_tokens, *head_shape)
-    # The kernels read heads side by side; rows may be apart, as in parts of one projection.
-    assert all(x.stride(-1) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) for x in floats)
-    lengths = [num_sequences + 1, num_sequences]
-    if explicit_SLL is None:
-        bounds, lengths = (*bounds, *rule), [*lengths, num_sequences, num_tokens, num_tokens]
-    else:
-        assert explicit_SLL.dtype == torch.bool and explicit_SLL.shape[1] == explicit_SLL.shape[2] >= max_length
-    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in bounds)
-    assert [len(x) for x in bounds] == lengths, [len(x) for x in bounds]
-    assert max_length <= len(position_query_PHC), f"{max_length} positions, {len(position_query_PHC)} in the table"
 
 
 @torch.compiler.disable
@@ -172,6 +148,9 @@ def visibility(
     one key a sequence, `rows_SR` positions of the rows ([CLS] = 0), `word_ids_SL` and `keep_thresholds_SL` by column,
     padded columns with threshold 0 (never seen).
     """
+    assert all(x.dtype == torch.int32 for x in (keys_S, rows_SR, word_ids_SL, keep_thresholds_SL)), (
+        "hashes wrap at 32 bits"
+    )
     columns_L = torch.arange(word_ids_SL.shape[1], dtype=torch.int32, device=word_ids_SL.device)
     rows_SR1 = rows_SR[:, :, None]
     draws_SRL = draw30(keys_S[:, None, None], rows_SR1, word_ids_SL[:, None, :])

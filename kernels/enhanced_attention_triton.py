@@ -327,6 +327,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, ctx.max_length = arguments
+        _assert_layouts(inputs)
         k_THC = inputs[2]
         output_THC = k_THC.new_empty(k_THC.shape)
         lse_HT = k_THC.new_empty(k_THC.shape[1], k_THC.shape[0], dtype=torch.float32)
@@ -354,6 +355,21 @@ class Attention(torch.autograd.Function):
             grad_q_THC, cu_seqlens, position_starts_S, grad_position_PHC, width, len(grad_h_SHC), **SUM_SIZES
         )
         return grad_h_SHC, grad_position_PHC, grad_k_THC, grad_v_THC, *(None,) * 6
+
+
+def _assert_layouts(inputs: list[torch.Tensor]) -> None:
+    """What the kernels cannot see: they read through pointers and strides. `inputs` are as `_launch` has them."""
+    floats, integers = inputs[:4], inputs[4:]
+    h_query_SHC, position_query_PHC, k_THC, v_THC = floats
+    (num_sequences, *head_shape), num_tokens = h_query_SHC.shape, len(k_THC)
+    assert len({x.dtype for x in floats}) == 1, [x.dtype for x in floats]
+    assert len({x.device for x in inputs}) == 1, [x.device for x in inputs]
+    assert list(position_query_PHC.shape[1:]) == head_shape and v_THC.shape == k_THC.shape == (num_tokens, *head_shape)
+    # Heads stand side by side; rows may be apart, as in parts of one projection.
+    assert all(x.stride(-1) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]) for x in floats)
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in integers)
+    lengths = [num_sequences + 1, num_sequences, num_sequences, num_tokens, num_tokens]
+    assert [len(x) for x in integers] == lengths, [len(x) for x in integers]
 
 
 def _capability(device: torch.device) -> int:
