@@ -4,8 +4,8 @@ Hugging Face's BertForMaskedLM and BertLayers on padded batches, the LM head ove
 0.1 in attention too. RetroMAE pads to the longest passage of the batch and masks with a dense [B, L, L] tensor. MASTER
 pads every text to the model's length and runs the encoder three times: the passage (mkp, dor, gor decode from it), its
 first half (npr decodes the second), and the passage under a second mask (cmp). At 128 tokens that is 109.5 and 404.6
-GFLOP a passage, the published code's figures; tests/benchmarks/test_published_model.py also holds the losses against
-reference cases.
+GFLOP a passage, the published code's figures. tests/test_replay_case.py compares the losses and gradients of the
+model that trains with this one's.
 
 Nobody published the quincunx recipe; it stands here as five of RetroMAE's decoders over one pass.
 
