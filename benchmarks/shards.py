@@ -33,6 +33,7 @@ from synthetic import write_shard_set
 from quincunx.data_shards.packer import Packer
 from quincunx.data_shards.shard_writer import Sample
 from quincunx.data_shards.shards import ShardSet, Text, open_shards
+from quincunx.data_shards.stream import Rows
 from quincunx.data_shards.tasks import TaskSpec
 from quincunx.data_shards.webdataset_decoder import decode_member, split_blocks
 
@@ -88,7 +89,7 @@ def read_at_random(packer: Packer, batch_size: int) -> None:
     samples = np.random.default_rng(0).permutation(num_samples)
     zeros = np.zeros(batch_size, np.int32)
     for first in range(0, num_samples - batch_size + 1, batch_size):
-        packer.gather(zeros, zeros, samples[first : first + batch_size])
+        packer.gather(Rows(zeros, zeros, samples[first : first + batch_size]))
 
 
 def shard_urls(folder: str) -> list[str]:

@@ -168,6 +168,8 @@ def check_fits(checkpoint: Checkpoint, job: "Job", identity: dict[str, Any]) -> 
         )
     now = as_plain(settings)
     then = as_plain(type(settings)()) | state["settings"]  # a setting younger than the checkpoint had its default
+    if then.get("sentence_losses") == []:  # as it stood before they had weights
+        then["sentence_losses"] = {}
     changed = {name: f"{name} was {then[name]} and is {value}" for name, value in now.items() if then[name] != value}
     foreign = [changed[name] for name in names_of(settings, "model", "stream") if name in changed]
     if foreign:
@@ -230,7 +232,9 @@ def load_checkpoint(engine, folder: Path) -> None:
     if isinstance(engine.optimizer.optimizer, torch.optim.AdamW):
         for state in engine.optimizer.optimizer.state.values():
             if "step" in state:  # a number in checkpoints that DeepSpeed's own Adam has written
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+                state["step"] = torch.as_tensor(
+                    state["step"], dtype=torch.float32, device=state["exp_avg"].device
+                ).clone()
 
 
 def save_checkpoint(engine, group, folder: Path, step: int, state: dict[str, Any], keep: int) -> str | None:

@@ -203,8 +203,10 @@ def load_probe(folder: str | Path, tokenizer: Any, max_tokens: int) -> Probe:
         if query_id != "query-id":  # the header
             qrels.setdefault(query_id, {})[doc_id] = int(grade)
 
-    judgements = next((name for name in QRELS_NAMES if (folder / name).is_file()), QRELS_NAMES[0])
-    for name, add in (("corpus.jsonl", add_passage), ("queries.jsonl", add_query), (judgements, add_grade)):
+    judgements = next((name for name in QRELS_NAMES if (folder / name).is_file()), " or ".join(QRELS_NAMES))
+    row, grade = "an object with _id and text", "query-id, corpus-id, score with tabs between"
+    readers = [("corpus.jsonl", row, add_passage), ("queries.jsonl", row, add_query), (judgements, grade, add_grade)]
+    for name, form, add in readers:
         path = folder / name
         if not path.is_file():
             raise DataError(f"the probe {folder} has no {name}: give a folder in BEIR's format")
@@ -214,7 +216,7 @@ def load_probe(folder: str | Path, tokenizer: Any, max_tokens: int) -> Probe:
                     add(line.decode())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
-                    f"{path} line {number} cannot be read ({type(error).__name__}: {error}): fix or remove the line"
+                    f"{path} line {number} is not {form} ({type(error).__name__}: {error}): fix or remove the line"
                 ) from error
     return make_probe(folder, passages, queries, qrels, lambda texts, _: tokenise(texts, tokenizer, max_tokens))
 

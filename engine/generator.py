@@ -184,8 +184,8 @@ def load_generator(name: str, device: str, precision: str) -> Generator:
             "give a sequence-to-sequence model (a doc2query T5) or a causal one (GPT-2)"
         )
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = fetch_pretrained(kind.from_pretrained, name, dtype=getattr(torch, precision))
     tokenizer = fetch_pretrained(AutoTokenizer.from_pretrained, name)
+    model = fetch_pretrained(kind.from_pretrained, name, dtype=getattr(torch, precision))
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise SettingsError(
             f"the tokenizer of {name!r} has neither a padding nor an end token: give a model that has one"

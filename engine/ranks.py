@@ -206,9 +206,9 @@ def processes_above() -> list[int]:
     """
     parent = os.getppid()
     with contextlib.suppress(OSError):  # it has just died, or this system has no /proc
-        if "deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_text():
-            command = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-            if "deepspeed" in Path(f"/proc/{command}/cmdline").read_text():
+        if b"deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_bytes():
+            command = int(Path(f"/proc/{parent}/stat").read_bytes().rpartition(b")")[2].split()[1])
+            if b"deepspeed" in Path(f"/proc/{command}/cmdline").read_bytes():
                 return [parent, command]
     return [parent]
 

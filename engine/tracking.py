@@ -115,7 +115,6 @@ class Sender:
         self.state = TrackingState.load(self.folder)
         if uri != self.state.uri:  # another store has received nothing yet
             self.state = TrackingState(self.state.run_id, uri)
-            self.state.save(self.folder)
         _create_database(uri)
         self.client = MlflowClient(tracking_uri=uri)
         if self.state.mlflow_run_id is None:
@@ -316,7 +315,7 @@ def send_rest(run_folder: Path, uri: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sends to MLflow what a run has recorded and not sent.")
-    parser.add_argument("run", type=Path, help="run folder, the --output of pretrain.py")
+    parser.add_argument("run", type=Path, help="run folder, the --output of pretrain.py or finetune.py")
     parser.add_argument(
         "--tracking",
         metavar="URI",
@@ -325,9 +324,12 @@ def main() -> None:
     parser.add_argument("--follow", type=int, metavar="BYTES", help=argparse.SUPPRESS)  # run_folder.py's Tracker
     arguments = parser.parse_args()
     run = arguments.run
-    if not (run / SETTINGS_FILE).exists():
-        raise SettingsError(f"{run} is not a run folder ({SETTINGS_FILE} is missing); give pretrain.py's --output")
-    uri = resolve_uri(arguments.tracking or yaml.safe_load((run / SETTINGS_FILE).read_text())["tracking"], run)
+    settings = yaml.safe_load((run / SETTINGS_FILE).read_text()) if (run / SETTINGS_FILE).exists() else {}
+    if not {"tracking", "run_name"} <= settings.keys():
+        raise SettingsError(
+            f"{run} is not a run folder (it has no {SETTINGS_FILE} of a run); give a training's --output"
+        )
+    uri = resolve_uri(arguments.tracking or settings["tracking"], run)
     if uri == "none":
         raise SettingsError("the run was not tracked by MLflow; give --tracking URI, or --tracking sqlite")
     _fail_fast()

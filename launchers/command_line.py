@@ -105,6 +105,8 @@ def in_one_sentence(box: str) -> str:
     ):
         kinds = " or ".join(wrong[2].replace("{None}", "None").split("|"))
         plain = f"{wrong[1]} is {wrong[3]}; it takes {kinds}"
+    if wrong := re.match(r"Error parsing (--\w+): Failed to parse key-value pairs", plain):
+        plain = f"{wrong[1]} takes pairs: NAME NUMBER NAME NUMBER ... (in YAML a mapping)"
     nearest = [flag for block in others if "Perhaps you meant" in block for flag in re.findall(r"--\w+", block)]
     return plain + (f"; did you mean {nearest[0]}?" if nearest else "; --help lists the settings")
 

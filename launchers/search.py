@@ -92,6 +92,8 @@ class SearchSettings:
         idle = dense if self.method == "bm25" else ("k1", "b")
         if self.index == "exact":
             idle += ("index_options",)
+        elif self.index.islower() and self.method == "dense":
+            problems.append(f"index is {self.index}; give exact, or a string of faiss's such as HNSW32 or IVF911,PQ96")
         defaults = {field.name: field.default for field in fields(self)}
         for name in idle:
             if getattr(self, name) != defaults[name]:

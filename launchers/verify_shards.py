@@ -24,7 +24,9 @@ def main() -> int:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         argv = ["--shards", *argv]
-    settings = parse_settings(VerifySettings, "Re-checks a finished shard set (docs/shards.md).", argv)
+    settings = parse_settings(
+        VerifySettings, "Compares every byte of a finished shard set with its manifest (docs/shards.md).", argv
+    )
     from quincunx.data_shards.verify import verify_shards
 
     verify_shards(settings.shards)

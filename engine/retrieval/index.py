@@ -172,6 +172,8 @@ class Index:
         """The index before it holds a vector."""
         faiss, width = self.faiss, self.embeddings.width
         with self._as_sentence(f"is not an index of faiss for {width} channels"):
+            if re.search(r"HNSW[01](?!\d)", self.kind):  # faiss ends the process
+                raise RuntimeError("a graph needs 2 links or more")
             index = faiss.index_factory(width, self.kind, faiss.METRIC_INNER_PRODUCT)
             faiss.ParameterSpace().set_index_parameters(index, options)
         return index

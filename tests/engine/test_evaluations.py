@@ -201,7 +201,7 @@ def test_the_probe_equals_ir_measures_on_the_whole_ranking_of_padded_vectors(tok
     [
         ("corpus.jsonl", b'{"_id": "d0", "text": "a"}\n{"_id": "d1"}\n', r"corpus.jsonl line 2 .*text"),
         ("corpus.jsonl", '{"_id": "x", "text": "café"}\n'.encode("latin-1"), r"corpus.jsonl line 1 .*decode"),
-        ("queries.jsonl", b"no json\n", r"queries.jsonl line 1 "),
+        ("queries.jsonl", b"no json\n", r"queries.jsonl line 1 is not an object with _id and text"),
         ("qrels/test.tsv", b"query-id\tcorpus-id\tscore\nq0\td0\n", r"test.tsv line 2 "),
         ("qrels/test.tsv", b"query-id\tcorpus-id\tscore\nq0\telsewhere\t1\n", r"judges no passage"),
         ("qrels/test.tsv", None, r"no qrels/test.tsv"),

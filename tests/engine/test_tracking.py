@@ -264,7 +264,7 @@ def test_what_was_not_sent_can_be_sent_later_and_sending_again_adds_nothing(tmp_
 
 def test_a_folder_that_is_no_run_or_has_no_store_is_refused(tmp_path):
     done = send(tmp_path)
-    assert done.returncode == 2 and "is not a run folder (settings.yaml is missing)" in done.stderr
+    assert done.returncode == 2 and "is not a run folder (it has no settings.yaml of a run)" in done.stderr
     begin(tmp_path, "none").close("finished")
     done = send(tmp_path)
     assert done.returncode == 2 and "the run was not tracked by MLflow; give --tracking URI" in done.stderr

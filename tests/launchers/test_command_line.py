@@ -79,6 +79,10 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
             ["--rate", "2", "--steps", "-3"],
             "rate is 2.0; it must be above 0 and at most 1; steps is -3; it must be at least 0",
         ),
+        (
+            ["--shares", "a:1"],
+            "--shares takes pairs: NAME NUMBER NAME NUMBER ... (in YAML a mapping); --help lists the settings",
+        ),
         (["--shares", "a", "-1"], "shares is {'a': -1.0}; it must be at least 0"),
         (["--betas", "0.9", "1"], "betas is (0.9, 1.0); it must be below 1"),
         (["--fresh"], "fresh needs steps"),

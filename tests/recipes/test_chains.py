@@ -24,7 +24,8 @@ SMALLER = {
     "--max_passage_tokens 80": "--max_passage_tokens 32", "--max_pair_tokens 96": "--max_pair_tokens 48",
     "--max_tokens 80": "--max_tokens 32",
 }  # fmt: skip
-"""What of small.sh is replaced by what, so that it takes a minute."""
+"""What of small.sh is replaced by what, so that it takes two minutes."""
+pytestmark = pytest.mark.timeout(1800)  # the first test of a module that runs makes the whole chain, too
 
 
 @pytest.fixture(scope="module")

@@ -151,6 +151,7 @@ def test_recall_counts_what_was_found():
         (("hnsw",), "--index hnsw is not an index of faiss for 16 channels .*could not parse.*: give --index exact"),
         (("IVF20,PQ7",), "IVF20,PQ7 is not an index .*multiple of the number of subquantizers"),
         (("HNSW99999999999999999999",), "is not an index"),
+        (("HNSW1",), "HNSW1 is not an index .*a graph needs 2 links or more"),
         (("HNSW32", "nprobe=3"), "HNSW32 --index_options nprobe=3 is not .*could not set parameter nprobe"),
         (("HNSW32", "efSearch=x"), "could not interpret parameters efSearch=x"),
     ],
